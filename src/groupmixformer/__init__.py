@@ -1,0 +1,8 @@
+"""GroupMixFormer: Group-Mix Attention (arXiv 2311.15157) for timm, PyTorch and the tools around them."""
+
+from .checkpoint import load_checkpoint
+from .explain import attention_maps
+from .groupmixformer import GroupMixAttention, GroupMixFormer
+
+__all__ = ["GroupMixAttention", "GroupMixFormer", "attention_maps", "load_checkpoint"]
+__version__ = "0.1.0"

@@ -1,0 +1,267 @@
+"""Checkpoints: released ones, those of this package and of timm, read safely; the architecture is read from the tensors.
+
+Nothing that a file asks to run is run. Files are read with ``weights_only=True`` or safetensors. A checkpoint that the
+release's training script saved also holds a pickled configuration object; its class is never imported and its place is
+taken by an empty dictionary.
+"""
+
+import json
+import math
+import pickle
+import re
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models import clean_state_dict, save_for_hf
+from torch import Tensor
+
+from .groupmixformer import GroupMixFormer, checkpoint_filter_fn
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
+
+
+class _NeverCalled(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise pickle.UnpicklingError(f"asks to call {cls.__name__}, which is refused")
+
+
+class _Inert:
+    """Stands for a number of numpy's, say a metric: keeps nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _stand_in(name: str) -> type:
+    """Return what the restricted unpickler shall take for `name`: a class whose objects are empty dictionaries."""
+    if name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"):
+        return _Inert
+    return _NeverCalled(name, (), {"__new__": lambda cls, *args: OrderedDict()})
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        mmap = True
+    except ValueError:  # the format before PyTorch 1.6, or not a checkpoint: the loader tells
+        unknown, mmap = [], False
+    with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):  # type: ignore[list-item]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _named_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in ("model", "state_dict"):  # the release; Lightning and timm
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()) or not loaded:
+        raise ValueError(
+            f"{path}: holds no state dict, expected tensors by name, alone or under 'model' or 'state_dict': "
+            "is it another kind of file?"
+        )
+    state_dict = clean_state_dict(dict(loaded))  # drops 'module.' and '_orig_mod.'
+    if all(name.startswith("model.") for name in state_dict):  # a LightningModule's
+        state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+    return checkpoint_filter_fn(state_dict)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint by this package's parameter names; run nothing that the file contains.
+
+    Args:
+        path: A ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.safetensors`` file, or a folder with one of `WEIGHTS`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read as a checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: the folder holds none of {', '.join(WEIGHTS)}")
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty, expected a checkpoint: copy or download it again")
+    try:
+        loaded = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except Exception as error:  # a hostile file can make the readers raise anything
+        asked = re.search(r"GLOBAL (\S+)|asks to call (\S+),", str(error))
+        if asked:
+            reason = f"it asks to run {asked[1] or asked[2]}, and only tensors are read from a checkpoint"
+        else:
+            reason = f"it is damaged or of another kind ({type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]})"
+        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
+    return _named_tensors(loaded, path)
+
+
+def _mlp_ratio(hidden: int, dim: int) -> float:
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the arguments of `GroupMixFormer` from the names and shapes of its tensors.
+
+    Returns:
+        `embed_dims`, `depths`, `mlp_ratios`, `num_classes` (0 without a classifier) and `in_chans`.
+
+    Raises:
+        ValueError: If the tensors are not those of a GroupMixFormer.
+    """
+    blocks = [match for name in state_dict if (match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight", name))]
+    depths = [0] * (1 + max((int(match[1]) for match in blocks), default=-1))
+    for match in blocks:
+        depths[int(match[1])] = max(depths[int(match[1])], 1 + int(match[2]))
+    try:
+        embed_dims = [state_dict[f"stages.{i}.patch_embed.pointwise.weight"].shape[0] for i in range(len(depths))]
+        hidden = [state_dict[f"stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(len(depths))]
+        in_chans = state_dict["stem.conv1.weight"].shape[1]
+    except (KeyError, IndexError):
+        depths = []
+    if not depths:
+        raise ValueError(
+            f"not a GroupMixFormer: its {len(state_dict)} tensors start with {', '.join(list(state_dict)[:3])}; "
+            "expected the names of the release or of this package"
+        )
+    return {
+        "embed_dims": embed_dims,
+        "depths": depths,
+        "mlp_ratios": [_mlp_ratio(h, d) for h, d in zip(hidden, embed_dims, strict=True)],
+        "num_classes": len(state_dict["head.fc.weight"]) if "head.fc.weight" in state_dict else 0,
+        "in_chans": in_chans,
+    }
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _check_tensors(state_dict: Mapping[str, Tensor], model: torch.nn.Module) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state_dict.items()}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "surplus": [name for name in found if name not in expected],
+        "misshapen": [
+            f"{name}: {shape} for {expected[name]}"
+            for name, shape in found.items()
+            if name in expected and shape != expected[name]
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError("; ".join(f"{kind} tensors: {_few(names)}" for kind, names in problems.items() if names))
+
+
+def _variant(arguments: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the registered variant of these widths, depths and ratios, and whether there is one."""
+    stages = ("embed_dims", "depths", "mlp_ratios")
+    for name in timm.list_models("groupmixformer*"):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        known = architecture(model.state_dict())
+        if all(list(known[key]) == list(arguments[key]) for key in stages):
+            return name, True
+    return "groupmixformer_small", False
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = path / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        content = json.loads(config.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise ValueError(f"{config}: not a model configuration: {error}") from error
+    return content
+
+
+def load_checkpoint(path: str | Path) -> GroupMixFormer:
+    """Load a model from a file or folder, whatever its widths, depths, MLP ratios, classes and input channels.
+
+    Args:
+        path: A released checkpoint (also one saved in training), a file of this package, ``.safetensors``, or a folder
+            with ``model.safetensors`` such as a run or what `gmf convert` wrote.
+
+    Returns:
+        The model in eval mode on the CPU, in float32. Its ``pretrained_cfg`` holds the image size, mean, standard deviation and
+        class names stored in the folder, or ImageNet's.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is unreadable, asks for code to run, is of another network, or has missing, surplus or
+            misshapen tensors, of which it names the first few.
+    """
+    path = Path(path)
+    state_dict = read_state_dict(path)
+    config = _read_config(path) if path.is_dir() else {}
+    try:
+        arguments = architecture(state_dict)
+        with torch.device("meta"):
+            model = GroupMixFormer(**arguments, global_pool=config.get("global_pool", "avg"))
+        _check_tensors(state_dict, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model.to_empty(device="cpu")
+    model.load_state_dict(state_dict)
+
+    variant, _ = _variant(arguments)
+    pretrained_cfg = timm.get_pretrained_cfg(variant).to_dict()
+    pretrained_cfg.update(config.get("pretrained_cfg", {}), architecture=variant, num_classes=arguments["num_classes"])
+    pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
+    for key in ("label_names", "label_descriptions"):
+        if key in config:
+            pretrained_cfg[key] = config[key]
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg
+    return model.eval()
+
+
+def save_checkpoint(
+    model: GroupMixFormer, folder: str | Path, label_names: Iterable[str] = (), data_config: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``, which `load_checkpoint`, timm's ``local-dir:`` and transformers read.
+
+    Each file is written beside its place and renamed, so a reader never sees half a file.
+
+    Args:
+        model: A GroupMixFormer; its ``pretrained_cfg``, if any, is stored.
+        folder: Created if need be; other files in it are left alone.
+        label_names: Names of the classes, in order.
+        data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = architecture(model.state_dict())
+    variant, exact = _variant(arguments)
+    pretrained_cfg = timm.get_pretrained_cfg(variant).to_dict() | getattr(model, "pretrained_cfg", {})
+    pretrained_cfg |= dict(data_config or {}) | {"architecture": variant, "num_classes": model.num_classes}
+    pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
+    names = list(label_names) or list(pretrained_cfg.get("label_names") or [])
+    stages = {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+    original = getattr(model, "pretrained_cfg", None)
+    model.pretrained_cfg = pretrained_cfg
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            labels = {"label_names": names} if names else {}
+            save_for_hf(model, temporary, model_config=labels, model_args=None if exact else stages, safe_serialization=True)
+            written = Path(temporary, "config.json")
+            config = json.loads(written.read_text())
+            config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
+            written.write_text(json.dumps(config, indent=2))
+            for file in Path(temporary).iterdir():
+                file.replace(folder / file.name)
+    finally:
+        model.pretrained_cfg = original
