@@ -229,34 +229,51 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
     return model.eval()
 
 
+def load_model(path: str | Path) -> torch.nn.Module:
+    """Load a `GroupMixFormer` as `load_checkpoint` does, or another timm model from the folder of a run of ours.
+
+    Returns:
+        The model in eval mode with its ``pretrained_cfg``.
+    """
+    path = Path(path)
+    other = _read_config(path).get("architecture", "groupmixformer") if path.is_dir() else "groupmixformer"
+    if other.startswith("groupmixformer"):
+        return load_checkpoint(path)
+    model: torch.nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return model.eval()
+
+
 def save_checkpoint(
-    model: GroupMixFormer, folder: str | Path, label_names: Iterable[str] = (), data_config: Mapping[str, Any] | None = None
+    model: torch.nn.Module, folder: str | Path, label_names: Iterable[str] = (), data_config: Mapping[str, Any] | None = None
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, which `load_checkpoint`, timm's ``local-dir:`` and transformers read.
 
     Each file is written beside its place and renamed, so a reader never sees half a file.
 
     Args:
-        model: A GroupMixFormer; its ``pretrained_cfg``, if any, is stored.
+        model: A `GroupMixFormer`, or a model that timm made; its ``pretrained_cfg``, if any, is stored.
         folder: Created if need be; other files in it are left alone.
         label_names: Names of the classes, in order.
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = architecture(model.state_dict())
-    variant, exact = _variant(arguments)
-    pretrained_cfg = timm.get_pretrained_cfg(variant).to_dict() | getattr(model, "pretrained_cfg", {})
-    pretrained_cfg |= dict(data_config or {}) | {"architecture": variant, "num_classes": model.num_classes}
-    pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
-    names = list(label_names) or list(pretrained_cfg.get("label_names") or [])
-    stages = {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
     original = getattr(model, "pretrained_cfg", None)
-    model.pretrained_cfg = pretrained_cfg
+    pretrained_cfg = dict(original or {})
+    stages = None
+    if isinstance(model, GroupMixFormer):
+        arguments = architecture(model.state_dict())
+        variant, exact = _variant(arguments)
+        pretrained_cfg = timm.get_pretrained_cfg(variant).to_dict() | pretrained_cfg | {"architecture": variant}
+        stages = None if exact else {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+        pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
+    pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
+    names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
+    labels = {"label_names": names} if names else {}
+    model.pretrained_cfg = pretrained_cfg  # type: ignore[assignment]
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            labels = {"label_names": names} if names else {}
-            save_for_hf(model, temporary, model_config=labels, model_args=None if exact else stages, safe_serialization=True)
+            save_for_hf(model, temporary, model_config=labels, model_args=stages, safe_serialization=True)
             written = Path(temporary, "config.json")
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
@@ -264,4 +281,4 @@ def save_checkpoint(
             for file in Path(temporary).iterdir():
                 file.replace(folder / file.name)
     finally:
-        model.pretrained_cfg = original
+        model.pretrained_cfg = original  # type: ignore[assignment]

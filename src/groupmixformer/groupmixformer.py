@@ -104,7 +104,7 @@ class ConvRelativePosition(nn.ModuleList):
             for d, k in zip(dims, (3, 5, 7), strict=True)
         )
 
-    def forward(self) -> list[tuple[Tensor, Tensor]]:
+    def kernels(self) -> list[tuple[Tensor, Tensor]]:
         """Return weight (C, 1, k, k) and bias (C) for each of the four segments."""
         conv3, conv5, conv7 = self[0], self[1], self[2]
         bias3, bias5, bias7 = conv3.bias, conv5.bias, conv7.bias
@@ -196,7 +196,7 @@ class GroupMixAttention(nn.Module):
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
         mixed = []
-        for qkv, (weight, bias) in zip(proxies, self.position()):  # noqa: B905 (TorchScript has no strict=)
+        for qkv, (weight, bias) in zip(proxies, self.position.kernels()):  # noqa: B905 (TorchScript has no strict=)
             mixed.append(factorised_attention(qkv, weight, bias, self.scale))  # (B, N, C)
         mixed.append(self.non_attention(local).flatten(2).transpose(1, 2))
         return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
@@ -598,3 +598,14 @@ def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> GroupMixFor
 def groupmixformer_large_384(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
     """`groupmixformer_large` configured for images of 384 x 384."""
     return _create_groupmixformer("groupmixformer_large_384", pretrained, _LARGE, **kwargs)
+
+
+# ImageNet-1K top-1 in percent, as published in the paper.
+PUBLISHED_TOP1 = {
+    "groupmixformer_mobile": 79.6,
+    "groupmixformer_tiny": 82.6,
+    "groupmixformer_small": 83.4,
+    "groupmixformer_base": 84.7,
+    "groupmixformer_large": 85.0,
+    "groupmixformer_large_384": 86.2,
+}

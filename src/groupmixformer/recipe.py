@@ -1,0 +1,196 @@
+"""Recipes: every setting of a training run, typed, with its default, from a YAML file and dotted options."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+
+@dataclass
+class Optimizer:
+    """The optimiser, by timm's names.
+
+    Args:
+        name: Any optimiser of timm, e.g. adamw, muon, lamb, lion, sgd.
+        lr: Peak learning rate.
+        weight_decay: Decay of all parameters but biases and other 1-D parameters.
+        layer_decay: Factor of the learning rate from a block to the one before it; none for equal rates.
+        clip_grad: Largest norm of the gradient; none for no limit.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    clip_grad: float | None = 5.0
+
+
+@dataclass
+class Schedule:
+    """The learning rate over time, by timm's names; updated after every step.
+
+    Args:
+        name: cosine, poly, step, multistep, plateau, ...
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_lr: Learning rate at the start of the warm-up.
+        min_lr: Learning rate at the end.
+    """
+
+    name: str = "cosine"
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+
+
+@dataclass
+class Augmentation:
+    """What is done to training images, by timm's names.
+
+    Args:
+        scale: Range of the area of the random crop.
+        ratio: Range of its aspect ratio.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of the colour jitter; none for none. Ignored with `auto_augment`.
+        auto_augment: Policy such as rand-m9-mstd0.5-inc1; none for none.
+        random_erasing: Probability to erase a rectangle.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of cutmix; 0 for none.
+        label_smoothing: Weight of the uniform distribution in the targets.
+    """
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333333333)
+    hflip: float = 0.5
+    color_jitter: float | None = 0.3
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+
+
+@dataclass
+class Recipe:
+    """A training run for image classification.
+
+    Args:
+        data: The data set: digits, a folder with train/ and val/ of one folder per class, or timm's torch/..., hfds/...
+        variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm.
+        checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
+        image_size: Side of the training images, in pixels; also of the test images.
+        crop_pct: Share of a test image's shorter side that the centre crop keeps.
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        drop_path_rate: Stochastic depth of the last block.
+        workers: Processes that load images; 0 loads in the main process.
+        precision: 32-true, bf16-mixed or 16-mixed.
+        device: auto, cpu, cuda, ...
+        seed: Of weights, order and augmentation.
+        out: Folder of the run.
+        optimizer: The optimiser.
+        schedule: The learning rate over time.
+        augmentation: What is done to training images.
+    """
+
+    data: str
+    variant: str = "groupmixformer_mobile"
+    checkpoint: str | None = None
+    image_size: int = 224
+    crop_pct: float = 0.875
+    epochs: int = 10
+    batch_size: int = 64
+    drop_path_rate: float = 0.0
+    workers: int = 2
+    precision: str = "32-true"
+    device: str = "auto"
+    seed: int = 0
+    out: str = "runs/train"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+class RecipeError(Exception):
+    """A recipe or option that does not exist or has a wrong value: wrong usage, not a failed job."""
+
+
+def shipped() -> dict[str, Path]:
+    """Names and files of the recipes that come with the package."""
+    folder = Path(str(resources.files(__package__) / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise RecipeError(" ".join(message.split()))
+
+
+def parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of all fields as dotted options, e.g. for its help."""
+    result = _Parser(prog="gmf train RECIPE", usage="gmf train RECIPE [--FIELD VALUE ...]", add_help=False)
+    result.add_class_arguments(Recipe)
+    return result
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for name, value in values.items():
+        names.append(prefix + name)
+        if isinstance(value, dict):
+            names += _fields(value, f"{prefix}{name}.")
+    return names
+
+
+def _refuse_unknown(given: Sequence[str], source: str) -> None:
+    known = _fields(asdict(Recipe(data="")))
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.4) or [
+                other for other in known if other.split(".")[-1] == name.split(".")[-1]
+            ]
+            hint = f"the nearest is {near[0]}" if near else f"fields are {', '.join(known)}"
+            raise RecipeError(f"{source} has no field {name}: {hint}")
+
+
+def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and override its fields.
+
+    Args:
+        name: A shipped recipe's name or a YAML file, such as the recipe.yaml of a run.
+        options: Dotted options, e.g. ``["--optimizer.lr", "1e-4", "--data=photos"]``.
+
+    Raises:
+        RecipeError: If the recipe or a field does not exist, or a value has the wrong type.
+    """
+    path = shipped().get(name, Path(name))
+    if not path.is_file():
+        near = get_close_matches(name, shipped(), n=1, cutoff=0.0)
+        raise RecipeError(f"no recipe {name}: expected a YAML file or one of {', '.join(shipped())} (nearest: {near[0]})")
+    fields = parser()
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected fields of a recipe, such as data and epochs")
+    _refuse_unknown(_fields(raw), str(path))
+    _refuse_unknown([option[2:].split("=")[0] for option in options if option.startswith("--")], "a recipe")
+    values = fields.parse_object(raw, defaults=False)
+    values = fields.parse_args(list(options), namespace=values)
+    return Recipe(**fields.instantiate(values).as_dict())
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every field of `recipe`, so that `read_recipe` of the file gives it back."""
+    path.write_text(to_yaml(recipe))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every field of `recipe` as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False)

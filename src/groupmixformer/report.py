@@ -1,0 +1,216 @@
+"""The report of a run: curves, confusion matrix, examples right and wrong, and what the model attends to."""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import ConfusionMatrixDisplay
+from torch import Tensor, nn
+
+from .data import eval_transform
+from .explain import attention_maps, by_group_size
+from .groupmixformer import GroupMixFormer
+from .training import read_metrics
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette: told apart by the colour-blind too
+
+
+def _curves(folder: Path) -> Figure:
+    rows = read_metrics(folder)
+    epochs = [row["epoch"] + 1 for row in rows]
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row["loss"] for row in rows], color=ORANGE, label="training (augmented, smoothed)")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, label="held out")
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    loss.legend()
+    accuracy.plot(epochs, [100 * row["val_top1"] for row in rows], color=BLUE, marker="o")
+    accuracy.set(xlabel="epoch", ylabel="held-out top-1 (%)")
+    return figure
+
+
+def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> Figure:
+    side = min(14, 3 + 0.35 * len(class_names))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        true,
+        predicted,
+        labels=range(len(class_names)),
+        display_labels=class_names,
+        include_values=len(class_names) <= 20,
+        cmap="Blues",
+        xticks_rotation="vertical",
+        colorbar=False,
+        ax=axes,
+    )
+    return figure
+
+
+def _examples(pictures: Sequence[Image.Image], titles: Sequence[str], colors: Sequence[str]) -> Figure:
+    columns = 8
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, picture, title, color in zip(figure.axes, pictures, titles, colors, strict=False):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=7, color=color)
+    return figure
+
+
+def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: dict[str, Any]) -> Figure:
+    """Draw, for the centre of each picture, where the last block of stage 2 looks, by group size."""
+    transform = eval_transform(config)
+    inputs = torch.stack([transform(picture) for picture in pictures])
+    height, width = inputs.shape[-2:]
+    stage = next(s for s in (2, 1, 0) if min(height, width) // (4 * 2**s) >= 4 or s == 0)
+    with torch.inference_mode():
+        maps = by_group_size(attention_maps(model, inputs, (height // 2, width // 2), stage), (height, width))
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    shown = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    figure = Figure(figsize=(8, 1.7 * len(pictures)), layout="constrained")
+    axes = figure.subplots(len(pictures), 5, squeeze=False)
+    titles = ("input, query marked", "single tokens", "3 x 3 groups", "5 x 5 groups", "7 x 7 groups")
+    for row, picture, strengths in zip(axes, shown, maps.numpy(), strict=True):
+        row[0].imshow(picture)
+        row[0].plot(width // 2, height // 2, marker="x", color=ORANGE, markersize=10, markeredgewidth=2)
+        for axis, strength in zip(row[1:], strengths, strict=True):
+            axis.imshow(picture.mean(axis=2), cmap="gray")
+            axis.imshow(strength, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
+        for axis in row:
+            axis.axis("off")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def write_report(
+    folder: Path,
+    model: nn.Module,
+    images: Any,
+    class_names: Sequence[str],
+    metrics: dict[str, float],
+    logits: Tensor,
+    true: Tensor,
+    config: dict[str, Any],
+) -> Path:
+    """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
+
+    Args:
+        folder: Folder of the run.
+        model: The trained model, in eval mode.
+        images: The held-out set.
+        class_names: Names of the classes, in order.
+        metrics: What `evaluate` measured on the held-out set.
+        logits: Its logits (N, classes).
+        true: Its true classes (N).
+        config: Input of the model, by timm's names.
+
+    Returns:
+        The path of report.html.
+    """
+    predicted = logits.argmax(dim=1)
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
+    right = (predicted == true).nonzero().flatten().tolist()
+    right = right[:: max(1, len(right) // 16)][:16]
+    transform, images.transform = images.transform, None
+    try:
+        chosen = {index: images[index][0].convert("RGB") for index in {*wrong, *right}}
+    finally:
+        images.transform = transform
+
+    def shown(indices: Sequence[int]) -> Figure:
+        titles = [f"{class_names[predicted[i]]} ({confidence[i]:.0%})" for i in indices]
+        titles = [
+            title if predicted[i] == true[i] else f"{title}\nis {class_names[true[i]]}"
+            for i, title in zip(indices, titles, strict=True)
+        ]
+        colors = [BLUE if predicted[i] == true[i] else ORANGE for i in indices]
+        return _examples([chosen[i] for i in indices], titles, colors)
+
+    sections = {"Curves": ("curves", _curves(folder)), "Confusion": ("confusion", _confusion(true, predicted, class_names))}
+    if wrong:
+        sections["Held-out images it gets wrong, the most confident first"] = ("wrong", shown(wrong))
+    if right:
+        sections["Held-out images it gets right"] = ("right", shown(right))
+    if isinstance(model, GroupMixFormer) and right:
+        caption = "What the centre of a picture attends to, by group size (magnitude of the implied attention)"
+        sections[caption] = ("attention", _attention(model, [chosen[i] for i in right[:4]], config))
+
+    (folder / "report").mkdir(exist_ok=True)
+    body = []
+    for title, (name, figure) in sections.items():
+        png = _png(figure)
+        (folder / "report" / f"{name}.png").write_bytes(png)
+        encoded = base64.b64encode(png).decode()
+        body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+    table = "".join(
+        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in {
+            "top-1": f"{metrics['top1']:.2%}",
+            "top-5": f"{metrics['top5']:.2%}",
+            "loss": f"{metrics['loss']:.4f}",
+            "held-out images": f"{metrics['images']:,}",
+            "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
+            **json.loads((folder / "versions.json").read_text()),
+        }.items()
+    )
+    recipe = html.escape((folder / "recipe.yaml").read_text())
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {html.escape(folder.name)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+img {{ max-width: 100%; }}
+th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
+pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
+</style>
+<h1>{html.escape(folder.name)}: {metrics["top1"]:.2%} of {metrics["images"]:,} held-out images right</h1>
+<table>{table}</table>
+{"".join(body)}
+<h2>Recipe</h2><pre>{recipe}</pre></html>
+"""
+    path = folder / "report.html"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(page)
+    os.replace(temporary, path)
+    return path
+
+
+def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
+    """Write a few held-out pictures of different classes to examples/, to try `gmf predict` on."""
+    transform, images.transform = images.transform, None
+    (folder / "examples").mkdir(exist_ok=True)
+    paths: dict[int, Path] = {}
+    try:
+        for index in np.random.default_rng(0).permutation(len(images)):
+            picture, label = images[int(index)]
+            if label not in paths:
+                name = "".join(c if c.isalnum() else "_" for c in class_names[label])
+                paths[label] = folder / "examples" / f"{name}.png"
+                picture.convert("RGB").save(paths[label])
+            if len(paths) == min(number, len(class_names)):
+                break
+    finally:
+        images.transform = transform
+    return list(paths.values())
+
+
+mpl.use("agg")  # pictures go to files
