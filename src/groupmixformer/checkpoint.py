@@ -1,4 +1,4 @@
-"""Checkpoints: released ones, those of this package and of timm, read safely; the architecture is read from the tensors.
+"""Checkpoints: released ones, those of this package and of timm, read safely, with the architecture taken from the tensors.
 
 Nothing that a file asks to run is run. Files are read with ``weights_only=True`` or safetensors. A checkpoint that the
 release's training script saved also holds a pickled configuration object; its class is never imported and its place is
@@ -22,7 +22,7 @@ import torch
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor
 
-from .groupmixformer import GroupMixFormer, checkpoint_filter_fn
+from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
 
@@ -55,7 +55,7 @@ def _load_pickle(path: Path) -> Any:
         mmap = True
     except ValueError:  # the format before PyTorch 1.6, or not a checkpoint: the loader tells
         unknown, mmap = [], False
-    with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):  # type: ignore[list-item]
+    with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
@@ -83,6 +83,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read as a checkpoint.
+
     """
     path = Path(path)
     if path.is_dir():
@@ -119,6 +120,7 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Raises:
         ValueError: If the tensors are not those of a GroupMixFormer.
+
     """
     blocks = [match for name in state_dict if (match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight", name))]
     depths = [0] * (1 + max((int(match[1]) for match in blocks), default=-1))
@@ -166,12 +168,8 @@ def _check_tensors(state_dict: Mapping[str, Tensor], model: torch.nn.Module) -> 
 
 def _variant(arguments: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the registered variant of these widths, depths and ratios, and whether there is one."""
-    stages = ("embed_dims", "depths", "mlp_ratios")
-    for name in timm.list_models("groupmixformer*"):
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        known = architecture(model.state_dict())
-        if all(list(known[key]) == list(arguments[key]) for key in stages):
+    for name, stages in VARIANTS.items():
+        if all(list(stages[key]) == list(arguments[key]) for key in stages):
             return name, True
     return "groupmixformer_small", False
 
@@ -204,6 +202,7 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
         FileNotFoundError: If there is no such file or folder.
         ValueError: If it is unreadable, asks for code to run, is of another network, or has missing, surplus or
             misshapen tensors, of which it names the first few.
+
     """
     path = Path(path)
     state_dict = read_state_dict(path)
@@ -219,7 +218,7 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
     model.load_state_dict(state_dict)
 
     variant, _ = _variant(arguments)
-    pretrained_cfg = timm.get_pretrained_cfg(variant).to_dict()
+    pretrained_cfg = default_cfgs[variant].default.to_dict()
     pretrained_cfg.update(config.get("pretrained_cfg", {}), architecture=variant, num_classes=arguments["num_classes"])
     pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
     for key in ("label_names", "label_descriptions"):
@@ -229,22 +228,25 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
     return model.eval()
 
 
-def load_model(path: str | Path) -> torch.nn.Module:
+def load_model(path: str | Path) -> Any:
     """Load a `GroupMixFormer` as `load_checkpoint` does, or another timm model from the folder of a run of ours.
 
     Returns:
         The model in eval mode with its ``pretrained_cfg``.
+
     """
     path = Path(path)
     other = _read_config(path).get("architecture", "groupmixformer") if path.is_dir() else "groupmixformer"
     if other.startswith("groupmixformer"):
         return load_checkpoint(path)
-    model: torch.nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
-    return model.eval()
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
 
 def save_checkpoint(
-    model: torch.nn.Module, folder: str | Path, label_names: Iterable[str] = (), data_config: Mapping[str, Any] | None = None
+    model: Any,
+    folder: str | Path,
+    label_names: Iterable[str] = (),
+    data_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, which `load_checkpoint`, timm's ``local-dir:`` and transformers read.
 
@@ -255,6 +257,7 @@ def save_checkpoint(
         folder: Created if need be; other files in it are left alone.
         label_names: Names of the classes, in order.
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
+
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,13 +267,13 @@ def save_checkpoint(
     if isinstance(model, GroupMixFormer):
         arguments = architecture(model.state_dict())
         variant, exact = _variant(arguments)
-        pretrained_cfg = timm.get_pretrained_cfg(variant).to_dict() | pretrained_cfg | {"architecture": variant}
+        pretrained_cfg = default_cfgs[variant].default.to_dict() | pretrained_cfg | {"architecture": variant}
         stages = None if exact else {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
     names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
     labels = {"label_names": names} if names else {}
-    model.pretrained_cfg = pretrained_cfg  # type: ignore[assignment]
+    model.pretrained_cfg = pretrained_cfg
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             save_for_hf(model, temporary, model_config=labels, model_args=stages, safe_serialization=True)
@@ -281,4 +284,4 @@ def save_checkpoint(
             for file in Path(temporary).iterdir():
                 file.replace(folder / file.name)
     finally:
-        model.pretrained_cfg = original  # type: ignore[assignment]
+        model.pretrained_cfg = original

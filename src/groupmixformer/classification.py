@@ -1,18 +1,16 @@
-"""Image classification: the training steps, evaluation and prediction."""
+"""Image classification: the model of a recipe and its training steps."""
 
-from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
 import lightning
 import timm
-import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from .checkpoint import architecture, load_model
@@ -20,24 +18,24 @@ from .groupmixformer import GroupMixFormer
 from .recipe import Recipe
 
 
-def create_classifier(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Create the recipe's model; if it names a checkpoint, with that model's architecture and weights and a new classifier.
+def create_classifier(recipe: Recipe, num_classes: int) -> Any:
+    """Create the recipe's timm model; from a checkpoint, with its architecture and weights and a new classifier.
 
     Raises:
         ValueError: If there is no such model or checkpoint.
+
     """
-    settings = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate}
+    settings: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
         variants = [name for name in (f"groupmixformer_{recipe.variant}", recipe.variant) if timm.is_model(name)]
         if not variants:
             near = get_close_matches(recipe.variant, timm.list_models(), n=1, cutoff=0.0)[0]
             raise ValueError(f"no model {recipe.variant}, expected a name of timm.list_models(): the nearest is {near}")
-        model: nn.Module = timm.create_model(variants[0], **settings)
-        return model
+        return timm.create_model(variants[0], **settings)
     source = load_model(recipe.checkpoint)
     source.reset_classifier(num_classes)
     if isinstance(source, GroupMixFormer):
-        model = GroupMixFormer(**architecture(source.state_dict()) | settings)
+        model: Any = GroupMixFormer(**architecture(source.state_dict()) | settings)
     else:
         model = timm.create_model(source.pretrained_cfg["architecture"], **settings)
     model.load_state_dict(source.state_dict())
@@ -52,6 +50,7 @@ class Classification(lightning.LightningModule):
         recipe: The settings.
         num_classes: Size of the classifier.
         steps_per_epoch: Optimiser steps in an epoch, for the schedule.
+
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, steps_per_epoch: int) -> None:
@@ -78,9 +77,7 @@ class Classification(lightning.LightningModule):
             images, targets = self.mixup(images, classes)
             loss: Tensor = self.soft_loss(self.model(images), targets)
         else:
-            loss = F.cross_entropy(
-                self.model(images), classes, label_smoothing=self.recipe.augmentation.label_smoothing
-            )
+            loss = F.cross_entropy(self.model(images), classes, label_smoothing=self.recipe.augmentation.label_smoothing)
         self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
         return loss
 
@@ -117,37 +114,3 @@ class Classification(lightning.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's scheduler, which counts updates itself less than Lightning does."""
         scheduler.step_update(num_updates=self.global_step)
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield logits (B, classes), in float32 on the CPU, of batches of images (B, 3, H, W)."""
-    device = next(model.parameters()).device
-    for images in batches:
-        yield model(images.to(device)).float().cpu()
-
-
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Evaluate on every image once.
-
-    Returns:
-        Metrics (top1 and top5 as shares of 1, loss as mean cross entropy, images as their number), logits (N, classes) and
-        true classes (N).
-    """
-    true: list[Tensor] = []
-
-    def images() -> Iterator[Tensor]:
-        for batch, classes in loader:
-            true.append(classes)
-            yield batch
-
-    logits = torch.cat(list(predict(model, images())))
-    classes = torch.cat(true)
-    right = logits.argsort(dim=1, descending=True) == classes[:, None]
-    metrics = {
-        "top1": right[:, :1].any(dim=1).double().mean().item(),
-        "top5": right[:, :5].any(dim=1).double().mean().item(),
-        "loss": F.cross_entropy(logits.double(), classes).item(),
-        "images": len(classes),
-    }
-    return metrics, logits, classes

@@ -45,7 +45,7 @@ def _progress(items: Any, what: str, total: int) -> Any:
 
 
 def _data_config(model: Any, image_size: int | None = None) -> dict[str, Any]:
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     config: dict[str, Any] = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     if image_size:
@@ -82,7 +82,7 @@ def models(args: argparse.Namespace) -> None:
     rows = []
     for name in timm.list_models("groupmixformer*"):
         with torch.device("meta"):
-            model = timm.create_model(name).eval()
+            model: Any = timm.create_model(name).eval()
             size = model.pretrained_cfg["input_size"]
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(torch.empty(1, *size))
@@ -109,8 +109,8 @@ def models(args: argparse.Namespace) -> None:
 def _finish(folder: Path, data: str, seconds: float) -> dict[str, Any]:
     """Evaluate the run's best model, write the report and say where things are."""
     from .checkpoint import load_model
-    from .classification import evaluate
     from .data import eval_loader, open_images
+    from .evaluation import evaluate
     from .report import save_examples, write_report
 
     model, images = load_model(folder), open_images(data)
@@ -156,7 +156,8 @@ def quickstart(args: argparse.Namespace) -> None:
     options += ["--epochs", str(args.epochs)] if args.epochs else []
     result, text = _train(recipe, options, resume=False)
     run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
-    again = f"gmf train {recipe} --data {shlex.quote(args.data)} --epochs 20 --out {run}-20"
+    data = "" if args.data == recipe else f" --data {shlex.quote(args.data)}"
+    again = f"gmf train {recipe}{data} --variant {args.variant} --epochs 20 --out {run}-20"
     result["next"] = [f"gmf predict {run} {examples}", again]
     _show(result, args.json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
 
@@ -180,8 +181,8 @@ def evaluate(args: argparse.Namespace) -> None:
     import yaml
 
     from .checkpoint import load_model
-    from .classification import evaluate as evaluate_model
     from .data import eval_loader, open_images
+    from .evaluation import evaluate as evaluate_model
 
     model = load_model(args.run).to(_device(args.device))
     data = args.data
@@ -191,7 +192,7 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.run}: has no recipe that names a data set: name one with --data")
         data = yaml.safe_load(recipe.read_text())["data"]
     images = open_images(data)
-    if len(images.class_names) != model.num_classes:  # type: ignore[arg-type]
+    if len(images.class_names) != model.num_classes:
         raise ValueError(f"{data} has {len(images.class_names)} classes and the model {model.num_classes}, expected the same")
     loader = eval_loader(images.held_out, _data_config(model, args.image_size), args.batch_size, args.workers)
     metrics, _, _ = evaluate_model(model, _progress(loader, "evaluating", len(loader)))
@@ -206,8 +207,8 @@ def predict(args: argparse.Namespace) -> None:
     import torch
 
     from .checkpoint import load_model
-    from .classification import predict as predict_logits
     from .data import eval_transform, find_images, read_image
+    from .evaluation import predict as predict_logits
 
     model = load_model(args.run).to(_device(args.device))
     transform, names = eval_transform(_data_config(model, args.image_size)), _class_names(model)
@@ -230,9 +231,7 @@ def predict(args: argparse.Namespace) -> None:
         results.append({"image": str(path), "classes": classes})
     if not results:
         raise ValueError(f"none of {len(paths)} images could be read")
-    lines = [
-        f"{r['image']}: " + ", ".join(f"{c['class']} {c['probability']:.1%}" for c in r["classes"]) for r in results
-    ]
+    lines = [f"{r['image']}: " + ", ".join(f"{c['class']} {c['probability']:.1%}" for c in r["classes"]) for r in results]
     _show({"run": args.run, "images": results, "skipped": skipped}, args.json, "\n".join(lines))
 
 
@@ -240,7 +239,7 @@ def convert(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a folder that timm and transformers read."""
     from .checkpoint import load_checkpoint, save_checkpoint
 
-    model = load_checkpoint(args.file)
+    model: Any = load_checkpoint(args.file)
     names = Path(args.class_names).read_text().splitlines() if args.class_names else []
     if names and len(names) != model.num_classes:
         raise ValueError(f"{args.class_names}: holds {len(names)} lines, expected one for each of {model.num_classes} classes")
@@ -320,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if it is done, 1 if it failed, 2 for wrong usage, 130 if it was interrupted.
+
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()

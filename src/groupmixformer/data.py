@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .recipe import Recipe
@@ -90,6 +89,7 @@ def open_images(name: str) -> ImageData:
 
     Raises:
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
+
     """
     if name == "digits":
         return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
@@ -104,7 +104,7 @@ def open_images(name: str) -> ImageData:
     return ImageData(train, held_out, [str(n) for n in names])
 
 
-def data_config(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+def data_config(recipe: Recipe, model: Any) -> dict[str, Any]:
     """Input of `model` trained by `recipe`, by timm's names: input_size, mean, std, interpolation, crop_pct."""
     config = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation")}
     return {**config, "input_size": (3, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
@@ -119,7 +119,7 @@ def train_loader(recipe: Recipe, images: Any, config: dict[str, Any]) -> DataLoa
         scale=augmentation.scale,
         ratio=augmentation.ratio,
         hflip=augmentation.hflip,
-        color_jitter=augmentation.color_jitter,
+        color_jitter=augmentation.color_jitter or 0.0,
         auto_augment=augmentation.auto_augment,
         re_prob=augmentation.random_erasing,
         re_mode="pixel",
@@ -177,6 +177,7 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         ValueError: If the file cannot be read as a picture.
+
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:

@@ -1,6 +1,7 @@
 """What a position attends to: the maps that Group-Mix Attention implies without ever forming them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ def implied_attention(attention: GroupMixAttention, x: Tensor, query: tuple[int,
 
     Returns:
         (B, 8, H, W). The sign is that of the weight: a head may subtract.
+
     """
     B, _, H, W = x.shape
     proxies, _ = attention.group_proxies(x)
@@ -37,10 +39,8 @@ def implied_attention(attention: GroupMixAttention, x: Tensor, query: tuple[int,
     return torch.cat(maps, dim=1).view(B, 8, H, W)
 
 
-def attention_maps(
-    model: nn.Module, images: Tensor, query: Sequence[int], stage: int = 2, block: int = -1
-) -> Tensor:
-    """What one position of the images attends to, per head.
+def attention_maps(model: nn.Module, images: Tensor, query: Sequence[int], stage: int = 2, block: int = -1) -> Tensor:
+    """Return what one position of the images attends to, per head.
 
     Args:
         model: A `GroupMixFormer` in eval mode.
@@ -55,22 +55,24 @@ def attention_maps(
 
     Raises:
         ValueError: If the model is not a `GroupMixFormer` in eval mode, or the query, stage or block does not exist.
+
     """
     if not isinstance(model, GroupMixFormer) or model.training:
         state = "in training mode" if isinstance(model, GroupMixFormer) else type(model).__name__
         raise ValueError(f"got a model {state}, expected a GroupMixFormer in eval mode: call model.eval()")
-    if not 0 <= stage < len(model.stages):
-        raise ValueError(f"got stage {stage}, expected 0 to {len(model.stages) - 1}")
-    blocks = model.stages[stage].blocks
+    stages: Any = model.stages
+    if not 0 <= stage < len(stages):
+        raise ValueError(f"got stage {stage}, expected 0 to {len(stages) - 1}")
+    blocks = stages[stage].blocks
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f"got block {block}, expected 0 to {len(blocks) - 1} in stage {stage}")
     y, x = query
     if not (0 <= y < images.shape[-2] and 0 <= x < images.shape[-1]):
         raise ValueError(f"got query ({y}, {x}), expected a pixel (y, x) inside {tuple(images.shape[-2:])}")
     features = model.stem(images)
-    for earlier in model.stages[:stage]:
+    for earlier in stages[:stage]:
         features = earlier(features)
-    features = model.stages[stage].patch_embed(features)
+    features = stages[stage].patch_embed(features)
     index = block % len(blocks)
     for earlier in blocks[:index]:
         features = earlier(features)

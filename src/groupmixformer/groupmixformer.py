@@ -89,7 +89,7 @@ class NonAttention(nn.Sequential):
         )
 
 
-class ConvRelativePosition(nn.ModuleList):
+class ConvRelativePosition(nn.Module):
     """Kernels of the convolutional relative position encoding (CoaT, arXiv 2104.06399, Sec. 3.2).
 
     Of the 8 heads, 2 have a 3 x 3 kernel per channel, 3 a 5 x 5 and 3 a 7 x 7. Segments hold 2 heads each, so the third
@@ -97,25 +97,25 @@ class ConvRelativePosition(nn.ModuleList):
     """
 
     def __init__(self, head_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        two, three = 2 * head_dim, 3 * head_dim
         self.head_dim = head_dim
-        dims = (2 * head_dim, 3 * head_dim, 3 * head_dim)
-        super().__init__(
-            nn.Conv2d(d, d, k, padding=k // 2, groups=d, device=device, dtype=dtype)
-            for d, k in zip(dims, (3, 5, 7), strict=True)
-        )
+        self.conv3 = nn.Conv2d(two, two, 3, padding=1, groups=two, **dd)
+        self.conv5 = nn.Conv2d(three, three, 5, padding=2, groups=three, **dd)
+        self.conv7 = nn.Conv2d(three, three, 7, padding=3, groups=three, **dd)
 
     def kernels(self) -> list[tuple[Tensor, Tensor]]:
         """Return weight (C, 1, k, k) and bias (C) for each of the four segments."""
-        conv3, conv5, conv7 = self[0], self[1], self[2]
-        bias3, bias5, bias7 = conv3.bias, conv5.bias, conv7.bias
-        assert bias3 is not None and bias5 is not None and bias7 is not None  # for TorchScript
         one, two = self.head_dim, 2 * self.head_dim
-        mixed = torch.cat([F.pad(conv5.weight[two:], (1, 1, 1, 1)), conv7.weight[:one]])  # (C, 1, 7, 7)
+        bias3, bias5, bias7 = self.conv3.bias, self.conv5.bias, self.conv7.bias
+        assert bias3 is not None and bias5 is not None and bias7 is not None  # for TorchScript
+        mixed = torch.cat([F.pad(self.conv5.weight[two:], (1, 1, 1, 1)), self.conv7.weight[:one]])  # (C, 1, 7, 7)
         return [
-            (conv3.weight, bias3),
-            (conv5.weight[:two], bias5[:two]),
+            (self.conv3.weight, bias3),
+            (self.conv5.weight[:two], bias5[:two]),
             (mixed, torch.cat([bias5[two:], bias7[:one]])),
-            (conv7.weight[one:], bias7[one:]),
+            (self.conv7.weight[one:], bias7[one:]),
         ]
 
 
@@ -131,6 +131,7 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float
 
     Returns:
         (B, N, C).
+
     """
     B, C = qkv.shape[0] // 3, qkv.shape[1]
     position = F.conv2d(qkv[2 * B :], weight, bias, padding=weight.shape[-1] // 2, groups=C)  # (B, C, H, W)
@@ -153,6 +154,7 @@ class GroupMixAttention(nn.Module):
 
     Raises:
         ValueError: If `dim` is not a positive multiple of 10.
+
     """
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -182,6 +184,7 @@ class GroupMixAttention(nn.Module):
         Returns:
             Four tensors (3B, C, H, W), for single tokens and groups of 3 x 3, 5 x 5 and 7 x 7, with Q, K and V stacked
             along the batch, so that in training each BN sees the joint statistics of all three; and one (B, 3C, H, W).
+
         """
         B, D, H, W = x.shape
         qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5).permute(4, 3, 0, 1, 2, 5)  # (5, 3, B, H, W, C)
@@ -220,9 +223,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Convolutional position encoding, Group-Mix Attention and MLP, each with a residual. (B, D, H, W) -> same."""
 
-    def __init__(
-        self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -246,6 +247,7 @@ class Stem(nn.Module):
 
     Raises:
         ValueError: If the images do not have `in_chans` channels, a side is under 32, or they are not floating point.
+
     """
 
     def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -312,6 +314,7 @@ class GroupMixFormer(nn.Module):
 
     Raises:
         ValueError: If the stages' settings differ in number or a width is not a multiple of 10.
+
     """
 
     def __init__(
@@ -339,11 +342,11 @@ class GroupMixFormer(nn.Module):
         self.num_features = embed_dims[-1]
 
         self.stem = Stem(in_chans, embed_dims[0], **dd)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path: list[Any] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         in_dim = embed_dims[0]
-        for i, (dim, depth, mlp_ratio) in enumerate(zip(embed_dims, depths, mlp_ratios, strict=True)):
+        for i, (dim, mlp_ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
             stages.append(Stage(in_dim, dim, 1 if i == 0 else 2, mlp_ratio, drop_path[i], **dd))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
             in_dim = dim
@@ -384,7 +387,7 @@ class GroupMixFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -395,9 +398,7 @@ class GroupMixFormer(nn.Module):
         """Replace the classifier by a new one of `num_classes` (0: none); `global_pool` None keeps the pooling."""
         self.num_classes = num_classes
         weight = self.stem.conv1.weight
-        self.head.reset(
-            num_classes, global_pool, in_features=self.num_features, device=weight.device, dtype=weight.dtype
-        )
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=weight.device, dtype=weight.dtype)
         self.head_hidden_size = self.head.num_features
 
     def prune_intermediate_layers(
@@ -408,7 +409,7 @@ class GroupMixFormer(nn.Module):
         prune_end = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if prune_end or prune_norm:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_end:
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_end or prune_head:
@@ -436,6 +437,7 @@ class GroupMixFormer(nn.Module):
 
         Returns:
             The result of `forward_features`, unless left out, and the maps (B, D_i, ceil(H/2^(i+2)), ceil(W/2^(i+2))).
+
         """
         assert output_fmt == "NCHW", f"output_fmt must be NCHW, not {output_fmt}"
         take_indices, last = feature_take_indices(len(self.stages), indices)
@@ -447,7 +449,7 @@ class GroupMixFormer(nn.Module):
         else:
             stages = self.stages[: last + 1]
         stage_index = 0
-        for stage_index, stage in enumerate(stages):  # noqa: B007
+        for stage_index, stage in enumerate(stages):
             x = stage(x)
             if stage_index in take_indices:
                 intermediates.append(self.norm(x) if norm and stage_index == final else x)
@@ -483,7 +485,9 @@ _RELEASED_NAMES = (
     (r"\.att\.aggregator\.agg0\.(conv\.)?", ".attn.non_attention."),
     (r"\.att\.aggregator\.norm(\d)\.", r".attn.aggregators.\1.norm."),
     (r"\.att\.aggregator\.agg(\d)\.", r".attn.aggregators.\1."),
-    (r"\.att\.crpe\.conv_list\.", ".attn.position."),
+    (r"\.att\.crpe\.conv_list\.0\.", ".attn.position.conv3."),
+    (r"\.att\.crpe\.conv_list\.1\.", ".attn.position.conv5."),
+    (r"\.att\.crpe\.conv_list\.2\.", ".attn.position.conv7."),
     (r"\.att\.", ".attn."),
     (r"(patch_embed|aggregators\.\d|non_attention)\.conv1\.", r"\1.depthwise."),
     (r"\.pointwise_conv\.", ".pointwise."),
@@ -498,6 +502,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
     Args:
         state_dict: Tensors by name. A released training checkpoint's ``{"model": state_dict, ...}`` is unpacked.
         model: Not needed; timm passes it.
+
     """
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
     if "conv_stem.proj1.weight" not in state_dict:
@@ -542,63 +547,17 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_groupmixformer(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> GroupMixFormer:
-    return build_model_with_cfg(
-        GroupMixFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**defaults, **kwargs},
-    )
-
-
-@register_model
-def groupmixformer_mobile(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
-    """GroupMixFormer-M, 5.7 M parameters, 1.4 GMACs at 224 (Table 1)."""
-    defaults = {"embed_dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
-    return _create_groupmixformer("groupmixformer_mobile", pretrained, defaults, **kwargs)
-
-
-@register_model
-def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
-    """GroupMixFormer-T, 11.0 M parameters, 3.7 GMACs at 224 (Table 1)."""
-    defaults = {"embed_dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
-    return _create_groupmixformer("groupmixformer_tiny", pretrained, defaults, **kwargs)
-
-
-@register_model
-def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
-    """GroupMixFormer-S, 22.4 M parameters, 5.2 GMACs at 224 (Table 1)."""
-    defaults = {"embed_dims": (80, 160, 320, 320), "depths": (2, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
-    return _create_groupmixformer("groupmixformer_small", pretrained, defaults, **kwargs)
-
-
-@register_model
-def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
-    """GroupMixFormer-B, 45.8 M parameters, 17.6 GMACs at 224 (Table 1)."""
-    defaults = {"embed_dims": (200, 240, 320, 480), "depths": (8, 8, 12, 8), "mlp_ratios": (2, 2, 4, 4)}
-    return _create_groupmixformer("groupmixformer_base", pretrained, defaults, **kwargs)
-
-
-_LARGE = {"embed_dims": (240, 320, 360, 480), "depths": (8, 10, 30, 10), "mlp_ratios": (4, 4, 2, 2)}
-
-
-@register_model
-def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
-    """GroupMixFormer-L as the release configures it: 71.8 M parameters, 38.3 GMACs at 224.
-
-    The paper says 70.3 M and 36.1 GMACs (Table 1), and the release marks its own configuration "need to adjust".
-    `groupmixformer.load_checkpoint` reads the widths and depths from the file instead.
-    """
-    return _create_groupmixformer("groupmixformer_large", pretrained, _LARGE, **kwargs)
-
-
-@register_model
-def groupmixformer_large_384(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
-    """`groupmixformer_large` configured for images of 384 x 384."""
-    return _create_groupmixformer("groupmixformer_large_384", pretrained, _LARGE, **kwargs)
-
+# Widths, depths and MLP ratios of the stages (Table 1).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "groupmixformer_mobile": {"embed_dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
+    "groupmixformer_tiny": {"embed_dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
+    "groupmixformer_small": {"embed_dims": (80, 160, 320, 320), "depths": (2, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
+    "groupmixformer_base": {"embed_dims": (200, 240, 320, 480), "depths": (8, 8, 12, 8), "mlp_ratios": (2, 2, 4, 4)},
+    # As the release configures it, with the remark "need to adjust": 71.8 M parameters and 38.3 GMACs where the paper says
+    # 70.3 M and 36.1. `groupmixformer.load_checkpoint` reads the widths and depths from the file instead.
+    "groupmixformer_large": {"embed_dims": (240, 320, 360, 480), "depths": (8, 10, 30, 10), "mlp_ratios": (4, 4, 2, 2)},
+}
+VARIANTS["groupmixformer_large_384"] = VARIANTS["groupmixformer_large"]
 
 # ImageNet-1K top-1 in percent, as published in the paper.
 PUBLISHED_TOP1 = {
@@ -609,3 +568,50 @@ PUBLISHED_TOP1 = {
     "groupmixformer_large": 85.0,
     "groupmixformer_large_384": 86.2,
 }
+
+
+def _create_groupmixformer(variant: str, pretrained: bool, **kwargs: Any) -> GroupMixFormer:
+    return build_model_with_cfg(
+        GroupMixFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def groupmixformer_mobile(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-M, 5.7 M parameters, 1.4 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_mobile", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-T, 11.0 M parameters, 3.7 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-S, 22.4 M parameters, 5.2 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_small", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-B, 45.8 M parameters, 17.6 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_base", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-L as the release configures it, 71.8 M parameters, 38.3 GMACs at 224; see `VARIANTS`."""
+    return _create_groupmixformer("groupmixformer_large", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_large_384(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """`groupmixformer_large` for images of 384 x 384."""
+    return _create_groupmixformer("groupmixformer_large_384", pretrained, **kwargs)

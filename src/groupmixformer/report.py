@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +124,7 @@ def write_report(
 
     Returns:
         The path of report.html.
+
     """
     predicted = logits.argmax(dim=1)
     confidence = logits.softmax(dim=1).amax(dim=1)
@@ -138,15 +138,18 @@ def write_report(
         images.transform = transform
 
     def shown(indices: Sequence[int]) -> Figure:
-        titles = [f"{class_names[predicted[i]]} ({confidence[i]:.0%})" for i in indices]
+        titles = [f"{class_names[int(predicted[i])]} ({confidence[i]:.0%})" for i in indices]
         titles = [
-            title if predicted[i] == true[i] else f"{title}\nis {class_names[true[i]]}"
+            title if predicted[i] == true[i] else f"{title}\nis {class_names[int(true[i])]}"
             for i, title in zip(indices, titles, strict=True)
         ]
         colors = [BLUE if predicted[i] == true[i] else ORANGE for i in indices]
         return _examples([chosen[i] for i in indices], titles, colors)
 
-    sections = {"Curves": ("curves", _curves(folder)), "Confusion": ("confusion", _confusion(true, predicted, class_names))}
+    sections = {
+        "Curves": ("curves", _curves(folder)),
+        "Confusion": ("confusion", _confusion(true, predicted, class_names)),
+    }
     if wrong:
         sections["Held-out images it gets wrong, the most confident first"] = ("wrong", shown(wrong))
     if right:
@@ -190,7 +193,7 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
     path = folder / "report.html"
     temporary = path.with_suffix(".part")
     temporary.write_text(page)
-    os.replace(temporary, path)
+    temporary.replace(path)
     return path
 
 

@@ -61,7 +61,7 @@ class Record(Callback):
         _write_rows(self.folder, [*read_metrics(self.folder), row])
         if row["val_top1"] > self.best:
             self.best = row["val_top1"]
-            save_checkpoint(pl_module.model, self.folder, self.class_names, self.config)  # type: ignore[arg-type]
+            save_checkpoint(pl_module.model, self.folder, self.class_names, self.config)
         done = trainer.current_epoch + 1 - self.first_epoch
         assert trainer.max_epochs is not None
         left = row["seconds"] / done * (trainer.max_epochs - trainer.current_epoch - 1)
@@ -119,6 +119,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     Raises:
         ValueError: If the data, model or folder cannot be used.
+
     """
     folder = Path(recipe.out)
     last = folder / "checkpoints" / "last.ckpt"
@@ -158,6 +159,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, about PyTorch
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # timm's schedulers are not torch's
         trainer.fit(module, *loaders, ckpt_path=str(last) if resume and last.exists() else None)
     if trainer.interrupted:
