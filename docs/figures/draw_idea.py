@@ -59,9 +59,7 @@ def arrow(ax: Axes, x0: float, x1: float, y: float, colour: str = INK) -> None:
     """Draw a horizontal arrow."""
     style = "-|>,head_length=4,head_width=2.4"
     ax.add_patch(
-        FancyArrowPatch(
-            (x0, y), (x1, y), arrowstyle=style, mutation_scale=1, shrinkA=0, shrinkB=0, lw=1.5, color=colour
-        )
+        FancyArrowPatch((x0, y), (x1, y), arrowstyle=style, mutation_scale=1, shrinkA=0, shrinkB=0, lw=1.5, color=colour)
     )
 
 
@@ -116,9 +114,7 @@ def draw_comparisons(ax: Axes, left: float) -> None:
         for column, row in (query, key):
             corner = (left + (column - half) * cell, top + (row - half) * cell)
             face = colour if (size == 1 and column == query[0]) else tint(colour, 0.3)
-            ax.add_patch(
-                Rectangle(corner, size * cell, size * cell, facecolor=face, edgecolor=colour, linewidth=2, zorder=3)
-            )
+            ax.add_patch(Rectangle(corner, size * cell, size * cell, facecolor=face, edgecolor=colour, linewidth=2, zorder=3))
     for size, colour in zip(SIZES, COLOURS, strict=False):
         half = size // 2
         y = top + (query[1] - half + 0.5) * cell

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset
 
-from .recipe import Recipe
+if TYPE_CHECKING:
+    from .recipe import Recipe  # needs jsonargparse, which prediction does without
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VALIDATION_FOLDERS = ("val", "validation", "test")
@@ -104,13 +105,13 @@ def open_images(name: str) -> ImageData:
     return ImageData(train, held_out, [str(n) for n in names])
 
 
-def data_config(recipe: Recipe, model: Any) -> dict[str, Any]:
+def data_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
     """Input of `model` trained by `recipe`, by timm's names: input_size, mean, std, interpolation, crop_pct."""
     config = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation")}
     return {**config, "input_size": (3, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
 
 
-def train_loader(recipe: Recipe, images: Any, config: dict[str, Any]) -> DataLoader[Any]:
+def train_loader(recipe: "Recipe", images: Any, config: dict[str, Any]) -> DataLoader[Any]:
     """Shuffled, augmented batches of (images (B, 3, S, S), classes (B))."""
     augmentation = recipe.augmentation
     images.transform = create_transform(

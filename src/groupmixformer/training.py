@@ -155,7 +155,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, steps_per_epoch),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice

@@ -1,0 +1,106 @@
+"""What the tests share: the golden values, weights that anyone can rebuild, and settings that make runs repeatable."""
+
+import functools
+import json
+import os
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before timm is imported; no test may need the network
+
+import numpy as np
+import pytest
+import torch
+
+from groupmixformer import GroupMixFormer
+from groupmixformer.groupmixformer import checkpoint_filter_fn
+
+# One thread, because results must not depend on the machine, and because OpenMP's barriers make runs of many small operations up to
+# 100 times slower when workers of pytest-xdist or other programs share the cores.
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared"  # data and larger golden values beside a development checkout
+
+
+def rebuild_weights(shapes):
+    """Return a tensor for every name and shape by the rule of the golden values: random, but the same everywhere."""
+    weights = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith("num_batches_tracked"):
+            value = np.array(100)
+        elif name.endswith("running_var"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith(("running_mean", "bias")):
+            value = rng.normal(0, 0.1, shape)
+        elif len(shape) == 1:
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = rng.normal(0, 1, shape) / np.sqrt(np.prod(shape[1:]))
+        weights[name] = torch.as_tensor(value.astype("int64" if value.ndim == 0 else "float32"))
+    return weights
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Give the path of something under ../shared, or skip the test."""
+
+    def find(name):
+        if not (SHARED / name).exists():
+            pytest.skip(f"needs {SHARED / name}, which comes with a development checkout")
+        return SHARED / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """Give a module the weights of `rebuild_weights`: a fresh module's are near zero and would hide errors."""
+
+    def apply(module):
+        module.load_state_dict(rebuild_weights({name: tensor.shape for name, tensor in module.state_dict().items()}))
+        return module
+
+    return apply
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """Load golden values by name; `test` ships with the package, `mobile` and `small` are skipped where they are missing."""
+
+    @functools.cache
+    def load(name):
+        folder = GOLDEN if (GOLDEN / f"{name}.json").is_file() else shared(f"golden/{name}.json").parent
+        content = json.loads((folder / f"{name}.json").read_text())
+        config = content["config"]
+        arguments = {
+            "embed_dims": config["embedding_dims"],
+            "depths": config["serial_depths"],
+            "mlp_ratios": config["mlp_ratios"],
+            "num_classes": content["num_classes"],
+        }
+        weights = rebuild_weights(dict(content["keys"]))  # by the release's names
+
+        def model():
+            built = GroupMixFormer(**arguments)
+            built.load_state_dict(checkpoint_filter_fn(weights))
+            return built.eval()
+
+        def images(case):
+            values = np.random.default_rng(case["seed"]).normal(0, 1, case["shape"])
+            return torch.as_tensor(values.astype("float32"))
+
+        with np.load(folder / f"{name}.npz") as arrays:
+            values = {key: torch.as_tensor(array) for key, array in arrays.items()}
+        return SimpleNamespace(
+            arguments=arguments, weights=weights, model=model, images=images, arrays=values, **{**content, "config": config}
+        )
+
+    return load

@@ -1,0 +1,271 @@
+"""The command line as a user meets it: results, exit codes, one-line errors, run folders."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from groupmixformer import load_checkpoint
+from groupmixformer.cli import main
+from groupmixformer.recipe import RecipeError, read_recipe, shipped, write_recipe
+from groupmixformer.training import read_metrics
+
+FAST = ["--image_size", "32", "--batch_size", "8", "--workers", "0", "--crop_pct", "1.0"]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Two classes of real pictures, scikit-learn's zeros and ones, as an image folder."""
+    root = tmp_path_factory.mktemp("photos")
+    images, labels = load_digits(return_X_y=True)
+    for digit, name in ((0, "zero"), (1, "one")):
+        chosen = images[labels == digit][:20].reshape(-1, 8, 8) * 15.9
+        for i, pixels in enumerate(chosen):
+            folder = root / ("train" if i < 12 else "val") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).resize((40, 36)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(photos, tmp_path_factory):
+    """A finished run on `photos`."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["train", "folder", "--data", str(photos), "--epochs", "1", "--out", str(folder), *FAST]) == 0
+    return folder
+
+
+def output(capsys, *argv, code=0):
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == code
+    return capsys.readouterr()
+
+
+def error(capsys, *argv, code):
+    """The single line that a failed command leaves on stderr."""
+    result = output(capsys, *argv, code=code)
+    assert result.out == ""
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_models_lists_what_it_counts(capsys):
+    rows = {row["name"]: row for row in json.loads(output(capsys, "models", "--json").out)["models"]}
+    assert set(rows) == set(timm.list_models("groupmixformer*"))
+    assert rows["groupmixformer_mobile"]["parameters"] == 5_733_120
+    assert rows["groupmixformer_large_384"]["input_size"] == [3, 384, 384]
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["modles"], "did you mean models?"),
+        (["models", "--jsn"], "did you mean --json?"),
+        (["predict", "x", "y.png", "--topp", "3"], "did you mean --top?"),
+        (["train", "digit"], "nearest: digits"),
+        (["train", "digits", "--epoch", "3"], "the nearest is epochs"),
+        (["train", "digits", "--optimizer.learning", "3"], "optimizer"),
+        (["train", "digits", "--epochs", "many"], "Expected a <class 'int'>"),
+        (["train", "digits", "--print", "--lr=1"], "the nearest is optimizer.lr"),
+    ],
+)
+def test_wrong_usage_names_the_nearest(capsys, argv, hint):
+    assert hint in error(capsys, *argv, code=2)
+
+
+def test_help_has_an_example_and_train_lists_every_field(capsys):
+    for command in ("quickstart", "models", "train", "eval", "predict", "convert"):
+        text = output(capsys, command, "--help").out
+        assert f"gmf {command}" in text.split("example:")[1]
+    text = output(capsys, "train", "--help").out
+    for field in ("--optimizer.weight_decay", "--augmentation.mixup", "--drop_path_rate", "Stochastic depth"):
+        assert field in text
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_shipped_recipe_round_trips(name, tmp_path):
+    recipe = read_recipe(
+        name, ["--optimizer.lr", "0.25", "--augmentation.scale=[0.5,0.75]", "--augmentation.color_jitter=null"]
+    )
+    assert recipe.optimizer.lr == 0.25
+    assert recipe.augmentation.scale == (0.5, 0.75)
+    assert recipe.augmentation.color_jitter is None
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert read_recipe(str(tmp_path / "recipe.yaml")) == recipe
+    assert shipped()[name].read_text().startswith(f"# gmf train {name}")
+
+
+@pytest.mark.parametrize("text", ["- a list", "data: [", "epoch: 3", "data: x\noptimizer: {momentum: 3}", "\x00"])
+def test_a_broken_recipe_is_refused(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"mine\.yaml"):
+        read_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_run_folder_holds_everything(run, photos, capsys):
+    names = {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "versions.json", "metrics.csv", "model.safetensors", "config.json", "report.html"} <= names
+    assert any(name.startswith("events.out") for name in names)
+    assert not [name for name in names if name.startswith(".saving") or name.endswith(".part")]
+    assert read_recipe(str(run / "recipe.yaml")).data == str(photos)
+    assert {"curves.png", "confusion.png"} <= {path.name for path in (run / "report").iterdir()}
+    measured = json.loads(output(capsys, "eval", run, "--json").out)
+    assert measured["images"] == 16
+    assert measured["top1"] == pytest.approx(max(row["val_top1"] for row in read_metrics(run)))
+    config = json.loads((run / "config.json").read_text())
+    assert config["label_names"] == ["one", "zero"]
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+def test_a_run_is_not_overwritten_but_resumed(run, photos, capsys, tmp_path):
+    argv = ["train", "folder", "--data", photos, "--out", run, *FAST]
+    assert "holds a run already" in error(capsys, *argv, code=1)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    output(capsys, *argv[: -len(FAST) - 1], copy, *FAST, "--epochs", "3", "--resume")
+    assert [row["epoch"] for row in read_metrics(copy)] == [0, 1, 2]
+    assert read_metrics(copy)[0] == read_metrics(run)[0]
+
+
+def test_the_same_seed_gives_the_same_run(run, photos, capsys, tmp_path):
+    output(capsys, "train", run / "recipe.yaml", "--out", tmp_path / "again")
+    again, first = load_checkpoint(tmp_path / "again").state_dict(), load_checkpoint(run).state_dict()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_predict_reads_files_folders_and_globs(run, photos, capsys):
+    ones = sorted((photos / "val" / "one").iterdir())
+    result = json.loads(output(capsys, "predict", run, ones[0], photos / "val", f"{photos}/val/*/1?.png", "--json").out)
+    assert result["images"][0]["image"] == str(ones[0])
+    assert len(result["images"]) == 16  # each once
+    classes = result["images"][0]["classes"]
+    assert {row["class"] for row in classes} == {"one", "zero"}
+    assert sum(row["probability"] for row in classes) == pytest.approx(1, abs=1e-5)
+    assert str(ones[0]) in output(capsys, "predict", run, ones[0], "--top", "1").out
+
+
+def test_predict_skips_what_it_cannot_read(run, photos, capsys, tmp_path):
+    good = next((photos / "val" / "one").iterdir())
+    bad = {"empty.png": b"", "text.jpg": b"not a picture", "half.png": good.read_bytes()[:60]}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    result = output(capsys, "predict", run, *(tmp_path / name for name in bad), tmp_path / "gone.png", good, "--json")
+    assert len(json.loads(result.out)["images"]) == 1
+    assert len(json.loads(result.out)["skipped"]) == 4
+    for name in (*bad, "gone.png"):
+        assert name in result.err
+    nothing = output(capsys, "predict", run, *(tmp_path / name for name in bad), code=1)
+    assert "none of 3 images could be read" in nothing.err
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_predict_reads_every_kind_of_picture(run, capsys, tmp_path, mode):
+    pixels = np.arange(48 * 40, dtype=np.uint16).reshape(48, 40)
+    image = Image.fromarray(pixels * 30) if mode == "I;16" else Image.fromarray((pixels % 256).astype(np.uint8)).convert(mode)
+    path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
+    image.save(path)
+    assert json.loads(output(capsys, "predict", run, path, "--json").out)["images"]
+
+
+def test_finetuning_starts_from_a_checkpoint_with_a_new_classifier(run, photos, capsys, tmp_path):
+    three = tmp_path / "three"
+    shutil.copytree(photos, three)
+    for split in ("train", "val"):
+        shutil.copytree(three / split / "one", three / split / "uno")
+    options = ["--data", three, "--checkpoint", run, "--epochs", "1", "--optimizer.lr", "0", "--schedule.warmup_lr", "0"]
+    options += ["--schedule.min_lr", "0", "--augmentation.mixup", "0.8", "--augmentation.cutmix", "1.0"]
+    output(capsys, "train", "finetune", *options, "--out", tmp_path / "tuned", *FAST)
+    tuned, first = load_checkpoint(tmp_path / "tuned"), load_checkpoint(run)
+    assert tuned.num_classes == 3
+    weight = "stages.2.blocks.3.attn.qkv.weight"
+    assert torch.equal(tuned.state_dict()[weight], first.state_dict()[weight])  # at a learning rate of 0
+
+
+def test_other_timm_models_train_the_same_way(photos, capsys, tmp_path):
+    argv = ["train", "folder", "--data", photos, "--variant", "test_resnet", "--epochs", "1", "--out", tmp_path / "run", *FAST]
+    result = json.loads(output(capsys, *argv, "--json").out)
+    assert json.loads(output(capsys, "eval", tmp_path / "run", "--json").out)["top1"] == result["top1"]
+
+
+def test_convert_writes_what_timm_reads(run, capsys, tmp_path):
+    (tmp_path / "names.txt").write_text("uno\nzero\n")
+    argv = ["convert", run / "model.safetensors", "--out", tmp_path / "out", "--class-names", tmp_path / "names.txt"]
+    output(capsys, *argv, "--image-size", "48")
+    images = torch.randn(1, 3, 48, 48)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    torch.testing.assert_close(model(images), load_checkpoint(run)(images))
+    assert model.pretrained_cfg["input_size"] == (3, 48, 48)
+    assert model.pretrained_cfg["label_names"] == ["uno", "zero"]
+
+
+def broken_folder(photos, root, how):
+    shutil.copytree(photos, root)
+    if how == "no val":
+        shutil.rmtree(root / "val")
+    elif how == "no train":
+        shutil.rmtree(root / "train")
+    elif how == "another class":
+        (root / "val" / "one").rename(root / "val" / "two")
+    elif how == "an empty class":
+        for path in (root / "train" / "one").iterdir():
+            path.unlink()
+    elif how == "one class":
+        shutil.rmtree(root / "train" / "one")
+        shutil.rmtree(root / "val" / "one")
+
+
+@pytest.mark.parametrize("how", ["no val", "no train", "another class", "an empty class", "one class"])
+def test_a_broken_data_folder_is_refused_before_training(photos, capsys, tmp_path, how):
+    broken_folder(photos, tmp_path / "data", how)
+    line = error(capsys, "train", "folder", "--data", tmp_path / "data", "--out", tmp_path / "run", code=1)
+    assert str(tmp_path / "data") in line
+    assert "expected" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["eval", "nowhere"], "nowhere: no such checkpoint"),
+        (["predict", "nowhere", "x.png"], "nowhere: no such checkpoint"),
+        (["convert", "nowhere.pth", "--out", "x"], "nowhere.pth: no such checkpoint"),
+        (["train", "digits", "--data", "nothing", "--out", "{tmp}/a"], "no data set nothing"),
+        (["train", "digits", "--variant", "groupmixformer_smal", "--out", "{tmp}/b"], "the nearest is groupmixformer_small"),
+        (["train", "digits", "--batch_size", "9999", "--out", "{tmp}/c"], "lower batch_size"),
+        (["train", "digits", "--out", "/dev/null/x"], "/dev/null"),
+        (["train", "finetune", "--checkpoint", "gone.pth", "--data", "digits", "--out", "{tmp}/d"], "gone.pth"),
+    ],
+)
+def test_a_failed_job_says_why_in_one_line(capsys, tmp_path, argv, hint):
+    assert hint in error(capsys, *(word.format(tmp=tmp_path) for word in argv), code=1)
+
+
+def test_eval_refuses_another_number_of_classes(run, capsys):
+    assert "10 classes and the model 2" in error(capsys, "eval", run, "--data", "digits", code=1)
+
+
+def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
+    argv = [sys.executable, "-m", "groupmixformer.cli", "eval", str(run), "--json"]
+    result = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["images"] == 16
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import groupmixformer", ["lightning", "torchmetrics", "matplotlib", "sklearn", "jsonargparse", "transformers"]),
+        ("from groupmixformer.cli import main; main(['predict', 'nowhere', 'x'])", ["lightning", "matplotlib", "jsonargparse"]),
+        ("import groupmixformer.evaluation, groupmixformer.data", ["lightning", "matplotlib"]),
+    ],
+)
+def test_light_things_import_nothing_heavy(statement, unwanted):
+    script = f"import sys; {statement}; print([name for name in {unwanted} if name in sys.modules], file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,105 @@
+"""The code blocks of README and docs run: Python as it stands, `gmf` commands through the command line."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from groupmixformer.cli import main
+from groupmixformer.groupmixformer import checkpoint_filter_fn
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def released_names(names):
+    """Names that the release uses, from ours: the other way round than the package's own table."""
+    replacements = (
+        (r"^stem\.conv", "conv_stem.proj"),
+        (r"^stem\.", "conv_stem."),
+        (r"^stages\.(\d+)\.patch_embed\.norm", r"patch_embed_layers.\1.norm"),
+        (r"^stages\.(\d+)\.patch_embed\.", r"patch_embed_layers.\1.proj."),
+        (r"^stages\.(\d+)\.blocks\.", r"groupmixformer_backbone.\1.gma_stage."),
+        (r"\.cpe\.", ".cpe.proj."),
+        (r"\.attn\.aggregators\.(\d)\.norm", r".att.aggregator.norm\1"),
+        (r"\.attn\.aggregators\.", ".att.aggregator.agg"),
+        (r"\.attn\.non_attention\.norm", ".att.aggregator.agg0.norm"),
+        (r"\.attn\.non_attention\.", ".att.aggregator.agg0.conv."),
+        (r"\.attn\.position\.conv3", ".att.crpe.conv_list.0"),
+        (r"\.attn\.position\.conv5", ".att.crpe.conv_list.1"),
+        (r"\.attn\.position\.conv7", ".att.crpe.conv_list.2"),
+        (r"\.attn\.", ".att."),
+        (r"\.depthwise\.", ".conv1."),
+        (r"\.pointwise\.", ".pointwise_conv."),
+        (r"^norm\.", "norm4."),
+        (r"^head\.fc\.", "head."),
+    )
+    for name in names:
+        for pattern, theirs in replacements:
+            name = re.sub(pattern, theirs, name)  # noqa: PLW2901
+        yield name
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the pages speak of: a released checkpoint, a picture, an image folder."""
+    monkeypatch.chdir(tmp_path)
+    state_dict = timm.create_model("groupmixformer_small").state_dict()
+    released = dict(zip(released_names(state_dict), state_dict.values(), strict=True))
+    assert list(checkpoint_filter_fn(released)) == list(state_dict)
+    torch.save({"model": released}, "groupmixformer_small.pth")
+    images, labels = load_digits(return_X_y=True)
+    for digit in (0, 1):
+        for i, pixels in enumerate(images[labels == digit][:16].reshape(-1, 8, 8)):
+            folder = Path("photos", "train" if i < 12 else "val", str(digit))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    Image.fromarray((images[0].reshape(8, 8) * 15.9).astype(np.uint8)).resize((64, 64)).save("photo.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page, workplace):
+    blocks = re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S)
+    assert blocks
+    names = {}
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, str(page), "exec"), names)
+        elif page.name != "README.md":  # the README's commands train for minutes: .ci/run and the next test run them
+            for line in block.splitlines():
+                assert main(shlex.split(line)[1:]) == 0, line
+
+
+def test_the_readme_names_commands_that_parse(workplace, capsys):
+    """Each `gmf` line of the README is understood: its options exist (the run itself is left out)."""
+    from groupmixformer.cli import _parser
+    from groupmixformer.recipe import read_recipe
+
+    lines = re.findall(r"^gmf .*$", (ROOT / "README.md").read_text(), re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        args, rest = _parser().parse_known_args(shlex.split(line)[1:])
+        if args.command == "train":
+            read_recipe(args.recipe, rest)
+        else:
+            assert not rest, line
+
+
+def test_links_point_at_files():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_nothing_names_a_path_of_a_machine():
+    home = os.sep + "work" + os.sep
+    for page in PAGES:
+        assert home not in page.read_text()

@@ -1,0 +1,58 @@
+"""The house: imports go one way, the file table is true, nothing heavy is imported early."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "groupmixformer"
+
+# A module may import modules of the rows above its own. Tasks never import each other.
+LAYERS = [
+    {"groupmixformer"},
+    {"checkpoint", "explain", "recipe", "evaluation"},
+    {"data"},
+    {"classification"},
+    {"training"},
+    {"report"},
+    {"cli"},
+]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("groupmixformer"):
+            yield node.module.removeprefix("groupmixformer.")
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_one_way(path):
+    if path.stem == "__init__":
+        assert set(imported(path)) <= {"groupmixformer", "checkpoint", "explain"}
+        return
+    depth = next(i for i, layer in enumerate(LAYERS) if path.stem in layer)
+    allowed = set().union(*LAYERS[:depth])
+    assert set(imported(path)) <= allowed
+
+
+def test_the_network_needs_only_torch_and_timm():
+    tree = ast.parse((SOURCE / "groupmixformer.py").read_text())
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert {name.split(".")[0] for name in modules} <= {"torch", "timm", "re", "collections", "typing"}
+
+
+def test_contributing_has_a_row_for_every_file():
+    rows = set(re.findall(r"^\| `([\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text(), re.M))
+    files = {path.name for path in SOURCE.glob("*.py")}
+    assert files == {row for row in rows if row.endswith(".py")}
+
+
+def test_the_readme_has_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert len(re.findall(r"^python3 -m venv \.venv .*gmf quickstart$", readme, re.M)) == 1
+    assert len(re.findall(r"^python3 -m venv \.venv .*pytest$", readme, re.M)) == 1
