@@ -16,8 +16,8 @@ import torch
 from groupmixformer import GroupMixFormer
 from groupmixformer.groupmixformer import checkpoint_filter_fn
 
-# One thread, because results must not depend on the machine, and because OpenMP's barriers make runs of many small operations up to
-# 100 times slower when workers of pytest-xdist or other programs share the cores.
+# One thread: results must not depend on the machine, and OpenMP's barriers make many small operations up to 100 times slower
+# when workers of pytest-xdist or other programs share the cores.
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,7 +5,6 @@ import re
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 
 from groupmixformer import GroupMixFormer, attention_maps
 from groupmixformer.explain import GROUP_SIZES, by_group_size
@@ -36,7 +35,9 @@ def test_maps_reproduce_the_attention(model, stage, block, query):
     stride = 4 * 2**stage
     assert maps.shape == (B, 8, H, W) == (B, 8, -(-45 // stride), -(-70 // stride))
     y, x = query[0] // stride, query[1] // stride
-    queries, _, values = (torch.cat(part, dim=1) for part in zip(*(proxy.chunk(3) for proxy in proxies), strict=True))  # (B, 4C, H, W)
+    queries, _, values = (
+        torch.cat(part, dim=1) for part in zip(*(proxy.chunk(3) for proxy in proxies), strict=True)
+    )  # (B, 4C, H, W)
     attended = torch.einsum("bhyx,bhcyx->bhc", maps, values.unflatten(1, (8, D // 10))).flatten(1)  # (B, 4C)
     convolutions = [attention.position.conv3, attention.position.conv5, attention.position.conv7]
     parts = values.split([conv.in_channels for conv in convolutions], dim=1)

@@ -92,7 +92,9 @@ def export(model):
         pytest.param(
             export,
             id="export",
-            marks=pytest.mark.xfail(strict=True, reason="chunk(3) of a batch of 3B fixes B; unflatten(0, (3, B)).unbind() does not"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="chunk(3) of a batch of 3B fixes B; unflatten(0, (3, B)).unbind() does not"
+            ),
         ),
         pytest.param(lambda model: torch.compile(model, fullgraph=True, backend="eager"), id="no graph break"),
         pytest.param(lambda model: torch.compile(model, fullgraph=True), id="compile", marks=pytest.mark.slow),
@@ -347,8 +349,8 @@ def test_variant(name):
     cfg = model.default_cfg
     parameters, macs = VARIANTS[name]
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
-    # The counts differ by less than 1 %: fvcore adds norms and pooling; PyTorch counts matrix products and convolutions, of which
-    # we do a few more, as two heads share a product and one segment's 5 x 5 position kernels are padded to 7 x 7.
+    # The counts differ by less than 1 %: fvcore adds norms and pooling; PyTorch counts matrix products and convolutions, of
+    # which we do a few more, as two heads share a product and one segment's 5 x 5 position kernels are padded to 7 x 7.
     if macs:
         assert counter.get_total_flops() / 2e9 == pytest.approx(macs, rel=0.01)
     assert tuple(last.shape[2:]) == cfg["pool_size"]

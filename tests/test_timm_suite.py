@@ -24,7 +24,19 @@ def test_timm_suite(tmp_path):
     suite.write_text(text.replace("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['groupmixformer', ", 1))
     # One file without the suite's own settings; importing the plugin `groupmixformer` registers the variants.
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    options = ["-q", "-n", "2", "-p", "groupmixformer", "-p", "no:cacheprovider", "-W", "ignore", "-c", str(tmp_path / "pytest.ini")]
+    options = [
+        "-q",
+        "-n",
+        "2",
+        "-p",
+        "groupmixformer",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "-c",
+        str(tmp_path / "pytest.ini"),
+    ]
     command = [sys.executable, "-m", "pytest", *options, "-k", "groupmixformer", str(suite)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TIMEOUT": "600"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=suite.parents[1], env=environment, check=False)

@@ -83,7 +83,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read as a checkpoint.
-
     """
     path = Path(path)
     if path.is_dir():
@@ -120,7 +119,6 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Raises:
         ValueError: If the tensors are not those of a GroupMixFormer.
-
     """
     blocks = [match for name in state_dict if (match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight", name))]
     depths = [0] * (1 + max((int(match[1]) for match in blocks), default=-1))
@@ -202,7 +200,6 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
         FileNotFoundError: If there is no such file or folder.
         ValueError: If it is unreadable, asks for code to run, is of another network, or has missing, surplus or
             misshapen tensors, of which it names the first few.
-
     """
     path = Path(path)
     state_dict = read_state_dict(path)
@@ -233,7 +230,6 @@ def load_model(path: str | Path) -> Any:
 
     Returns:
         The model in eval mode with its ``pretrained_cfg``.
-
     """
     path = Path(path)
     other = _read_config(path).get("architecture", "groupmixformer") if path.is_dir() else "groupmixformer"
@@ -257,7 +253,6 @@ def save_checkpoint(
         folder: Created if need be; other files in it are left alone.
         label_names: Names of the classes, in order.
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
-
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,6 @@ def create_classifier(recipe: Recipe, num_classes: int) -> Any:
 
     Raises:
         ValueError: If there is no such model or checkpoint.
-
     """
     settings: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
@@ -50,7 +49,6 @@ class Classification(lightning.LightningModule):
         recipe: The settings.
         num_classes: Size of the classifier.
         steps_per_epoch: Optimiser steps in an epoch, for the schedule.
-
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, steps_per_epoch: int) -> None:

@@ -319,7 +319,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if it is done, 1 if it failed, 2 for wrong usage, 130 if it was interrupted.
-
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()

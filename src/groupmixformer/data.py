@@ -90,7 +90,6 @@ def open_images(name: str) -> ImageData:
 
     Raises:
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
-
     """
     if name == "digits":
         return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
@@ -178,7 +177,6 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         ValueError: If the file cannot be read as a picture.
-
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:

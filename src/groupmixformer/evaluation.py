@@ -21,7 +21,6 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple
     Returns:
         Metrics (top1 and top5 as shares of 1, loss as mean cross entropy, images as their number), logits (N, classes) and
         true classes (N).
-
     """
     true: list[Tensor] = []
 

@@ -26,7 +26,6 @@ def implied_attention(attention: GroupMixAttention, x: Tensor, query: tuple[int,
 
     Returns:
         (B, 8, H, W). The sign is that of the weight: a head may subtract.
-
     """
     B, _, H, W = x.shape
     proxies, _ = attention.group_proxies(x)
@@ -55,7 +54,6 @@ def attention_maps(model: nn.Module, images: Tensor, query: Sequence[int], stage
 
     Raises:
         ValueError: If the model is not a `GroupMixFormer` in eval mode, or the query, stage or block does not exist.
-
     """
     if not isinstance(model, GroupMixFormer) or model.training:
         state = "in training mode" if isinstance(model, GroupMixFormer) else type(model).__name__

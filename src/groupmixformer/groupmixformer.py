@@ -131,16 +131,16 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float
 
     Returns:
         (B, N, C).
-
     """
-    B, C = qkv.shape[0] // 3, qkv.shape[1]
-    position = F.conv2d(qkv[2 * B :], weight, bias, padding=weight.shape[-1] // 2, groups=C)  # (B, C, H, W)
-    q, k, v = qkv.flatten(2).transpose(1, 2).chunk(3)  # 3 x (B, N, C)
+    C = qkv.shape[1]
+    q, k, v = qkv.chunk(3)  # 3 x (B, C, H, W)
+    position = F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=C).flatten(2).transpose(1, 2)  # (B, N, C)
+    q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
     context = k.softmax(dim=1).transpose(1, 2) @ v  # (B, C, C)
     # One matrix product serves both heads: what crosses them is multiplied by zero.
-    same_head = torch.eye(2, device=qkv.device, dtype=context.dtype).repeat_interleave(C // 2, 0)
+    same_head = torch.eye(2, device=q.device, dtype=context.dtype).repeat_interleave(C // 2, 0)
     context = context * (scale * same_head.repeat_interleave(C // 2, 1))  # (C, C)
-    return torch.addcmul(q @ context, q, position.flatten(2).transpose(1, 2))
+    return torch.addcmul(q @ context, q, position)
 
 
 class GroupMixAttention(nn.Module):
@@ -154,7 +154,6 @@ class GroupMixAttention(nn.Module):
 
     Raises:
         ValueError: If `dim` is not a positive multiple of 10.
-
     """
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -184,14 +183,14 @@ class GroupMixAttention(nn.Module):
         Returns:
             Four tensors (3B, C, H, W), for single tokens and groups of 3 x 3, 5 x 5 and 7 x 7, with Q, K and V stacked
             along the batch, so that in training each BN sees the joint statistics of all three; and one (B, 3C, H, W).
-
         """
         B, D, H, W = x.shape
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5).permute(4, 3, 0, 1, 2, 5)  # (5, 3, B, H, W, C)
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5)
+        segments = qkv.permute(4, 3, 0, 1, 2, 5).unbind(0)  # 5 x (3, B, H, W, C)
         proxies = []
         for i, aggregator in enumerate(self.aggregators):
-            proxies.append(aggregator(qkv[i].flatten(0, 1).permute(0, 3, 1, 2)))  # (3B, C, H, W)
-        local = qkv[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
+            proxies.append(aggregator(segments[i].flatten(0, 1).permute(0, 3, 1, 2)))  # (3B, C, H, W)
+        local = segments[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
         return proxies, local
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +246,6 @@ class Stem(nn.Module):
 
     Raises:
         ValueError: If the images do not have `in_chans` channels, a side is under 32, or they are not floating point.
-
     """
 
     def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -314,7 +312,6 @@ class GroupMixFormer(nn.Module):
 
     Raises:
         ValueError: If the stages' settings differ in number or a width is not a multiple of 10.
-
     """
 
     def __init__(
@@ -437,7 +434,6 @@ class GroupMixFormer(nn.Module):
 
         Returns:
             The result of `forward_features`, unless left out, and the maps (B, D_i, ceil(H/2^(i+2)), ceil(W/2^(i+2))).
-
         """
         assert output_fmt == "NCHW", f"output_fmt must be NCHW, not {output_fmt}"
         take_indices, last = feature_take_indices(len(self.stages), indices)
@@ -502,7 +498,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
     Args:
         state_dict: Tensors by name. A released training checkpoint's ``{"model": state_dict, ...}`` is unpacked.
         model: Not needed; timm passes it.
-
     """
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
     if "conv_stem.proj1.weight" not in state_dict:

@@ -22,7 +22,6 @@ class Optimizer:
         weight_decay: Decay of all parameters but biases and other 1-D parameters.
         layer_decay: Factor of the learning rate from a block to the one before it; none for equal rates.
         clip_grad: Largest norm of the gradient; none for no limit.
-
     """
 
     name: str = "adamw"
@@ -41,7 +40,6 @@ class Schedule:
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: Learning rate at the start of the warm-up.
         min_lr: Learning rate at the end.
-
     """
 
     name: str = "cosine"
@@ -64,7 +62,6 @@ class Augmentation:
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
         label_smoothing: Weight of the uniform distribution in the targets.
-
     """
 
     scale: tuple[float, float] = (0.35, 1.0)
@@ -99,7 +96,6 @@ class Recipe:
         optimizer: The optimiser.
         schedule: The learning rate over time.
         augmentation: What is done to training images.
-
     """
 
     data: str
@@ -171,7 +167,6 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: If the recipe or a field does not exist, or a value has the wrong type.
-
     """
     path = shipped().get(name, Path(name))
     if not path.is_file():

@@ -124,7 +124,6 @@ def write_report(
 
     Returns:
         The path of report.html.
-
     """
     predicted = logits.argmax(dim=1)
     confidence = logits.softmax(dim=1).amax(dim=1)

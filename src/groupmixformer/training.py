@@ -119,7 +119,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     Raises:
         ValueError: If the data, model or folder cannot be used.
-
     """
     folder = Path(recipe.out)
     last = folder / "checkpoints" / "last.ckpt"
