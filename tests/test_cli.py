@@ -247,6 +247,22 @@ def test_a_failed_job_says_why_in_one_line(capsys, tmp_path, argv, hint):
     assert hint in error(capsys, *(word.format(tmp=tmp_path) for word in argv), code=1)
 
 
+def test_eval_takes_a_folder_of_classes_and_timms_data_sets(run, photos, capsys):
+    whole = json.loads(output(capsys, "eval", run, "--json").out)
+    for argv in (["--data", photos / "val"], ["--data", "torch/folder", "--root", photos]):
+        measured = json.loads(output(capsys, "eval", run, *argv, "--json").out)
+        assert {key: measured[key] for key in ("top1", "top5", "loss", "images")} == pytest.approx(
+            {key: whole[key] for key in ("top1", "top5", "loss", "images")}
+        )
+
+
+def test_the_quickstart_takes_a_free_folder(monkeypatch, tmp_path, capsys, photos):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    argv = ["quickstart", "--data", photos, "--variant", "test_resnet", "--epochs", "1", "--json"]
+    assert "lower batch_size" in error(capsys, *argv, code=1)  # 24 pictures
+
+
 def test_eval_refuses_another_number_of_classes(run, capsys):
     assert "10 classes and the model 2" in error(capsys, "eval", run, "--data", "digits", code=1)
 

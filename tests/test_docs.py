@@ -19,36 +19,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def released_names(names):
-    """Names that the release uses, from ours: the other way round than the package's own table."""
-    replacements = (
-        (r"^stem\.conv", "conv_stem.proj"),
-        (r"^stem\.", "conv_stem."),
-        (r"^stages\.(\d+)\.patch_embed\.norm", r"patch_embed_layers.\1.norm"),
-        (r"^stages\.(\d+)\.patch_embed\.", r"patch_embed_layers.\1.proj."),
-        (r"^stages\.(\d+)\.blocks\.", r"groupmixformer_backbone.\1.gma_stage."),
-        (r"\.cpe\.", ".cpe.proj."),
-        (r"\.attn\.aggregators\.(\d)\.norm", r".att.aggregator.norm\1"),
-        (r"\.attn\.aggregators\.", ".att.aggregator.agg"),
-        (r"\.attn\.non_attention\.norm", ".att.aggregator.agg0.norm"),
-        (r"\.attn\.non_attention\.", ".att.aggregator.agg0.conv."),
-        (r"\.attn\.position\.conv3", ".att.crpe.conv_list.0"),
-        (r"\.attn\.position\.conv5", ".att.crpe.conv_list.1"),
-        (r"\.attn\.position\.conv7", ".att.crpe.conv_list.2"),
-        (r"\.attn\.", ".att."),
-        (r"\.depthwise\.", ".conv1."),
-        (r"\.pointwise\.", ".pointwise_conv."),
-        (r"^norm\.", "norm4."),
-        (r"^head\.fc\.", "head."),
-    )
-    for name in names:
-        for pattern, theirs in replacements:
-            name = re.sub(pattern, theirs, name)  # noqa: PLW2901
-        yield name
-
-
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, released_names):
     """A folder with what the pages speak of: a released checkpoint, a picture, an image folder."""
     monkeypatch.chdir(tmp_path)
     state_dict = timm.create_model("groupmixformer_small").state_dict()

@@ -1,6 +1,7 @@
 """gmf: the command line. Results go to stdout, progress and errors to stderr; imports wait for the command that needs them."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -36,12 +37,10 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def _progress(items: Any, what: str, total: int) -> Any:
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track
+    """Show a bar on a terminal."""
+    from tqdm import tqdm
 
-    return track(items, what, total, console=Console(stderr=True))
+    return tqdm(items, what, total, disable=None, leave=False)
 
 
 def _data_config(model: Any, image_size: int | None = None) -> dict[str, Any]:
@@ -106,14 +105,14 @@ def models(args: argparse.Namespace) -> None:
     _show({"models": rows}, args.json, "\n".join(table))
 
 
-def _finish(folder: Path, data: str, seconds: float) -> dict[str, Any]:
+def _finish(folder: Path, images: Any, seconds: float) -> dict[str, Any]:
     """Evaluate the run's best model, write the report and say where things are."""
     from .checkpoint import load_model
-    from .data import eval_loader, open_images
+    from .data import eval_loader
     from .evaluation import evaluate
     from .report import save_examples, write_report
 
-    model, images = load_model(folder), open_images(data)
+    model = load_model(folder)
     config = _data_config(model)
     metrics, logits, true = evaluate(model, eval_loader(images.held_out, config))
     report = write_report(folder, model, images.held_out, images.class_names, metrics, logits, true, config)
@@ -136,11 +135,12 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
         recipe = read_recipe(name, options)
     except RecipeError as error:
         raise UsageError(str(error)) from error
+    from .data import open_images
     from .training import train
 
     start = time.monotonic()
     folder = train(recipe, resume)
-    result = _finish(folder, recipe.data, time.monotonic() - start)
+    result = _finish(folder, open_images(recipe.data, recipe.root), time.monotonic() - start)
     text = (
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  "
         f"on {result['images']:,} held-out images after {result['seconds']:.0f} s\n"
@@ -152,7 +152,8 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
 def quickstart(args: argparse.Namespace) -> None:
     """Train, evaluate, report, and name the next commands."""
     recipe = "digits" if args.data == "digits" else "folder"
-    options = ["--out", args.out, "--data", args.data, "--variant", args.variant]
+    out = args.out or next(name for i in itertools.count(1) if not Path(name := f"runs/quickstart{f'-{i}' * (i > 1)}").exists())
+    options = ["--out", out, "--data", args.data, "--variant", args.variant]
     options += ["--epochs", str(args.epochs)] if args.epochs else []
     result, text = _train(recipe, options, resume=False)
     run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
@@ -178,20 +179,21 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a model on a data set."""
-    import yaml
-
     from .checkpoint import load_model
     from .data import eval_loader, open_images
     from .evaluation import evaluate as evaluate_model
 
     model = load_model(args.run).to(_device(args.device))
-    data = args.data
+    data, root = args.data, args.root
     if not data:
         recipe = Path(args.run, "recipe.yaml")
         if not recipe.is_file():
             raise ValueError(f"{args.run}: has no recipe that names a data set: name one with --data")
-        data = yaml.safe_load(recipe.read_text())["data"]
-    images = open_images(data)
+        from .recipe import read_recipe
+
+        stored = read_recipe(str(recipe))
+        data, root = stored.data, stored.root
+    images = open_images(data, root, need_train=False)
     if len(images.class_names) != model.num_classes:
         raise ValueError(f"{data} has {len(images.class_names)} classes and the model {model.num_classes}, expected the same")
     loader = eval_loader(images.held_out, _data_config(model, args.image_size), args.batch_size, args.workers)
@@ -277,7 +279,7 @@ def _parser() -> Parser:
         added.add_argument("--image-size", type=int, help="side of the images; the model's own by default")
 
     added = command(quickstart, "quickstart", "gmf quickstart --out runs/first")
-    added.add_argument("--out", default="runs/quickstart", help="folder of the run (default: %(default)s)")
+    added.add_argument("--out", help="folder of the run; runs/quickstart, or the next that is free, by default")
     added.add_argument("--data", default="digits", help="digits (default), a folder with train/ and val/, torch/..., hfds/...")
     added.add_argument("--variant", default="mobile", help="mobile (default), tiny, small, base, large or a model of timm")
     added.add_argument("--epochs", type=int, help="epochs; the recipe's by default")
@@ -291,7 +293,8 @@ def _parser() -> Parser:
 
     added = command(evaluate, "eval", "gmf eval runs/quickstart --json")
     uses_run(added)
-    added.add_argument("--data", help="data set; the run's own by default")
+    added.add_argument("--data", help="data set, or a folder of class folders; the run's own by default")
+    added.add_argument("--root", default="data", help="where timm's data sets lie (default: %(default)s)")
     added.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
     added.add_argument("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
 
@@ -345,8 +348,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[train]'", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"gmf: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("GMF_TRACEBACK"):
+            raise
+        known = isinstance(error, ValueError | OSError)
+        hint = "" if known else f" ({type(error).__name__}; GMF_TRACEBACK=1 shows where)"
+        print(f"gmf: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1
     return 0
 

@@ -49,44 +49,48 @@ class ImageData:
     class_names: list[str]
 
 
-def _folder(path: Path) -> ImageData:
-    held_out = next((name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
+def _classes(folder: Path) -> list[str]:
+    """Names of the classes in a folder, of which there must be two or more with images in each."""
+    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    empty = [n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*"))]
+    if len(names) < 2 or empty:
+        raise ValueError(
+            f"{folder}: expected two or more folders, one per class, with images in each; got {len(names)} folders"
+            + (f", without images: {', '.join(empty[:3])}" if empty else "")
+        )
+    return names
+
+
+def _folder(path: Path, need_train: bool) -> ImageData:
+    held_out = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
+    if not need_train:
+        held_out = held_out or path
+        return ImageData(None, create_dataset("", str(held_out)), _classes(held_out))
     if not (path / "train").is_dir() or held_out is None:
         found = sorted(child.name for child in path.iterdir())[:5]
         raise ValueError(
             f"{path}: expected the folders train/ and val/, each with one folder of images per class; found "
             f"{', '.join(found) or 'nothing'}"
         )
-    names = sorted(child.name for child in (path / "train").iterdir() if child.is_dir())
-    others = sorted(child.name for child in (path / held_out).iterdir() if child.is_dir())
+    names, others = _classes(path / "train"), _classes(held_out)
     if names != others:
         differing = sorted(set(names) ^ set(others))[:3]
         raise ValueError(
-            f"{path}: train/ has {len(names)} classes and {held_out}/ has {len(others)}, expected the same; they differ "
+            f"{path}: train/ has {len(names)} classes and {held_out.name}/ has {len(others)}, expected the same; they differ "
             f"in {', '.join(differing)}"
         )
-    class_map = {name: index for index, name in enumerate(names)}
-    empty = [
-        f"{split}/{name}"
-        for split in ("train", held_out)
-        for name in names
-        if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in (path / split / name).rglob("*"))
-    ]
-    if len(names) < 2 or empty:
-        raise ValueError(
-            f"{path}: expected two or more classes with images in each, got {len(names)} classes"
-            + (f", without images: {', '.join(empty[:3])}" if empty else "")
-        )
-    train, val = (create_dataset("", str(path / split), class_map=class_map) for split in ("train", held_out))
-    return ImageData(train, val, names)
+    return ImageData(create_dataset("", str(path / "train")), create_dataset("", str(held_out)), names)
 
 
-def open_images(name: str) -> ImageData:
+def open_images(name: str, root: str = "data", download: bool = False, need_train: bool = True) -> ImageData:
     """Open a data set for classification.
 
     Args:
-        name: ``digits``, a folder with train/ and val/ (or validation/, test/) of one folder per class, or a data set of
-            timm such as ``torch/cifar10`` or ``hfds/NAME``, which must be on disk.
+        name: ``digits``, a folder with train/ and val/ (or validation/, test/) of one folder per class, or a data set of timm
+            such as ``torch/cifar10`` or ``hfds/NAME``.
+        root: Where timm's data sets lie.
+        download: Fetch a ``torch/`` data set that is not there.
+        need_train: If not, a folder may hold the classes' folders itself, and `train` is None for it.
 
     Raises:
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
@@ -94,13 +98,13 @@ def open_images(name: str) -> ImageData:
     if name == "digits":
         return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
     if Path(name).is_dir():
-        return _folder(Path(name))
+        return _folder(Path(name), need_train)
     if not name.startswith(("torch/", "hfds/")):
         raise ValueError(f"no data set {name}: expected digits, a folder with train/ and val/, torch/NAME or hfds/NAME")
-    train = create_dataset(name, root=None, split="train")
-    held_out = create_dataset(name, root=None, split="validation")
-    inner = getattr(train, "reader", train)
-    names = getattr(inner, "classes", None) or list(getattr(inner, "class_to_idx", {})) or []
+    train, held_out = (create_dataset(name, root, split=split, download=download) for split in ("train", "validation"))
+    names = getattr(train, "classes", None)  # torchvision's
+    if names is None:  # Hugging Face's
+        names = train.reader.dataset.features[train.reader.label_key].names
     return ImageData(train, held_out, [str(n) for n in names])
 
 

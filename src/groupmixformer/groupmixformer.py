@@ -133,7 +133,7 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float
         (B, N, C).
     """
     C = qkv.shape[1]
-    q, k, v = qkv.chunk(3)  # 3 x (B, C, H, W)
+    q, k, v = qkv.unflatten(0, (3, -1)).unbind(0)  # 3 x (B, C, H, W)
     position = F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=C).flatten(2).transpose(1, 2)  # (B, N, C)
     q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
     context = k.softmax(dim=1).transpose(1, 2) @ v  # (B, C, C)

@@ -81,6 +81,8 @@ class Recipe:
 
     Args:
         data: The data set: digits, a folder with train/ and val/ of one folder per class, or timm's torch/..., hfds/...
+        root: Where timm's data sets lie.
+        download: Fetch a torch/ data set that is not there.
         variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm.
         checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
         image_size: Side of the training images, in pixels; also of the test images.
@@ -99,6 +101,8 @@ class Recipe:
     """
 
     data: str
+    root: str = "data"
+    download: bool = False
     variant: str = "groupmixformer_mobile"
     checkpoint: str | None = None
     image_size: int = 224

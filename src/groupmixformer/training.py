@@ -128,7 +128,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    images = open_images(recipe.data)
+    images = open_images(recipe.data, recipe.root, recipe.download)
     steps_per_epoch = len(images.train) // recipe.batch_size
     module = Classification(recipe, len(images.class_names), steps_per_epoch)
     config = data_config(recipe, module.model)
@@ -162,5 +162,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # timm's schedulers are not torch's
         trainer.fit(module, *loaders, ckpt_path=str(last) if resume and last.exists() else None)
     if trainer.interrupted:
+        print(f"stopped; to continue: gmf train {folder / 'recipe.yaml'} --resume", file=sys.stderr)
         raise KeyboardInterrupt
     return folder
