@@ -46,10 +46,6 @@ def assert_fails(path, message=".", error=ValueError):
     assert str(path) in str(caught.value)
 
 
-def unhandled(error):
-    return pytest.mark.xfail(strict=True, reason=f"load_checkpoint lets a {error} through")
-
-
 # Every origin
 
 
@@ -168,7 +164,7 @@ def test_released_variants(tmp_path, golden, variant):
 # The architecture, from the tensors
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data(), st.integers(1, 4))
 def test_architecture(data, stages):
     def per_stage(values):
@@ -340,11 +336,7 @@ def test_unreadable(tmp_path, name, write, message):
 
 @pytest.mark.parametrize("kept", [1, 100, 0.3, 0.9, -1])
 @pytest.mark.parametrize("origin", ["release, training", "release, before PyTorch 1.6", "safetensors"])
-def test_truncated(tmp_path, golden, request, origin, kept):
-    if (origin, kept) == ("release, before PyTorch 1.6", 100):
-        request.applymarker(
-            pytest.mark.xfail(strict=True, reason="the EOFError has no message, of which the first line is taken")
-        )
+def test_truncated(tmp_path, golden, origin, kept):
     values = golden("test")
     name, write = ORIGINS[origin]
     path = tmp_path / name
@@ -435,7 +427,7 @@ def test_wrong_tensors(tmp_path, golden, name, change, message):
     assert_fails(tmp_path / name, message)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_wrong_tensor(tmp_path_factory, data):
     weights = GroupMixFormer(**STAGES, num_classes=6).state_dict()
@@ -454,10 +446,10 @@ def test_any_wrong_tensor(tmp_path_factory, data):
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
-        pytest.param("head.fc.weight", torch.ones(()), marks=unhandled("TypeError")),
-        pytest.param("stages.1.patch_embed.pointwise.weight", torch.ones(0, 3), marks=unhandled("ZeroDivisionError")),
-        pytest.param("norm.weight", torch.ones(30).to_sparse(), marks=unhandled("RuntimeError")),
-        pytest.param(5, torch.ones(3), marks=unhandled("AttributeError")),
+        ("head.fc.weight", torch.ones(())),
+        ("stages.1.patch_embed.pointwise.weight", torch.ones(0, 3)),
+        ("norm.weight", torch.ones(30).to_sparse()),
+        (5, torch.ones(3)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
@@ -466,7 +458,6 @@ def test_odd_tensors(tmp_path, small, name, tensor):
     assert_fails(tmp_path / "a.pt")
 
 
-@unhandled("MemoryError")
 @pytest.mark.parametrize("name", ["stages.0.blocks.{}.norm1.weight", "stages.{}.blocks.0.norm1.weight"])
 def test_absurd_depths(tmp_path, small, name):
     # A name must not make the reader build or count that many blocks. The number is too large to try.
@@ -480,11 +471,11 @@ def test_absurd_depths(tmp_path, small, name):
         "{",
         "[]",
         b"\xff\xfe{}",
-        pytest.param({"pretrained_cfg": None}, marks=unhandled("TypeError")),
-        pytest.param({"pretrained_cfg": 5}, marks=unhandled("TypeError")),
-        pytest.param({"pretrained_cfg": {"input_size": 3}}, marks=unhandled("TypeError")),
-        pytest.param({"global_pool": "nonsense"}, marks=unhandled("AssertionError")),
-        pytest.param({"global_pool": 5}, marks=unhandled("AttributeError")),
+        {"pretrained_cfg": None},
+        {"pretrained_cfg": 5},
+        {"pretrained_cfg": {"input_size": 3}},
+        {"global_pool": "nonsense"},
+        {"global_pool": 5},
     ],
 )
 def test_damaged_configuration(tmp_path, small, content):

@@ -103,6 +103,12 @@ def test_a_shipped_recipe_round_trips(name, tmp_path):
     assert shipped()[name].read_text().startswith(f"# gmf train {name}")
 
 
+def test_print_shows_the_resolved_recipe(capsys):
+    argv = ["train", "digits", "--optimizer.lr", "0.5", "--print"]
+    assert "lr: 0.5" in output(capsys, *argv).out
+    assert json.loads(output(capsys, *argv, "--json").out)["optimizer"]["lr"] == 0.5
+
+
 @pytest.mark.parametrize("text", ["- a list", "data: [", "epoch: 3", "data: x\noptimizer: {momentum: 3}", "\x00"])
 def test_a_broken_recipe_is_refused(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)

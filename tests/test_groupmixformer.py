@@ -89,12 +89,7 @@ def export(model):
 @pytest.mark.parametrize(
     ("compiled", "sizes"),
     [
-        pytest.param(
-            export,
-            2,
-            id="export",
-            marks=pytest.mark.xfail(strict=True, reason="chunk(3) of a batch of 3B fixes B; unflatten(0, (3, -1)) does not"),
-        ),
+        pytest.param(export, 2, id="export"),
         pytest.param(lambda model: torch.compile(model, fullgraph=True, backend="eager"), 1, id="no graph break"),
         pytest.param(lambda model: torch.compile(model, fullgraph=True), 2, id="compile", marks=pytest.mark.slow),
     ],
@@ -143,7 +138,7 @@ def configurations(draw):
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(configurations(), st.integers(32, 100), st.integers(32, 100), st.integers(1, 3))
 @example({**STAGES, "num_classes": 2}, 32, 32, 1)
 @example({**STAGES, "num_classes": 2}, 33, 99, 2)
@@ -186,6 +181,12 @@ def test_wrong_input(model, shape, dtype, message):
     for call in (model, model.forward_features, model.forward_intermediates, torch.fx.symbolic_trace(model)):
         with pytest.raises(ValueError, match=re.escape(message)):
             call(images)
+
+
+@pytest.mark.parametrize("shape", [(2, 49, 20), (2, 7, 7, 20), (2, 10, 7, 7)])
+def test_wrong_feature_map(shape):
+    with pytest.raises(ValueError, match=re.escape(f"got an input of shape {list(shape)}, expected a feature map (batch, 20,")):
+        GroupMixAttention(20)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("dim", [0, -10, 5, 24])
@@ -410,7 +411,7 @@ def test_gradient_checkpointing(randomise, images, drop_path_rate):
         model = randomise(GroupMixFormer(**STAGES, num_classes=6, drop_path_rate=drop_path_rate)).train()
         model.set_grad_checkpointing(enable)
         runs = []
-        model.stages[2].blocks[1].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        model.stages[2].blocks[1].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         torch.manual_seed(1)
         F.cross_entropy(model(images), torch.tensor([1, 4])).backward()
         models.append(model)
@@ -420,7 +421,6 @@ def test_gradient_checkpointing(randomise, images, drop_path_rate):
         assert torch.equal(one.grad, other.grad)
 
 
-@pytest.mark.xfail(strict=True, reason="recomputing a block moves the running statistics of its BNs a second time")
 def test_gradient_checkpointing_keeps_the_running_statistics(randomise, images):
     models = [randomise(GroupMixFormer(**STAGES, num_classes=6)).train() for _ in range(2)]
     models[1].set_grad_checkpointing()
@@ -539,6 +539,7 @@ def test_symbolic_trace(model, images):
     torch.testing.assert_close(traced(images[:1, :, :33, :64]), model(images[:1, :, :33, :64]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript(randomise, images):
     with set_scriptable(True):
         model = randomise(create(num_classes=6))

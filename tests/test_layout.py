@@ -43,7 +43,7 @@ def test_the_network_needs_only_torch_and_timm():
     tree = ast.parse((SOURCE / "groupmixformer.py").read_text())
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert {name.split(".")[0] for name in modules} <= {"torch", "timm", "re", "collections", "typing"}
+    assert {name.split(".")[0] for name in modules} <= {"torch", "timm", "re", "collections", "contextlib", "typing"}
 
 
 def test_contributing_has_a_row_for_every_file():

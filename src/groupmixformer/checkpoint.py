@@ -59,11 +59,16 @@ def _load_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _named_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):  # the release; Lightning and timm
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()) or not loaded:
+    named = isinstance(loaded, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
+    if not named or not loaded:
         raise ValueError(
             f"{path}: holds no state dict, expected tensors by name, alone or under 'model' or 'state_dict': "
             "is it another kind of file?"
@@ -101,7 +106,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if asked:
             reason = f"it asks to run {asked[1] or asked[2]}, and only tensors are read from a checkpoint"
         else:
-            reason = f"it is damaged or of another kind ({type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]})"
+            reason = f"it is damaged or of another kind ({type(error).__name__}: {_one_line(error).split('. ')[0]})"
         raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
     return _named_tensors(loaded, path)
 
@@ -120,15 +125,18 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: If the tensors are not those of a GroupMixFormer.
     """
-    blocks = [match for name in state_dict if (match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight", name))]
-    depths = [0] * (1 + max((int(match[1]) for match in blocks), default=-1))
-    for match in blocks:
-        depths[int(match[1])] = max(depths[int(match[1])], 1 + int(match[2]))
+    numbers: dict[int, set[int]] = {}
+    for name in state_dict:
+        if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
+            numbers.setdefault(int(match[1]), set()).add(int(match[2]))
     try:
-        embed_dims = [state_dict[f"stages.{i}.patch_embed.pointwise.weight"].shape[0] for i in range(len(depths))]
-        hidden = [state_dict[f"stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(len(depths))]
         in_chans = state_dict["stem.conv1.weight"].shape[1]
-    except (KeyError, IndexError):
+        embed_dims = [state_dict[f"stages.{i}.patch_embed.pointwise.weight"].shape[0] for i in range(len(numbers))]
+        hidden = [state_dict[f"stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(len(numbers))]
+        depths = [len(numbers[i]) for i in range(len(numbers))]
+        num_classes = state_dict["head.fc.weight"].shape[0] if "head.fc.weight" in state_dict else 0
+        ratios = [_mlp_ratio(h, d) for h, d in zip(hidden, embed_dims, strict=True)]
+    except (KeyError, IndexError, ZeroDivisionError):
         depths = []
     if not depths:
         raise ValueError(
@@ -138,8 +146,8 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "embed_dims": embed_dims,
         "depths": depths,
-        "mlp_ratios": [_mlp_ratio(h, d) for h, d in zip(hidden, embed_dims, strict=True)],
-        "num_classes": len(state_dict["head.fc.weight"]) if "head.fc.weight" in state_dict else 0,
+        "mlp_ratios": ratios,
+        "num_classes": num_classes,
         "in_chans": in_chans,
     }
 
@@ -180,6 +188,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         content = json.loads(config.read_text())
         if not isinstance(content, dict):
             raise ValueError("expected an object")
+        cfg, pool = content.get("pretrained_cfg", {}), content.get("global_pool", "avg")
+        size = cfg.get("input_size", [3, 224, 224]) if isinstance(cfg, dict) else cfg
+        if not isinstance(size, list) or len(size) != 3 or not all(isinstance(side, int) for side in size):
+            raise ValueError(f"got a pretrained_cfg with input_size {size}, expected channels, height and width")
+        if pool not in ("", "avg", "max", "avgmax", "catavgmax"):
+            raise ValueError(f"got global_pool {pool}, expected avg, max, avgmax, catavgmax or nothing")
     except ValueError as error:
         raise ValueError(f"{config}: not a model configuration: {error}") from error
     return content
@@ -207,20 +221,18 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
     try:
         arguments = architecture(state_dict)
         with torch.device("meta"):
-            model = GroupMixFormer(**arguments, global_pool=config.get("global_pool", "avg"))
+            model: Any = GroupMixFormer(**arguments, global_pool=config.get("global_pool", "avg"))
         _check_tensors(state_dict, model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    model.to_empty(device="cpu")
-    model.load_state_dict(state_dict)
-
-    variant, _ = _variant(arguments)
-    pretrained_cfg = default_cfgs[variant].default.to_dict()
-    pretrained_cfg.update(config.get("pretrained_cfg", {}), architecture=variant, num_classes=arguments["num_classes"])
-    pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
-    for key in ("label_names", "label_descriptions"):
-        if key in config:
-            pretrained_cfg[key] = config[key]
+        model.to_empty(device="cpu")
+        model.load_state_dict(state_dict)
+        variant, _ = _variant(arguments)
+        pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
+        pretrained_cfg |= {key: config[key] for key in ("label_names", "label_descriptions") if key in config}
+        pretrained_cfg |= {"architecture": variant, "num_classes": arguments["num_classes"]}
+        pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
+    except Exception as error:  # a hostile file can hold anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: cannot be loaded: {kind}{_one_line(error)}") from error
     model.pretrained_cfg = model.default_cfg = pretrained_cfg
     return model.eval()
 
@@ -279,4 +291,7 @@ def save_checkpoint(
             for file in Path(temporary).iterdir():
                 file.replace(folder / file.name)
     finally:
-        model.pretrained_cfg = original
+        if original is None:
+            del model.pretrained_cfg
+        else:
+            model.pretrained_cfg = original

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -169,9 +170,10 @@ def train(args: argparse.Namespace) -> None:
         from .recipe import RecipeError, read_recipe, to_yaml
 
         try:
-            print(to_yaml(read_recipe(args.recipe, args.options)), end="")
+            recipe = read_recipe(args.recipe, args.options)
         except RecipeError as error:
             raise UsageError(str(error)) from error
+        _show(asdict(recipe), args.json, to_yaml(recipe).rstrip())
         return
     result, text = _train(args.recipe, args.options, args.resume)
     _show(result, args.json, text)

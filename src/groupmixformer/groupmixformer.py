@@ -19,7 +19,8 @@ Every module takes and returns (B, D, H, W).
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
@@ -54,6 +55,12 @@ def _check_images(x: Tensor, in_chans: int) -> None:
         )
     if not x.is_floating_point():
         raise ValueError(f"got an input of type {x.dtype}, expected floating point: convert the images and normalise them")
+
+
+@torch.fx.wrap
+def _check_map(x: Tensor, dim: int) -> None:
+    if x.dim() != 4 or x.shape[1] != dim:
+        raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
 
 
 class SeparableConv(nn.Sequential):
@@ -153,7 +160,7 @@ class GroupMixAttention(nn.Module):
         dim: Width D, a multiple of 10: five segments, of which four hold two heads each.
 
     Raises:
-        ValueError: If `dim` is not a positive multiple of 10.
+        ValueError: If `dim` is not a positive multiple of 10, or the input is not (B, `dim`, H, W).
     """
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -161,6 +168,7 @@ class GroupMixAttention(nn.Module):
             raise ValueError(f"got dim={dim}, expected a positive multiple of 10 (5 segments, 8 heads over 4 of them)")
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.dim = dim
         segment_dim = dim // 5
         self.head_dim = dim // 10
         self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
@@ -195,6 +203,7 @@ class GroupMixAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend. `x` and the result are (B, D, H, W)."""
+        _check_map(x, self.dim)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
         mixed = []
@@ -267,6 +276,27 @@ class Stem(nn.Module):
         return self.act2(self.norm2(self.conv2(x)))
 
 
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    norms = [(m, m.momentum) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked -= 1
+
+
+def _checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
+    """Run `block` without keeping its activations; recomputing them moves no running statistics a second time."""
+    if torch.compiler.is_compiling():  # the compiler recomputes no update of a buffer, and takes no context
+        return checkpoint(block, x)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))
+
+
 class Stage(nn.Module):
     """Patch embedding, then blocks; no norm after them. (B, D_in, H, W) -> (B, D, ceil(H/s), ceil(W/s))."""
 
@@ -291,7 +321,7 @@ class Stage(nn.Module):
         x = self.patch_embed(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
+                x = _checkpoint_block(block, x)
             else:
                 x = block(x)
         return x

@@ -192,7 +192,9 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write every field of `recipe`, so that `read_recipe` of the file gives it back."""
-    path.write_text(to_yaml(recipe))
+    temporary = path.with_suffix(".part")
+    temporary.write_text(to_yaml(recipe))
+    temporary.replace(path)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -138,7 +138,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     callbacks: list[Callback] = [
         Record(folder, images.class_names, config),
-        ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, enable_version_counter=False),
+        # At the very end of an epoch: what Record wrote belongs to the checkpoint.
+        ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, save_on_train_epoch_end=True),
         LearningRateMonitor(logging_interval="step"),
     ]
     if sys.stderr.isatty():
