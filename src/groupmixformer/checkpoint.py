@@ -279,7 +279,9 @@ def save_checkpoint(
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
     names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
-    labels = {"label_names": names} if names else {}
+    labels: dict[str, Any] = {"label_names": names} if names else {}
+    if isinstance(model, GroupMixFormer):
+        labels["global_pool"] = model.head.global_pool.pool_type
     model.pretrained_cfg = pretrained_cfg
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

@@ -379,9 +379,13 @@ class GroupMixFormer(nn.Module):
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features, **dd)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head = self._head(num_classes, global_pool, drop_rate, **dd)
         self.apply(self._init_weights)
+
+    def _head(self, num_classes: int, pool_type: str, drop_rate: float, **dd: Any) -> ClassifierHead:
+        head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
+        return head
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -424,9 +428,10 @@ class GroupMixFormer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of `num_classes` (0: none); `global_pool` None keeps the pooling."""
         self.num_classes = num_classes
+        pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
         weight = self.stem.conv1.weight
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=weight.device, dtype=weight.dtype)
-        self.head_hidden_size = self.head.num_features
+        self.head = self._head(num_classes, pool_type, self.head.drop.p, device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
