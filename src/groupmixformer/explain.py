@@ -13,7 +13,7 @@ GROUP_SIZES = (1, 1, 3, 3, 5, 5, 7, 7)  # of the eight heads: single tokens, the
 
 
 def implied_attention(attention: GroupMixAttention, x: Tensor, query: tuple[int, int]) -> Tensor:
-    """Weights that each head gives to the value at every position, for one query token (Sec. 3.3).
+    """Weights that each head gives to the value at every position, for one query token (Sec. 3).
 
     The attention ``scale * Q (softmax(K)^T V)`` equals ``A V`` with ``A = scale * Q softmax(K)^T``. One row of A is
     formed here, at a cost linear in the number of tokens. The position encoding is a convolution of V and adds a local part,

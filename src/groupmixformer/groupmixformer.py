@@ -97,7 +97,7 @@ class NonAttention(nn.Sequential):
 
 
 class ConvRelativePosition(nn.Module):
-    """Kernels of the convolutional relative position encoding (CoaT, arXiv 2104.06399, Sec. 3.2).
+    """Kernels of the convolutional relative position encoding (CoaT, arXiv 2104.06399).
 
     Of the 8 heads, 2 have a 3 x 3 kernel per channel, 3 a 5 x 5 and 3 a 7 x 7. Segments hold 2 heads each, so the third
     segment has one head of 5 x 5 and one of 7 x 7.
@@ -128,7 +128,7 @@ class ConvRelativePosition(nn.Module):
 
 @torch.fx.wrap
 def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention of the two heads of one segment, with position encoding (Sec. 3.3): scale Q softmax(K)^T V + Q * conv(V).
+    """Attention of the two heads of one segment, with position encoding (Sec. 3): scale Q softmax(K)^T V + Q * conv(V).
 
     Args:
         qkv: Q, K and V stacked along the batch (3B, C, H, W). The softmax of K is taken over the tokens.
@@ -151,7 +151,7 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float
 
 
 class GroupMixAttention(nn.Module):
-    """Group-Mix Attention over a feature map (Sec. 3.2 and 3.3, Fig. 3). (B, D, H, W) -> (B, D, H, W).
+    """Group-Mix Attention over a feature map (Sec. 3). (B, D, H, W) -> (B, D, H, W).
 
     Works on any feature map and can stand in for another attention; it has no normalisation before it and no residual.
     Feed it memory in ``torch.channels_last`` to spare a copy.
@@ -328,7 +328,7 @@ class Stage(nn.Module):
 
 
 class GroupMixFormer(nn.Module):
-    """The network (Sec. 3.4, Fig. 4, Table 1): a stem and stages at strides 4, 8, 16, 32.
+    """The network (Sec. 3): a stem and stages at strides 4, 8, 16, 32.
 
     Args:
         in_chans: Channels of the input images.
@@ -577,7 +577,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Widths, depths and MLP ratios of the stages (Table 1).
+# Widths, depths and MLP ratios of the stages.
 VARIANTS: dict[str, dict[str, Any]] = {
     "groupmixformer_mobile": {"embed_dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
     "groupmixformer_tiny": {"embed_dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
