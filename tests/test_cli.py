@@ -246,6 +246,7 @@ def test_a_broken_data_folder_is_refused_before_training(photos, capsys, tmp_pat
         (["train", "digits", "--variant", "groupmixformer_smal", "--out", "{tmp}/b"], "the nearest is groupmixformer_small"),
         (["train", "digits", "--batch_size", "9999", "--out", "{tmp}/c"], "lower batch_size"),
         (["train", "digits", "--out", "/dev/null/x"], "/dev/null"),
+        (["train", "digits", "--augmentation.mixup", "1", "--batch_size", "7", "--out", "{tmp}/e"], "expected an even one"),
         (["train", "finetune", "--checkpoint", "gone.pth", "--data", "digits", "--out", "{tmp}/d"], "gone.pth"),
     ],
 )

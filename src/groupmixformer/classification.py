@@ -59,6 +59,8 @@ class Classification(lightning.LightningModule):
         augmentation = recipe.augmentation
         self.mixup = None
         if augmentation.mixup > 0 or augmentation.cutmix > 0:
+            if recipe.batch_size % 2:
+                raise ValueError(f"got batch_size {recipe.batch_size}, expected an even one: mixup and cutmix pair the images")
             self.mixup = Mixup(
                 augmentation.mixup,
                 augmentation.cutmix,
@@ -71,7 +73,7 @@ class Classification(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch of images (B, 3, H, W) and classes (B)."""
         images, classes = batch
-        if self.mixup is not None and len(images) % 2 == 0:
+        if self.mixup is not None:
             images, targets = self.mixup(images, classes)
             loss: Tensor = self.soft_loss(self.model(images), targets)
         else:
