@@ -266,8 +266,11 @@ def test_eval_takes_a_folder_of_classes_and_timms_data_sets(run, photos, capsys)
 def test_the_quickstart_takes_a_free_folder(monkeypatch, tmp_path, capsys, photos):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "recipe.yaml").write_text("data: digits")  # a run that must not be touched
     argv = ["quickstart", "--data", photos, "--variant", "test_resnet", "--epochs", "1", "--json"]
     assert "lower batch_size" in error(capsys, *argv, code=1)  # 24 pictures
+    assert (tmp_path / "runs" / "quickstart-2").is_dir()
+    assert [path.name for path in (tmp_path / "runs" / "quickstart").iterdir()] == ["recipe.yaml"]
 
 
 def test_eval_refuses_another_number_of_classes(run, capsys):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset
 
@@ -182,7 +182,6 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         ValueError: If the file cannot be read as a picture.
     """
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

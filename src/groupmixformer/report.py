@@ -170,7 +170,7 @@ def write_report(
             "top-1": f"{metrics['top1']:.2%}",
             "top-5": f"{metrics['top5']:.2%}",
             "loss": f"{metrics['loss']:.4f}",
-            "held-out images": f"{metrics['images']:,}",
+            "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
             "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
             **json.loads((folder / "versions.json").read_text()),
         }.items()
