@@ -192,7 +192,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         size = cfg.get("input_size", [3, 224, 224]) if isinstance(cfg, dict) else cfg
         if not isinstance(size, list) or len(size) != 3 or not all(isinstance(side, int) for side in size):
             raise ValueError(f"got a pretrained_cfg with input_size {size}, expected channels, height and width")
-        if pool not in ("", "avg", "max", "avgmax", "catavgmax"):
+        ours = str(content.get("architecture", "groupmixformer")).startswith("groupmixformer")
+        if ours and pool not in ("", "avg", "max", "avgmax", "catavgmax"):
             raise ValueError(f"got global_pool {pool}, expected avg, max, avgmax, catavgmax or nothing")
     except ValueError as error:
         raise ValueError(f"{config}: not a model configuration: {error}") from error
@@ -270,12 +271,14 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     original = getattr(model, "pretrained_cfg", None)
     pretrained_cfg = dict(original or {})
-    stages = None
+    model_args: dict[str, Any] | None = None
+    if pretrained_cfg.get("fixed_input_size") and data_config:
+        model_args = {"img_size": data_config["input_size"][-1]}  # as a ViT needs to know
     if isinstance(model, GroupMixFormer):
         arguments = architecture(model.state_dict())
         variant, exact = _variant(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | pretrained_cfg | {"architecture": variant}
-        stages = None if exact else {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+        model_args = None if exact else {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
     names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
@@ -285,7 +288,7 @@ def save_checkpoint(
     model.pretrained_cfg = pretrained_cfg
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            save_for_hf(model, temporary, model_config=labels, model_args=stages, safe_serialization=True)
+            save_for_hf(model, temporary, model_config=labels, model_args=model_args, safe_serialization=True)
             written = Path(temporary, "config.json")
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -44,12 +45,12 @@ def _progress(items: Any, what: str, total: int) -> Any:
     return tqdm(items, what, total, disable=None, leave=False)
 
 
-def _data_config(model: Any, image_size: int | None = None) -> dict[str, Any]:
+def _data_config(model: Any, image_size: int | None = None, test_size: bool = False, **crop: Any) -> dict[str, Any]:
+    """Size, crop and colours of the model's input by timm's rules: what is asked for, or else what is stored with the model."""
     from timm.data.config import resolve_data_config
 
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    if image_size:
-        config["input_size"] = (config["input_size"][0], image_size, image_size)
+    asked = {"img_size": image_size, "in_chans": model.pretrained_cfg["input_size"][0], **crop}
+    config: dict[str, Any] = resolve_data_config(asked, model.pretrained_cfg, use_test_size=test_size)
     return config
 
 
@@ -115,19 +116,21 @@ def _finish(folder: Path, images: Any, seconds: float) -> dict[str, Any]:
 
     model = load_model(folder)
     config = _data_config(model)
-    metrics, logits, true = evaluate(model, eval_loader(images.held_out, config))
-    report = write_report(folder, model, images.held_out, images.class_names, metrics, logits, true, config)
+    evaluation = evaluate(model, eval_loader(images.held_out, config))
+    report = write_report(folder, model, images.held_out, images.class_names, evaluation, config)
     examples = save_examples(folder, images.held_out, images.class_names)
     return {
         "run": str(folder),
         "report": str(report),
         "examples": [str(path) for path in examples],
         "seconds": round(seconds, 1),
-        **metrics,
+        **evaluation.metrics,
+        "skipped": evaluation.problems,
     }
 
 
 def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, Any], str]:
+    """Train, and on the first process evaluate and report."""
     import time
 
     from .recipe import RecipeError, read_recipe
@@ -137,10 +140,12 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
     except RecipeError as error:
         raise UsageError(str(error)) from error
     from .data import open_images
-    from .training import train
+    from .training import is_first_process, train
 
     start = time.monotonic()
     folder = train(recipe, resume)
+    if not is_first_process():
+        raise SystemExit(0)
     result = _finish(folder, open_images(recipe.data, recipe.root), time.monotonic() - start)
     text = (
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  "
@@ -181,10 +186,17 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a model on a data set."""
+    import torch
+
     from .checkpoint import load_model
     from .data import eval_loader, open_images
     from .evaluation import evaluate as evaluate_model
+    from .evaluation import per_class, reliability
 
+    if args.plot:
+        from .report import reliability_diagram, write_figure  # before the work, in case that matplotlib is missing
+
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.run).to(_device(args.device))
     data, root = args.data, args.root
     if not data:
@@ -198,12 +210,49 @@ def evaluate(args: argparse.Namespace) -> None:
     images = open_images(data, root, need_train=False)
     if len(images.class_names) != model.num_classes:
         raise ValueError(f"{data} has {len(images.class_names)} classes and the model {model.num_classes}, expected the same")
-    loader = eval_loader(images.held_out, _data_config(model, args.image_size), args.batch_size, args.workers)
-    metrics, _, _ = evaluate_model(model, _progress(loader, "evaluating", len(loader)))
-    text = (
-        f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  on {metrics['images']:,} images"
-    )
-    _show({"run": args.run, "data": data, **metrics}, args.json, text)
+    if args.test_size and not any(model.pretrained_cfg.get(key) for key in ("test_input_size", "test_crop_pct")):
+        print(f"gmf eval: {args.run} stores no size or crop for tests: its usual ones are used", file=sys.stderr)
+    crop = {"crop_pct": args.crop_pct, "crop_mode": args.crop_mode, "interpolation": args.interpolation}
+    config = _data_config(model, args.image_size, args.test_size, **crop)
+    loader = eval_loader(images.held_out, config, args.batch_size, args.workers)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    evaluation = evaluate_model(model, _progress(loader, "evaluating", len(loader)), dtype)
+    for problem in evaluation.problems:
+        print(f"gmf eval: skipped {problem}", file=sys.stderr)
+    if args.plot:
+        write_figure(reliability_diagram(evaluation), args.plot)
+
+    metrics, classes = evaluation.metrics, per_class(evaluation, images.class_names)
+    height, width = config["input_size"][1:]
+    lines = [
+        f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
+        f"calibration error {metrics['calibration_error']:.2%}  on {metrics['images']:,} images",
+        f"{height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, {config['interpolation']}, {args.precision}",
+        f"{metrics['images_per_second']:.1f} images/s with loading, {metrics['model_images_per_second']:.1f} the model alone",
+    ]
+    if args.per_class:
+        # Worst first; classes without images, which have no accuracy, last.
+        ranked = sorted(classes, key=lambda row: (row["top1"] is None, row["top1"]))
+        length = max(len(name) for name in ("class", *images.class_names))
+        lines += [f"\n{'class':{length}}{'images':>8}{'top-1':>9}"]
+        lines += [
+            f"{row['class']:{length}}{row['images']:>8,}{'-' if row['top1'] is None else format(row['top1'], '.2%'):>9}"
+            for row in ranked
+        ]
+    result = {
+        "run": args.run,
+        "data": data,
+        **metrics,
+        "skipped": evaluation.problems,
+        **{key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")},
+        "precision": args.precision,
+        "device": str(next(model.parameters()).device),
+        "batch_size": args.batch_size,
+        "plot": str(args.plot) if args.plot else None,
+        "per_class": classes,
+        "reliability": reliability(evaluation),
+    }
+    _show(result, args.json, "\n".join(lines))
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -211,8 +260,9 @@ def predict(args: argparse.Namespace) -> None:
     import torch
 
     from .checkpoint import load_model
-    from .data import eval_transform, find_images, read_image
+    from .data import eval_transform
     from .evaluation import predict as predict_logits
+    from .pictures import find_images, read_image
 
     model = load_model(args.run).to(_device(args.device))
     transform, names = eval_transform(_data_config(model, args.image_size)), _class_names(model)
@@ -258,6 +308,55 @@ def convert(args: argparse.Namespace) -> None:
     )
 
 
+def shards(args: argparse.Namespace) -> None:
+    """Turn a folder of pictures into WebDataset shards."""
+    from .data import open_images
+    from .shards import write_shards
+
+    if not Path(args.folder).is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
+    images = open_images(args.folder)
+    splits = {"train": images.train.source.reader.samples, "validation": images.held_out.source.reader.samples}
+    settings = {"per_shard": args.images_per_shard, "seed": args.seed, "workers": args.workers, "progress": _progress}
+    result = write_shards(Path(args.folder), splits, images.class_names, Path(args.out), **settings)
+    for line in result["skipped"]:
+        print(f"gmf shards: left out {line}", file=sys.stderr)
+    text = (
+        f"{args.out}: {result['train']:,} pictures for training and {result['validation']:,} for validation in "
+        f"{result['shards']:,} shards of {len(images.class_names)} classes, {result['bytes'] / 1e9:.2f} GB, "
+        f"{len(result['skipped'])} unreadable pictures left out"
+    )
+    _show({"out": args.out, **result}, args.json, text)
+
+
+def _number(least: int) -> Callable[[str], int]:
+    """Return what reads an option's whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text}, expected a whole number from {least}")
+        return int(text)
+
+    return read
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0 and up to 1")
+    return share
+
+
+def _figure(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text}, expected the name of a .png, .svg or .pdf file")
+    return path
+
+
 def _parser() -> Parser:
     parser = Parser(prog="gmf", description="GroupMixFormer: train, evaluate and use vision models with Group-Mix Attention.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -278,7 +377,7 @@ def _parser() -> Parser:
     def uses_run(added: Parser) -> None:
         added.add_argument("run", metavar="RUN", help="folder of a run, checkpoint file, or folder that gmf convert wrote")
         added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-        added.add_argument("--image-size", type=int, help="side of the images; the model's own by default")
+        added.add_argument("--image-size", type=_number(1), help="side of the images; the model's own by default")
 
     added = command(quickstart, "quickstart", "gmf quickstart --out runs/first")
     added.add_argument("--out", help="folder of the run; runs/quickstart, or the next that is free, by default")
@@ -297,8 +396,19 @@ def _parser() -> Parser:
     uses_run(added)
     added.add_argument("--data", help="data set, or a folder of class folders; the run's own by default")
     added.add_argument("--root", default="data", help="where timm's data sets lie (default: %(default)s)")
-    added.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
-    added.add_argument("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
+    added.add_argument("--test-size", action="store_true", help="take size and crop that the model stores for tests, if any")
+    added.add_argument("--crop-pct", type=_share, help="share of the resized picture that is kept; the model's own by default")
+    added.add_argument("--crop-mode", choices=("center", "squash", "border"), help="timm's crops; the model's own by default")
+    added.add_argument(
+        "--interpolation",
+        choices=("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos"),
+        help="how to resize; the model's own by default",
+    )
+    added.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    added.add_argument("--batch-size", type=_number(1), default=64, help="images at once (default: %(default)s)")
+    added.add_argument("--workers", type=_number(0), default=0, help="processes that load images (default: %(default)s)")
+    added.add_argument("--per-class", action="store_true", help="show the accuracy of every class, the worst first")
+    added.add_argument("--plot", type=_figure, metavar="FILE", help="write a reliability diagram (.png, .svg or .pdf)")
 
     added = command(predict, "predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3")
     uses_run(added)
@@ -310,6 +420,13 @@ def _parser() -> Parser:
     added.add_argument("--out", required=True, help="folder to write")
     added.add_argument("--class-names", help="text file with a class name a line")
     added.add_argument("--image-size", type=int, help="image size to store, such as 384 for large trained at 384")
+
+    added = command(shards, "shards", "gmf shards photos --out shards")
+    added.add_argument("folder", metavar="FOLDER", help="holds train/ and val/, each with one folder of pictures per class")
+    added.add_argument("--out", required=True, help="folder to write")
+    added.add_argument("--images-per-shard", type=_number(1), default=1000, help="pictures in a file (default: %(default)s)")
+    added.add_argument("--seed", type=_number(0), default=0, help="of the order for training (default: %(default)s)")
+    added.add_argument("--workers", type=_number(1), default=os.cpu_count() or 1, help="threads; one for each core by default")
     return parser
 
 
@@ -348,7 +465,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[train]'", file=sys.stderr)
+        extra = "data" if error.name in ("datasets", "webdataset", "fsspec", "pyarrow") else "train"
+        print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[{extra}]'", file=sys.stderr)
         return 1
     except Exception as error:
         if os.environ.get("GMF_TRACEBACK"):

@@ -1,20 +1,22 @@
-"""Data sets and loaders, mostly timm's: by name, with transforms that the model's configuration decides."""
+"""Data sets by name, mostly timm's, and the transforms that the model's configuration decides."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset, create_transform
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_transform
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .pictures import IMAGE_SUFFIXES, decode, to_rgb
+from .seeding import seed_all
 
 if TYPE_CHECKING:
-    from .recipe import Recipe  # needs jsonargparse, which prediction does without
+    from .recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VALIDATION_FOLDERS = ("val", "validation", "test")
 
 
@@ -30,56 +32,133 @@ class Digits(Dataset[tuple[Any, int]]):
         train, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         chosen = train if split == "train" else held_out
         self.images, self.labels = images[chosen], labels[chosen]
-        self.transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert("RGB")
-        return self.transform(image) if self.transform else image, int(self.labels[index])
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+class Pictures(Dataset[tuple[torch.Tensor, int, str]]):
+    """A data set of pictures as (tensor (3, H, W), class, problem); `problem` names a picture that could not be read, or is "".
+
+    For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample is the same
+    in whatever process it is made, and an unreadable picture is replaced by the next one. For evaluation the key is the index;
+    -1 and unreadable pictures give zeros of class -1, which metrics leave out.
+
+    Args:
+        source: Pairs of a picture and its class, by index.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.seed = 0  # of the augmentation
+        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Name of a picture in messages: its file, if it has one."""
+        if isinstance(self.source, ImageDataset):
+            return str(self.source.filename(index, absolute=True))
+        samples = getattr(self.source, "samples", None)  # torchvision's folders
+        return str(samples[index][0]) if samples else f"picture {index}"
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """Return a picture as RGB and its class.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        if isinstance(self.source, ImageDataset):
+            file, label, *_ = self.source.reader[index]
+            return decode(file, self.name(index)), int(label)
+        try:
+            image, label = self.source[index]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.name(index)}: not a readable picture: {error}") from error
+        return to_rgb(image), int(label)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, str]:
+        assert self.transform is not None
+        if isinstance(key, int):
+            return self._for_evaluation(key)
+        epoch, index = key
+        seed_all(self.seed, epoch, index)
+        problems = []
+        for other in range(index, index + 100):
+            try:
+                image, label = self.picture(other % len(self))
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            return self.transform(image), label, "\n".join(problems)
+        raise ValueError(f"100 pictures in a row cannot be read: {problems[0]}; {problems[1]}; ...")
+
+    def _for_evaluation(self, index: int) -> tuple[torch.Tensor, int, str]:
+        assert self.transform is not None
+        problem = ""
+        if index >= 0:
+            try:
+                image, label = self.picture(index)
+                return self.transform(image), label, ""
+            except ValueError as error:
+                problem = str(error)
+        return torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), -1, problem
+
+
+def collate(samples: Sequence[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Make a batch: images (B, 3, H, W), classes (B) and the problems there were, one for each unreadable picture."""
+    images, classes, problems = zip(*samples, strict=True)
+    return default_collate(list(images)), torch.tensor(classes), [line for text in problems for line in text.splitlines()]
 
 
 @dataclass
 class ImageData:
-    """Training and held-out images of one data set, as (picture, class) pairs with a settable ``transform``."""
+    """Training and held-out pictures of one data set; `train` is None where only an evaluation was asked for."""
 
     train: Any
     held_out: Any
     class_names: list[str]
 
 
-def _classes(folder: Path) -> list[str]:
-    """Names of the classes in a folder, of which there must be two or more with images in each."""
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
-    empty = [n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*"))]
+def _class_folders(folder: Path) -> tuple[Pictures, list[str]]:
+    """Open a folder of one folder of pictures per class, of which there must be two or more with pictures in each."""
+    names = {child.name for child in folder.iterdir() if child.is_dir()}
+    empty = sorted(n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*")))
     if len(names) < 2 or empty:
         raise ValueError(
             f"{folder}: expected two or more folders, one per class, with images in each; got {len(names)} folders"
             + (f", without images: {', '.join(empty[:3])}" if empty else "")
         )
-    return names
+    source = create_dataset("", str(folder), search_split=False)
+    found = source.reader.class_to_idx  # in timm's order, which is natural: 2 before 10
+    if set(found) != names:
+        other = min(set(found) ^ names)
+        raise ValueError(f"{folder}: expected pictures directly in the folders of the classes; found a folder {other} in one")
+    return Pictures(source), sorted(found, key=found.__getitem__)
 
 
 def _folder(path: Path, need_train: bool) -> ImageData:
     held_out = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
     if not need_train:
-        held_out = held_out or path
-        return ImageData(None, create_dataset("", str(held_out)), _classes(held_out))
+        return ImageData(None, *_class_folders(held_out or path))
     if not (path / "train").is_dir() or held_out is None:
         found = sorted(child.name for child in path.iterdir())[:5]
         raise ValueError(
             f"{path}: expected the folders train/ and val/, each with one folder of images per class; found "
             f"{', '.join(found) or 'nothing'}"
         )
-    names, others = _classes(path / "train"), _classes(held_out)
+    (train, names), (test, others) = _class_folders(path / "train"), _class_folders(held_out)
     if names != others:
         differing = sorted(set(names) ^ set(others))[:3]
         raise ValueError(
             f"{path}: train/ has {len(names)} classes and {held_out.name}/ has {len(others)}, expected the same; they differ "
             f"in {', '.join(differing)}"
         )
-    return ImageData(create_dataset("", str(path / "train")), create_dataset("", str(held_out)), names)
+    return ImageData(train, test, names)
 
 
 def open_images(name: str, root: str = "data", download: bool = False, need_train: bool = True) -> ImageData:
@@ -96,7 +175,7 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
     """
     if name == "digits":
-        return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
+        return ImageData(Pictures(Digits("train")), Pictures(Digits("held-out")), [str(digit) for digit in range(10)])
     if Path(name).is_dir():
         return _folder(Path(name), need_train)
     if not name.startswith(("torch/", "hfds/")):
@@ -105,7 +184,7 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
     names = getattr(train, "classes", None)  # torchvision's
     if names is None:  # Hugging Face's
         names = train.reader.dataset.features[train.reader.label_key].names
-    return ImageData(train, held_out, [str(n) for n in names])
+    return ImageData(Pictures(train), Pictures(held_out), [str(n) for n in names])
 
 
 def data_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
@@ -114,10 +193,16 @@ def data_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
     return {**config, "input_size": (3, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
 
 
-def train_loader(recipe: "Recipe", images: Any, config: dict[str, Any]) -> DataLoader[Any]:
-    """Shuffled, augmented batches of (images (B, 3, S, S), classes (B))."""
-    augmentation = recipe.augmentation
-    images.transform = create_transform(
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep `bits` of each colour. RandAugment of magnitude 9 asks for none in 1 of 44 cases, which Pillow 13 refuses."""
+    from timm.data.auto_augment import posterize
+
+    return Image.new(image.mode, image.size) if bits <= 0 else posterize(image, bits)  # black, as earlier Pillows had it
+
+
+def train_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """From a picture to an augmented, normalised tensor (3, H, W), by timm's training transform."""
+    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
         config["input_size"],
         is_training=True,
         scale=augmentation.scale,
@@ -129,23 +214,12 @@ def train_loader(recipe: "Recipe", images: Any, config: dict[str, Any]) -> DataL
         re_mode="pixel",
         **{key: config[key] for key in ("mean", "std", "interpolation")},
     )
-    if len(images) < recipe.batch_size:
-        raise ValueError(f"{len(images)} training images are fewer than one batch of {recipe.batch_size}: lower batch_size")
-    return DataLoader(
-        images,
-        recipe.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=recipe.workers,
-        persistent_workers=recipe.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def eval_loader(images: Any, config: dict[str, Any], batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
-    """Batches in order, resized and cropped by `config`."""
-    images.transform = eval_transform(config)
-    return DataLoader(images, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+    for step in getattr(transform, "transforms", ()):
+        policy = [op for group in getattr(step, "policy", ()) for op in group]  # AutoAugment's; RandAugment has operations
+        for operation in (*getattr(step, "ops", ()), *policy):
+            if getattr(operation, "name", "").startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
 
 
 def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
@@ -157,37 +231,7 @@ def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tens
     return transform
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
-    """Expand files, folders (searched through) and globs into image files, in order and without repeats.
-
-    A path that matches nothing is kept, so that reading it reports it.
-    """
-    found: dict[Path, None] = {}
-    for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            matches: Sequence[Path] = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif any(char in given for char in "*?[") and not path.exists():
-            anchor = Path(path.anchor) if path.is_absolute() else Path()
-            matches = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-        else:
-            matches = [path]
-        found.update(dict.fromkeys(matches or [path]))
-    return list(found)
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read a picture as RGB; alpha is dropped, grey and palettes are converted, EXIF orientation is ignored as in training.
-
-    Raises:
-        ValueError: If the file cannot be read as a picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder without images") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable picture: {str(error).splitlines()[0]}") from error
+def eval_loader(pictures: Any, config: dict[str, Any], batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
+    """Batches in order, resized and cropped by `config`."""
+    pictures.transform = eval_transform(config)
+    return DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())

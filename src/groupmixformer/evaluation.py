@@ -1,10 +1,15 @@
-"""Logits and accuracy of a classifier. No Lightning here, so that a prediction starts fast."""
+"""Logits, accuracy and calibration of a classifier. No Lightning here, so that a prediction starts fast."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+BINS = 15  # equal bins of confidence for the calibration error, the usual number since Guo et al. (2017)
 
 
 @torch.inference_mode()
@@ -15,27 +20,141 @@ def predict(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         yield model(images.to(device)).float().cpu()
 
 
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Evaluate on every image once.
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found on N images.
+
+    Attributes:
+        metrics: top1 and top5 as shares of 1; loss, the mean cross entropy in nats; calibration_error, the expected calibration
+            error as a share of 1; images, which is N; skipped, the number of those left out; images_per_second of the whole
+            evaluation, loading included, and model_images_per_second of the model alone.
+        predicted: Most likely class of each image (N).
+        confidence: Probability of that class (N), float32.
+        true: True class of each image (N).
+        positions: Place of each image in the loader's order (N), in which those left out have theirs too.
+        problems: A line for each picture that could not be read: its file and the reason.
+    """
+
+    metrics: dict[str, float]
+    predicted: Tensor
+    confidence: Tensor
+    true: Tensor
+    positions: Tensor
+    problems: list[str]
+
+
+def _timed(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, float]:
+    """Return logits (B, classes), in float32 on the model's device, and the seconds that the model took."""
+
+    def wait() -> None:
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
+
+    wait()
+    start = time.perf_counter()
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        logits = model(images)
+    wait()
+    return logits.float(), time.perf_counter() - start
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dtype | None = None) -> Evaluation:
+    """Evaluate on every image once, with the numbers that timm's validation gives.
+
+    Args:
+        model: A classifier in eval mode; its device is used.
+        loader: Batches of (images (B, 3, H, W), classes (B)) or (images, classes, problems). An image of class -1 is left out:
+            its picture could not be read, and `problems` holds a line that says so.
+        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
+
+    Raises:
+        ValueError: If the model is in training mode or gives values that are not finite, or if no image is left.
+    """
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    if model.training:
+        raise ValueError("the model is in training mode, which changes its answers: call model.eval() first")
+    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {name: [] for name in ("top5", "predicted", "confidence", "true", "positions")}
+    problems: list[str] = []
+    seconds: list[float] = []
+    loss, seen, start = 0.0, 0, time.perf_counter()
+    for images, classes, *lines in loader:
+        for batch_lines in lines:
+            problems += batch_lines
+        counts = classes >= 0
+        positions = seen + counts.nonzero().flatten()
+        seen += len(classes)
+        if not counts.all():
+            images, classes = images[counts], classes[counts]
+        if not len(classes):
+            continue
+        logits, took = _timed(model, images.to(device, non_blocking=True), dtype)
+        finite = logits.isfinite().all(dim=1).cpu()
+        if not finite.all():
+            raise ValueError(
+                f"the model's output for image {int(positions[~finite][0])} is not finite: its weights are damaged, or the "
+                "precision is too low for them"
+            )
+        seconds.append(took)
+        # As timm does it, batch by batch on the model's device: that decides which of equal logits comes first.
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
+        logits = logits.cpu()
+        loss += F.cross_entropy(logits.double(), classes, reduction="sum").item()
+        found["top5"].append((best == classes[:, None]).any(dim=1))
+        found["predicted"].append(best[:, 0])
+        found["confidence"].append(logits.softmax(dim=1).gather(1, best[:, :1]).flatten())
+        found["true"].append(classes)
+        found["positions"].append(positions)
+    whole = time.perf_counter() - start
+    if not seconds:
+        raise ValueError(f"no image to evaluate on: {seen} were given and none could be read")
+    sizes = [len(part) for part in found["true"]]
+    warm = slice(min(1, len(seconds) - 1), None)  # without the first batch, which also sets things up
+    top5, predicted, confidence, true, places = (torch.cat(parts) for parts in found.values())
+    right = predicted == true
+    # Calibration of the top label asks of each image whether that label is right: a binary matter. torchmetrics gives a
+    # confidence of exactly 1 a bin of its own above the last one, which the clamp undoes.
+    error = binary_calibration_error(confidence.clamp(max=1 - 2**-24), right.long(), n_bins=BINS, norm="l1")
+    metrics = {
+        "top1": right.double().mean().item(),
+        "top5": top5.double().mean().item(),
+        "loss": loss / len(true),
+        "calibration_error": error.item(),
+        "images": len(true),
+        "skipped": seen - len(true),
+        "images_per_second": len(true) / whole,
+        "model_images_per_second": sum(sizes[warm]) / sum(seconds[warm]),
+    }
+    return Evaluation(metrics, predicted, confidence, true, places, problems)
+
+
+def per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for each class, in order: class, index, images and top1, its share of right ones (none without images)."""
+    images = evaluation.true.bincount(minlength=len(class_names))
+    right = evaluation.true[evaluation.predicted == evaluation.true].bincount(minlength=len(class_names))
+    return [
+        {"class": name, "index": index, "images": n, "top1": r / n if n else None}
+        for index, (name, n, r) in enumerate(zip(class_names, images.tolist(), right.tolist(), strict=True))
+    ]
+
+
+def reliability(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the bins of confidence that the calibration error is made of.
 
     Returns:
-        Metrics (top1 and top5 as shares of 1, loss as mean cross entropy, images as their number), logits (N, classes) and
-        true classes (N).
+        For each bin, in order: its limits, from and below (the last one includes 1), the number of images, and their mean
+        confidence and top1 (none without images).
     """
-    true: list[Tensor] = []
-
-    def images() -> Iterator[Tensor]:
-        for batch, classes in loader:
-            true.append(classes)
-            yield batch
-
-    logits = torch.cat(list(predict(model, images())))
-    classes = torch.cat(true)
-    right = logits.argsort(dim=1, descending=True) == classes[:, None]
-    metrics = {
-        "top1": right[:, :1].any(dim=1).double().mean().item(),
-        "top5": right[:, :5].any(dim=1).double().mean().item(),
-        "loss": F.cross_entropy(logits.double(), classes).item(),
-        "images": len(classes),
-    }
-    return metrics, logits, classes
+    limits = torch.linspace(0, 1, BINS + 1)
+    bins = torch.bucketize(evaluation.confidence, limits[1:-1], right=True)
+    images = bins.bincount(minlength=BINS)
+    right = evaluation.predicted == evaluation.true
+    confidence, top1 = (bins.bincount(x.double(), BINS) / images for x in (evaluation.confidence, right))
+    return [
+        {"from": low, "below": high, "images": n, "confidence": c if n else None, "top1": t if n else None}
+        for low, high, n, c, t in zip(
+            limits[:-1].tolist(), limits[1:].tolist(), images.tolist(), confidence.tolist(), top1.tolist(), strict=True
+        )
+    ]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -17,8 +17,10 @@ class Optimizer:
     """The optimiser, by timm's names.
 
     Args:
-        name: Any optimiser of timm, e.g. adamw, muon, lamb, lion, sgd.
+        name: Any optimiser of timm: adamw, muon, lamb, lion, sgd, ...
         lr: Peak learning rate.
+        lr_batch: The total batch (images x accumulation x processes) that `lr` and the schedule's rates are meant for; they are
+            scaled linearly to the run's; none to take them as they are.
         weight_decay: Decay of all parameters but biases and other 1-D parameters.
         layer_decay: Factor of the learning rate from a block to the one before it; none for equal rates.
         clip_grad: Largest norm of the gradient; none for no limit.
@@ -26,6 +28,7 @@ class Optimizer:
 
     name: str = "adamw"
     lr: float = 1e-3
+    lr_batch: int | None = None
     weight_decay: float = 0.05
     layer_decay: float | None = None
     clip_grad: float | None = 5.0
@@ -36,16 +39,20 @@ class Schedule:
     """The learning rate over time, by timm's names; updated after every step.
 
     Args:
-        name: cosine, poly, step, multistep, plateau, ...
+        name: How the rate falls from its peak.
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: Learning rate at the start of the warm-up.
         min_lr: Learning rate at the end.
+        milestones: Epochs at which multistep drops the rate.
+        decay_rate: Factor of a drop of step and multistep; power of poly.
     """
 
-    name: str = "cosine"
+    name: Literal["cosine", "poly", "tanh", "step", "multistep", "constant", "wsd", "rsqrt"] = "cosine"
     warmup_epochs: int = 1
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    milestones: list[int] = field(default_factory=list)
+    decay_rate: float = 0.1
 
 
 @dataclass
@@ -80,19 +87,34 @@ class Recipe:
     """A training run for image classification.
 
     Args:
-        data: The data set: digits, a folder with train/ and val/ of one folder per class, or timm's torch/..., hfds/...
-        root: Where timm's data sets lie.
+        data: The data set: digits, a folder with train/ and val/ of one folder per class, or timm's torch/..., hfds/...,
+            hfids/..., wds/....
+        root: Where timm's data sets lie: a folder; for wds/ also a URL.
         download: Fetch a torch/ data set that is not there.
         variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm.
         checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
         image_size: Side of the training images, in pixels; also of the test images.
         crop_pct: Share of a test image's shorter side that the centre crop keeps.
         epochs: Passes over the training images.
-        batch_size: Images per step.
+        patience: Epochs without a better validation accuracy after which the run stops; none to never stop early.
+        batch_size: Images at once on each process.
+        accumulate: Batches whose gradients are added up for one step.
         drop_path_rate: Stochastic depth of the last block.
-        workers: Processes that load images; 0 loads in the main process.
+        ema: Decay of the averaged weights, which are then the ones that are validated and kept; none for no average.
+        workers: Processes that load images for each process that trains; 0 loads in the training process.
+        bad_limit: Share of the training pictures that may be unreadable before the run stops; fewer are replaced and counted.
+        skip_limit: Steps in a row that may be skipped because their gradients are not finite before the run stops.
+        save_minutes: Minutes between checkpoints inside an epoch; each epoch ends with one too.
+        log_steps: Steps between entries of the TensorBoard log; metrics.csv has a row for each epoch.
         precision: 32-true, bf16-mixed or 16-mixed.
+        compile: Compile the model with torch.compile.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, slower.
+        channels_last: Keep other models than GroupMixFormer, which always does, in channels_last memory.
+        deterministic: Refuse operations that do not give the same result twice.
         device: auto, cpu, cuda, ...
+        devices: Processes on this machine, each with its device; under torchrun and SLURM, theirs.
+        nodes: Machines; under torchrun and SLURM, theirs.
+        strategy: ddp copies the model to every process, fsdp shards it over them, for models that do not fit.
         seed: Of weights, order and augmentation.
         out: Folder of the run.
         optimizer: The optimiser.
@@ -108,16 +130,35 @@ class Recipe:
     image_size: int = 224
     crop_pct: float = 0.875
     epochs: int = 10
+    patience: int | None = None
     batch_size: int = 64
+    accumulate: int = 1
     drop_path_rate: float = 0.0
+    ema: float | None = None
     workers: int = 2
-    precision: str = "32-true"
+    bad_limit: float = 0.001
+    skip_limit: int = 20
+    save_minutes: float = 10.0
+    log_steps: int = 10
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    channels_last: bool = True
+    deterministic: bool = False
     device: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     out: str = "runs/train"
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the run's last checkpoint lies."""
+        return Path(self.out) / "checkpoints" / "last.ckpt"
 
 
 class RecipeError(Exception):

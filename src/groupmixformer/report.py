@@ -1,4 +1,4 @@
-"""The report of a run: curves, confusion matrix, examples right and wrong, and what the model attends to."""
+"""The report of a run: curves, confusion matrix, calibration, examples right and wrong, and what the model attends to."""
 
 import base64
 import html
@@ -17,6 +17,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor, nn
 
 from .data import eval_transform
+from .evaluation import Evaluation, reliability
 from .explain import attention_maps, by_group_size
 from .groupmixformer import GroupMixFormer
 from .training import read_metrics
@@ -53,6 +54,36 @@ def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> F
         colorbar=False,
         ax=axes,
     )
+    return figure
+
+
+def reliability_diagram(evaluation: Evaluation) -> Figure:
+    """Draw the share of right answers over the confidence, by bin, and how many images each bin holds."""
+    bins = reliability(evaluation)
+    left, width = [row["from"] for row in bins], bins[0]["below"]
+    used = [row for row in bins if row["images"]]
+    figure = Figure(figsize=(6, 6.5), layout="constrained")
+    accuracy, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    accuracy.bar(
+        left, [row["top1"] or 0 for row in bins], width, align="edge", color=BLUE, edgecolor="white", label="share right"
+    )
+    accuracy.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect calibration")
+    accuracy.plot(
+        [row["confidence"] for row in used],
+        [row["top1"] for row in used],
+        color=ORANGE,
+        marker="o",
+        linestyle="none",
+        label="at the bin's mean confidence",
+    )
+    accuracy.set(ylabel="share of images right", xlim=(0, 1), ylim=(0, 1.02))
+    metrics = evaluation.metrics
+    accuracy.set_title(f"Expected calibration error {metrics['calibration_error']:.2%} on {metrics['images']:,} images")
+    accuracy.legend(loc="upper left")
+    bars = counts.bar(left, [row["images"] for row in bins], width, align="edge", color="0.6", edgecolor="white")
+    counts.bar_label(bars, [f"{row['images']:,}" if row["images"] else "" for row in bins], fontsize=7)
+    counts.margins(y=0.2)
+    counts.set(xlabel=f"confidence, in {len(bins)} bins", ylabel="images")
     return figure
 
 
@@ -94,10 +125,25 @@ def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: d
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def _drawn(figure: Figure, form: str = "png") -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format=form, dpi=110)
     return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside the place and rename, so that nobody sees half a file."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the form that the name asks for: .png, .svg or .pdf."""
+    _write(path, _drawn(figure, path.suffix[1:].lower()))
 
 
 def write_report(
@@ -105,9 +151,7 @@ def write_report(
     model: nn.Module,
     images: Any,
     class_names: Sequence[str],
-    metrics: dict[str, float],
-    logits: Tensor,
-    true: Tensor,
+    evaluation: Evaluation,
     config: dict[str, Any],
 ) -> Path:
     """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
@@ -117,24 +161,19 @@ def write_report(
         model: The trained model, in eval mode.
         images: The held-out set.
         class_names: Names of the classes, in order.
-        metrics: What `evaluate` measured on the held-out set.
-        logits: Its logits (N, classes).
-        true: Its true classes (N).
+        evaluation: What `evaluate` found on the held-out set.
         config: Input of the model, by timm's names.
 
     Returns:
         The path of report.html.
     """
-    predicted = logits.argmax(dim=1)
-    confidence = logits.softmax(dim=1).amax(dim=1)
+    metrics, predicted, confidence, true = evaluation.metrics, evaluation.predicted, evaluation.confidence, evaluation.true
     wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
     right = (predicted == true).nonzero().flatten().tolist()
     right = right[:: max(1, len(right) // 16)][:16]
-    transform, images.transform = images.transform, None
-    try:
-        chosen = {index: images[index][0].convert("RGB") for index in {*wrong, *right}}
-    finally:
-        images.transform = transform
+    if not hasattr(images, "picture"):  # a stream, which does not give a picture by its number
+        wrong, right = [], []
+    chosen = {i: images.picture(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
 
     def shown(indices: Sequence[int]) -> Figure:
         titles = [f"{class_names[int(predicted[i])]} ({confidence[i]:.0%})" for i in indices]
@@ -148,6 +187,7 @@ def write_report(
     sections = {
         "Curves": ("curves", _curves(folder)),
         "Confusion": ("confusion", _confusion(true, predicted, class_names)),
+        "Calibration": ("calibration", reliability_diagram(evaluation)),
     }
     if wrong:
         sections["Held-out images it gets wrong, the most confident first"] = ("wrong", shown(wrong))
@@ -160,8 +200,8 @@ def write_report(
     (folder / "report").mkdir(exist_ok=True)
     body = []
     for title, (name, figure) in sections.items():
-        png = _png(figure)
-        (folder / "report" / f"{name}.png").write_bytes(png)
+        png = _drawn(figure)
+        _write(folder / "report" / f"{name}.png", png)
         encoded = base64.b64encode(png).decode()
         body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
     table = "".join(
@@ -170,7 +210,9 @@ def write_report(
             "top-1": f"{metrics['top1']:.2%}",
             "top-5": f"{metrics['top5']:.2%}",
             "loss": f"{metrics['loss']:.4f}",
+            "calibration error": f"{metrics['calibration_error']:.2%}",
             "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
+            **({"held-out pictures left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
             "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
             **json.loads((folder / "versions.json").read_text()),
         }.items()
@@ -190,28 +232,25 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
 <h2>Recipe</h2><pre>{recipe}</pre></html>
 """
     path = folder / "report.html"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(page)
-    temporary.replace(path)
+    _write(path, page.encode())
     return path
 
 
 def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
     """Write a few held-out pictures of different classes to examples/, to try `gmf predict` on."""
-    transform, images.transform = images.transform, None
     (folder / "examples").mkdir(exist_ok=True)
     paths: dict[int, Path] = {}
-    try:
-        for index in np.random.default_rng(0).permutation(len(images)):
-            picture, label = images[int(index)]
-            if label not in paths:
-                name = "".join(c if c.isalnum() else "_" for c in class_names[label])
-                paths[label] = folder / "examples" / f"{name}.png"
-                picture.convert("RGB").save(paths[label])
-            if len(paths) == min(number, len(class_names)):
-                break
-    finally:
-        images.transform = transform
+    for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "picture") else ():
+        try:
+            picture, label = images.picture(int(index))
+        except ValueError:  # unreadable
+            continue
+        if label not in paths:
+            name = "".join(c if c.isalnum() else "_" for c in class_names[label])
+            paths[label] = folder / "examples" / f"{name}.png"
+            picture.save(paths[label])
+        if len(paths) == min(number, len(class_names)):
+            break
     return list(paths.values())
 
 

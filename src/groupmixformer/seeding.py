@@ -1,0 +1,14 @@
+"""Random numbers as a function of where a run is, so that it can stop anywhere and continue as if it had not."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_all(*keys: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch from `keys`, such as a seed, an epoch and a picture's index."""
+    state = np.random.SeedSequence(keys).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))  # noqa: NPY002 - timm draws from the global generator
+    torch.manual_seed(int(state[2]))

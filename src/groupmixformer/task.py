@@ -1,0 +1,212 @@
+"""What every task shares: optimiser and schedule, averaged weights, sharding, steps that are skipped, pictures that are bad."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torchmetrics import MeanMetric
+
+from .groupmixformer import GroupMixFormer
+from .loading import Loaders
+from .recipe import Recipe
+from .seeding import seed_all
+
+
+class Task(lightning.LightningModule):
+    """A model and how a recipe trains it; a task adds `training_step` and `validation_step`.
+
+    Args:
+        recipe: The settings.
+        model: What is trained.
+        samples: Number of training samples.
+        world_size: Number of processes.
+
+    Attributes:
+        loaders: Batches for training and validation.
+        class_names: Names of the classes, in order.
+        config: Input of the model, by timm's names.
+
+    Raises:
+        ValueError: If there are fewer samples than a batch, or the model cannot do what the recipe asks of it.
+    """
+
+    monitor = "val_top1"  # the validation metric that decides which epoch is best; higher is better
+    loaders: Loaders
+    class_names: list[str]
+    config: dict[str, Any]
+
+    def __init__(self, recipe: Recipe, model: nn.Module, samples: int, world_size: int) -> None:
+        super().__init__()
+        self.recipe, self.samples = recipe, samples
+        batch = recipe.batch_size * world_size
+        self.total_batch = batch * recipe.accumulate  # samples in a step
+        self.steps_per_epoch = -(-(samples // batch) // recipe.accumulate)
+        if not self.steps_per_epoch:
+            raise ValueError(f"{samples} training images are fewer than one batch of {batch}: lower batch_size")
+        if recipe.ema and recipe.strategy == "fsdp":
+            raise ValueError("strategy fsdp shards the weights and cannot average them: set ema to null")
+        if recipe.channels_last and not isinstance(model, GroupMixFormer):  # which sees to its layout itself
+            model = model.to(memory_format=torch.channels_last)
+        if recipe.grad_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise ValueError(f"{recipe.variant} has no gradient checkpointing: set grad_checkpointing to false")
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.model: Any = model
+        self.blueprint = copy.deepcopy(model).to("meta") if recipe.strategy == "fsdp" else None
+        self.average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
+        self.skipped = 0  # steps without finite gradients
+        self.skipped_in_a_row = 0
+        self.unreadable: dict[str, None] = {}  # pictures, with the reason
+        self.train_loss = MeanMetric(nan_strategy="ignore")
+        self.train_loss.persistent(True)  # a run that is resumed in the middle of an epoch reports the whole epoch's loss
+        self._statistics: list[torch.Tensor] = []
+
+    @property
+    def evaluated(self) -> Any:
+        """The model whose accuracy counts: the averaged one, if there is one."""
+        return self.average.module if self.average else self.model
+
+    def configure_model(self) -> None:
+        """Shard the parameters over the processes, block by block, if the recipe says so."""
+        if self.recipe.strategy == "fsdp" and self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for stage in getattr(self.model, "stages", ()):
+                for block in getattr(stage, "blocks", ()):
+                    fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        """Return timm's optimiser and its schedule, stepped after every update; rates grow with the total batch."""
+        optimizer, schedule = self.recipe.optimizer, self.recipe.schedule
+        scale = self.total_batch / optimizer.lr_batch if optimizer.lr_batch else 1.0
+        made = create_optimizer_v2(
+            self.model,
+            opt=optimizer.name,
+            lr=optimizer.lr * scale,
+            weight_decay=optimizer.weight_decay,
+            layer_decay=optimizer.layer_decay,
+        )
+        scheduler, _ = create_scheduler_v2(
+            made,
+            sched=schedule.name,
+            num_epochs=self.recipe.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_lr * scale,
+            min_lr=schedule.min_lr * scale,
+            decay_milestones=schedule.milestones,
+            decay_rate=schedule.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        return [made], [{"scheduler": scheduler, "interval": "step"}] if scheduler else []
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step timm's scheduler, which counts updates itself less than Lightning does."""
+        scheduler.step_update(num_updates=self.global_step)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the random numbers of this step, so that they need no place in a checkpoint; remember the statistics of BN."""
+        seed_all(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
+        if batch_idx % self.recipe.accumulate == 0:
+            buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+            if self._statistics:
+                torch._foreach_copy_(self._statistics, buffers)
+            else:
+                self._statistics = [buffer.clone() for buffer in buffers]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the gradients; without finite gradients, skip the step.
+
+        Raises:
+            ValueError: If more than `recipe.skip_limit` steps in a row had to be skipped.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if norm.isfinite():  # the same on every process, as gradients are
+            self.skipped_in_a_row = 0
+            if self.recipe.optimizer.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad, norm)
+            self.log("grad_norm", norm)
+            return
+        # Optimisers pass over parameters without a gradient. BN has already averaged in what came of this batch.
+        self.model.zero_grad(set_to_none=True)
+        torch._foreach_copy_([buffer for buffer in self.model.buffers() if buffer.is_floating_point()], self._statistics)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.recipe.skip_limit:
+            raise ValueError(
+                f"the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last at step "
+                f"{self.global_step}; the weights are those before them. The last checkpoint is "
+                f"{self.recipe.last_checkpoint}: lower optimizer.lr, or use precision bf16-mixed or 32-true"
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the weights, and the averaged ones after them."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average and not self.skipped_in_a_row:
+            self.average.update(self.model, step=self.global_step)
+
+    def log_loss(self, loss: torch.Tensor, samples: int) -> None:
+        """Log the training loss of a batch, and its mean over the epoch and the processes."""
+        self.train_loss.update(loss.detach(), samples)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
+
+    def note_unreadable(self, problems: Sequence[str]) -> None:
+        """Count unreadable pictures.
+
+        Args:
+            problems: Names and reasons.
+
+        Raises:
+            ValueError: If they are more than the recipe's share of the training set.
+        """
+        self.unreadable.update(dict.fromkeys(problems))
+        if len(self.unreadable) > self.recipe.bad_limit * self.samples:
+            names = "; ".join(list(self.unreadable)[:5])
+            raise ValueError(
+                f"{len(self.unreadable)} of {self.samples} training pictures cannot be read, more than bad_limit "
+                f"({self.recipe.bad_limit:.2%}) allows: {names}{'; ...' if len(self.unreadable) > 5 else ''}"
+            )
+
+    def all_unreadable(self) -> list[str]:
+        """Return the unreadable pictures of all processes; all must call this."""
+        if self.trainer.world_size == 1:
+            return sorted(self.unreadable)
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, list(self.unreadable))
+        return sorted({name for names in gathered for name in names})
+
+    def whole_model(self) -> nn.Module:
+        """Return a copy of the model whose accuracy counts, with all its weights; all processes must call this."""
+        if self.blueprint is None:
+            return copy.deepcopy(self.evaluated).to(memory_format=torch.contiguous_format).eval()
+        weights = self.trainer.strategy.lightning_module_state_dict()  # empty on all processes but the first
+        model = copy.deepcopy(self.blueprint)
+        if weights:
+            prefix = "model."
+            model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}, assign=True)
+        return model.eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counts."""
+        checkpoint["counts"] = {"skipped": self.skipped, "unreadable": list(self.unreadable)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the counts."""
+        self.skipped = checkpoint["counts"]["skipped"]
+        self.unreadable = dict.fromkeys(checkpoint["counts"]["unreadable"])

@@ -1,0 +1,135 @@
+"""Kills a training run at random moments, resumes it until it is done, and compares it with a run that nobody disturbed.
+
+    python tests/kill_and_resume.py --kills 30
+
+Prints one JSON object: kills, kills by epoch position, and the number of tensors that differ (weights of the best model, and
+the whole of last.ckpt: weights, averaged weights, optimiser).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+import groupmixformer.report
+import groupmixformer.training  # noqa: F401 - imported once here, so that each start below takes a moment only
+from groupmixformer.cli import main
+from groupmixformer.training import read_metrics
+
+OPTIONS = [
+    *("--variant", "mobile", "--image_size", "32", "--crop_pct", "1.0", "--batch_size", "8", "--epochs", "3"),
+    *("--accumulate", "2", "--ema", "0.9", "--drop_path_rate", "0.2", "--augmentation.mixup", "0.8"),
+    *("--augmentation.auto_augment", "rand-m9-mstd0.5-inc1", "--augmentation.random_erasing", "0.25"),
+]
+
+
+def make_pictures(root):
+    images, labels = load_digits(return_X_y=True)
+    for digit in (0, 1):
+        for i, pixels in enumerate(images[labels == digit][:140].reshape(-1, 8, 8)):
+            folder = root / ("train" if i < 120 else "val") / str(digit)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+
+
+def start(data, out, workers, save_seconds):
+    """Train in a child process; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    with Path(f"{out}.log").open("a") as log:  # the child's words, and never the parent's stdout
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    argv = ["train", "folder", "--data", str(data), "--out", str(out), "--workers", str(workers), *OPTIONS]
+    code = main([*argv, "--save_minutes", str(save_seconds / 60), "--resume"])
+    os._exit(code)
+
+
+def tensors(value, path=""):
+    """All tensors in a checkpoint, by their place in it."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from tensors(inner, f"{path}/{i}")
+
+
+def state(run):
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    parts = {key: checkpoint[key] for key in ("state_dict", "optimizer_states")}
+    return dict(tensors({"best": load_file(run / "model.safetensors"), **parts}))
+
+
+def kill_and_resume(folder, kills, workers=1, seed=0, save_seconds=0.5):
+    """Return what happened: kills, where they hit, and the differences to an undisturbed run."""
+    torch.set_num_threads(1)
+    make_pictures(folder / "data")
+    began = time.monotonic()
+    _, status = os.waitpid(start(folder / "data", folder / "whole", workers, save_seconds=1e9), 0)
+    whole = time.monotonic() - began
+    assert status == 0, (folder / "whole.log").read_text()
+    rng = random.Random(seed)
+    hits, runs, different = [], 0, []
+    while len(hits) < kills or runs == 0:
+        runs += 1
+        run = folder / f"killed-{runs}"
+        while True:
+            child = start(folder / "data", run, workers, save_seconds)
+            deadline = time.monotonic() + rng.uniform(0.3, 0.45) * whole
+            done = 0
+            while not done and (time.monotonic() < deadline or len(hits) >= kills):
+                done, status = os.waitpid(child, os.WNOHANG)
+                time.sleep(0.01)
+            if done:
+                assert status == 0, Path(f"{run}.log").read_text()
+                break
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            last = run / "checkpoints" / "last.ckpt"
+            saved = torch.load(last, weights_only=True) if last.exists() else {}  # readable after every kill
+            hits.append([saved.get("epoch", -1), saved.get("datamodule", {}).get("done", 0) if saved else 0])
+            if saved:
+                hits[-1][1] = saved["Loaders"]["done"]
+        first, second = state(folder / "whole"), state(run)
+        assert first.keys() == second.keys()
+        different += [name for name in first if not torch.equal(first[name], second[name])]
+        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(r)] for r in (folder / "whole", run)]
+        different += ["metrics.csv"] * (rows[0] != rows[1])
+    return {
+        "kills": len(hits),
+        "runs": runs,
+        "resumed_inside_an_epoch": sum(batches > 0 for _, batches in hits),
+        "checkpoints_epoch_and_batch": hits,
+        "tensors_compared": len(first),
+        "different": different,
+        "seconds_of_the_whole_run": round(whole, 1),
+        "workers": workers,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        result = kill_and_resume(Path(place), args.kills, args.workers, args.seed)
+    print(json.dumps(result))
+    sys.exit(bool(result["different"]))
