@@ -3,8 +3,8 @@
     python benchmarks/train_peers.py imagenette --data ../shared/data/imagenette160 --out /tmp/peers
     python benchmarks/train_peers.py digits --out /tmp/peers
 
-Every run is `gmf train RECIPE --variant NAME`, with options given after `--`. A run that is done is not done again, one that was
-cut off is resumed. Each row of the result holds the command, the commit, the machine, the date, the accuracy of the last and of
+Every run is `gmf train RECIPE --variant NAME`, with options given after `--`. A run that is done is not done again, one that
+was cut off is resumed. Each row of the result holds the command, the commit, the machine, the date, the accuracy of the last and of
 the best epoch, CPU seconds and the log of the epochs (metrics.csv).
 """
 

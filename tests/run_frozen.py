@@ -1,4 +1,4 @@
-"""Runs `gmf` with the statistics of BatchNorm frozen: on CPU they are not synchronised, so processes could not agree otherwise."""
+"""Runs `gmf` with the statistics of BatchNorm frozen: on CPU they are not synchronised, so processes could not agree."""
 
 import sys
 

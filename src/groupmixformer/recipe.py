@@ -40,7 +40,7 @@ class Schedule:
 
     Args:
         name: How the rate falls from its peak.
-        warmup_epochs: Epochs of linear warm-up.
+        warmup_epochs: Epochs of linear warm-up, or a fraction of one.
         warmup_lr: Learning rate at the start of the warm-up.
         min_lr: Learning rate at the end.
         milestones: Epochs at which multistep drops the rate.
@@ -48,7 +48,7 @@ class Schedule:
     """
 
     name: Literal["cosine", "poly", "tanh", "step", "multistep", "constant", "wsd", "rsqrt"] = "cosine"
-    warmup_epochs: int = 1
+    warmup_epochs: float = 1
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     milestones: list[int] = field(default_factory=list)

@@ -74,7 +74,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
         color=ORANGE,
         marker="o",
         linestyle="none",
-        label="at the bin's mean confidence",
+        label="mean confidence of the bin",
     )
     accuracy.set(ylabel="share of images right", xlim=(0, 1), ylim=(0, 1.02))
     metrics = evaluation.metrics

@@ -98,7 +98,7 @@ class Task(lightning.LightningModule):
             made,
             sched=schedule.name,
             num_epochs=self.recipe.epochs,
-            warmup_epochs=schedule.warmup_epochs,
+            warmup_epochs=schedule.warmup_epochs,  # type: ignore[arg-type]
             warmup_lr=schedule.warmup_lr * scale,
             min_lr=schedule.min_lr * scale,
             decay_milestones=schedule.milestones,
