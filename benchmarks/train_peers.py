@@ -3,9 +3,9 @@
     python benchmarks/train_peers.py imagenette --data ../shared/data/imagenette160 --out /tmp/peers
     python benchmarks/train_peers.py digits --out /tmp/peers
 
-Every run is `gmf train RECIPE --variant NAME`, with options given after `--`. A run that is done is not done again, one that
-was cut off is resumed. Each row of the result holds the command, the commit, the machine, the date, the accuracy of the last and of
-the best epoch, CPU seconds and the log of the epochs (metrics.csv).
+Every run is `gmf train RECIPE --variant NAME`, with the further options given to this script. A run that is done is not done
+again, one that was cut off is resumed. Each row of the result holds the command, the commit, the machine, the date, the
+accuracy of the last and of the best epoch, CPU seconds and the log of the epochs (metrics.csv).
 """
 
 import argparse
@@ -63,10 +63,9 @@ def main():
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--data", help="folder; the recipe's own data by default")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of peers-RECIPE.json")
-    parser.add_argument("options", nargs="*", help="options of gmf train, after --")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # so that runs side by side do not slow each other down
-    options = [*(["--data", args.data] if args.data else []), *args.options]
+    options = [*(["--data", args.data] if args.data else []), *options]
     path = args.out / f"peers-{args.recipe}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     args.out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before timm is imported; no test may need 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from groupmixformer import GroupMixFormer
 from groupmixformer.groupmixformer import checkpoint_filter_fn
@@ -59,6 +61,29 @@ def shared():
         return SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def write_digits():
+    """Give a function that writes scikit-learn's digits 0, 1, ... as a folder of pictures, with so many of each class."""
+
+    def write(root, names, train, val, size=(40, 36)):
+        images, labels = load_digits(return_X_y=True)
+        for digit, name in enumerate(names):
+            chosen = images[labels == digit][: train + val].reshape(-1, 8, 8) * 15.9
+            for i, pixels in enumerate(chosen):
+                folder = root / ("train" if i < train else "val") / name
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).resize(size).save(folder / f"{i}.png")
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def photos(write_digits, tmp_path_factory):
+    """Two classes of real pictures, scikit-learn's zeros and ones, as an image folder."""
+    return write_digits(tmp_path_factory.mktemp("photos"), ["zero", "one"], train=12, val=8)
 
 
 @pytest.fixture(scope="session")

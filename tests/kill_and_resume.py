@@ -2,8 +2,8 @@
 
     python tests/kill_and_resume.py --kills 30
 
-Prints one JSON object: kills, kills by epoch position, and the number of tensors that differ (weights of the best model, and
-the whole of last.ckpt: weights, averaged weights, optimiser).
+Prints one JSON object: kills, where the checkpoint stood at each, and what differs in a bit of the best model, last.ckpt (weights,
+averaged weights, optimiser, schedule, counts) and metrics.csv but for the seconds.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import groupmixformer.report
 import groupmixformer.training  # noqa: F401 - imported once here, so that each start below takes a moment only
@@ -57,22 +58,42 @@ def start(data, out, workers, save_seconds):
     os._exit(code)
 
 
-def tensors(value, path=""):
-    """All tensors in a checkpoint, by their place in it."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, dict):
+def leaves(value, path=""):
+    """All tensors, numbers and words in a checkpoint, by their place in it."""
+    if isinstance(value, dict):
         for key, inner in value.items():
-            yield from tensors(inner, f"{path}/{key}")
+            yield from leaves(inner, f"{path}/{key}")
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
-            yield from tensors(inner, f"{path}/{i}")
+            yield from leaves(inner, f"{path}/{i}")
+    else:
+        yield path, value
 
 
 def state(run):
+    """What a run left that must not depend on how often it was stopped: the best model, the last checkpoint, the table."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    parts = {key: checkpoint[key] for key in ("state_dict", "optimizer_states")}
-    return dict(tensors({"best": load_file(run / "model.safetensors"), **parts}))
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "Loaders", "counts")
+    table = [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(run)]
+    model = load_file(run / "model.safetensors")
+    return dict(leaves({"best": model, "metrics.csv": table, **{part: checkpoint[part] for part in parts}}))
+
+
+def differences(run, other):
+    """Places where two runs differ in a bit."""
+    first, second = state(run), state(other)
+    same = {
+        name: torch.equal(first[name], second[name]) if isinstance(first[name], torch.Tensor) else first[name] == second[name]
+        for name in first.keys() & second.keys()
+    }
+    return sorted(first.keys() ^ second.keys()) + sorted(name for name in same if not same[name])
+
+
+def scalars(run, tag):
+    """What the TensorBoard log holds, in order."""
+    log = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    log.Reload()
+    return [event.value for event in log.Scalars(tag)]
 
 
 def kill_and_resume(folder, kills, workers=1, seed=0, save_seconds=0.5):
@@ -103,20 +124,14 @@ def kill_and_resume(folder, kills, workers=1, seed=0, save_seconds=0.5):
             os.waitpid(child, 0)
             last = run / "checkpoints" / "last.ckpt"
             saved = torch.load(last, weights_only=True) if last.exists() else {}  # readable after every kill
-            hits.append([saved.get("epoch", -1), saved.get("datamodule", {}).get("done", 0) if saved else 0])
-            if saved:
-                hits[-1][1] = saved["Loaders"]["done"]
-        first, second = state(folder / "whole"), state(run)
-        assert first.keys() == second.keys()
-        different += [name for name in first if not torch.equal(first[name], second[name])]
-        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(r)] for r in (folder / "whole", run)]
-        different += ["metrics.csv"] * (rows[0] != rows[1])
+            hits.append([saved["epoch"], saved["Loaders"]["done"]] if saved else [-1, 0])
+        different += differences(folder / "whole", run)
     return {
         "kills": len(hits),
         "runs": runs,
         "resumed_inside_an_epoch": sum(batches > 0 for _, batches in hits),
         "checkpoints_epoch_and_batch": hits,
-        "tensors_compared": len(first),
+        "compared": len(state(run)),
         "different": different,
         "seconds_of_the_whole_run": round(whole, 1),
         "workers": workers,

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from groupmixformer import load_checkpoint
 from groupmixformer.cli import main
@@ -18,20 +17,6 @@ from groupmixformer.recipe import RecipeError, read_recipe, shipped, write_recip
 from groupmixformer.training import read_metrics
 
 FAST = ["--image_size", "32", "--batch_size", "8", "--workers", "0", "--crop_pct", "1.0"]
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """Two classes of real pictures, scikit-learn's zeros and ones, as an image folder."""
-    root = tmp_path_factory.mktemp("photos")
-    images, labels = load_digits(return_X_y=True)
-    for digit, name in ((0, "zero"), (1, "one")):
-        chosen = images[labels == digit][:20].reshape(-1, 8, 8) * 15.9
-        for i, pixels in enumerate(chosen):
-            folder = root / ("train" if i < 12 else "val") / name
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).resize((40, 36)).save(folder / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="session")

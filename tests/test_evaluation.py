@@ -278,6 +278,9 @@ def test_unreadable_pictures_are_left_out():
     assert (found.metrics["images"], found.metrics["skipped"]) == (5, 4)
     assert found.positions.tolist() == [0, 2, 6, 7, 8]
     assert found.problems == ["b.png: empty", "d.png: empty", "e.png: text", "f.png: half"]
+    filled = evaluate(Given(), list(zip(images.split(3), classes.split(3), [["b.png: empty"], [], []], strict=True)))
+    assert filled.metrics["skipped"] == 1  # the others without a problem only fill up
+    assert evaluate(Given(), list(zip(images.split(3), classes.split(3), strict=True))).metrics["skipped"] == 4
 
 
 def test_there_must_be_an_image():
@@ -342,6 +345,19 @@ def test_an_unreadable_picture_is_named_and_left_out(checkpoint, pictures, capsy
     assert len(result["skipped"]) == 1
     assert f"{copy / 'class-2' / '000.png'}: not a readable picture" in result["skipped"][0]
     assert [line for line in printed.err.splitlines() if "000.png" in line] == [f"gmf eval: skipped {result['skipped'][0]}"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_the_numbers_of_its_pictures(workers, checkpoint, pictures, capsys, tmp_path):
+    (tmp_path / "train").symlink_to(pictures)
+    write_pictures(tmp_path / "val", 45)
+    command(capsys, "shards", tmp_path, "--out", tmp_path / "shards", "--images-per-shard", "8")
+    argv = ["--data", "wds/", "--root", tmp_path / "shards", "--batch-size", "16", "--workers", workers]
+    stream, folder = measured(capsys, checkpoint, *argv), measured(capsys, checkpoint, "--data", tmp_path / "val")
+    for name in ("images", "top1", "top5", "loss", "calibration_error"):
+        assert stream[name] == pytest.approx(folder[name], rel=1e-5), name
+    assert stream["skipped"] == []
+    assert [row["images"] for row in stream["per_class"]] == [row["images"] for row in folder["per_class"]]
 
 
 def test_the_classes_are_shown_worst_first(checkpoint, pictures, capsys):

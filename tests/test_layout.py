@@ -13,8 +13,8 @@ SOURCE = ROOT / "src" / "groupmixformer"
 LAYERS = [
     {"groupmixformer"},
     {"checkpoint", "explain", "recipe", "evaluation", "pictures", "seeding"},
-    {"streaming"},
     {"sources"},
+    {"streaming"},
     {"data"},
     {"shards", "loading"},
     {"task"},

@@ -1,5 +1,6 @@
 """Streams: every sample once over all processes and workers, in every epoch another order, whatever the pictures are like."""
 
+import gc
 import io
 import json
 import pickle
@@ -19,11 +20,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset
 from torch.utils.data import DataLoader
 
 from groupmixformer import sources, streaming
 from groupmixformer.cli import main
+from groupmixformer.data import train_transform
+from groupmixformer.recipe import Augmentation
 from groupmixformer.shards import write_shards
 from groupmixformer.streaming import open_stream
 
@@ -187,7 +190,8 @@ def test_few_pictures_at_a_time_are_shuffled_too(shards, pictures, monkeypatch):
 
 
 def augmented(stream, workers, skip=0, epoch=2):
-    stream.transform = create_transform((3, 8, 8), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5)
+    config = {"input_size": (3, 8, 8), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic"}
+    stream.transform = train_transform(Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5), config)
     stream.configure(training=True, seed=5, rank=1, world_size=2)
     stream.set_epoch(epoch)
     stream.skip(skip, 3)
@@ -518,6 +522,26 @@ def test_hugging_face_pictures_may_be_missing(parquet, tmp_path):
     assert len(samples) == 47
     assert sorted(problem for *_, problem in samples if problem)[0].startswith(f"{path.name}: ")
     assert len({problem for *_, problem in samples}) == 4
+
+
+def test_a_run_on_shards(photos, shards, parquet, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # PyTorch waits as long for failed workers
+    options = ["--variant", "test_resnet", "--epochs", "1", "--image_size", "32", "--batch_size", "8", "--workers", "2"]
+    assert main(["train", "folder", "--data", "wds/", "--root", str(shards), *options, "--out", str(tmp_path / "run")]) == 0
+    found = []
+    for data in ([], ["--data", str(photos)], ["--data", f"hfids/{parquet}", "--workers", "2"]):
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / "run"), *data, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found.append([result[key] for key in ("images", "top1", "top5", "loss")])
+    assert found[0][0] == 21
+    assert found[1:] == [pytest.approx(found[0])] * 2
+    damaged = shutil.copytree(shards, tmp_path / "damaged")
+    (damaged / "validation-000001.tar").write_bytes(b"")
+    assert main(["eval", str(tmp_path / "run"), "--data", "wds/", "--root", str(damaged), "--workers", "2"]) == 1
+    line = f"gmf: error: {damaged}/validation-000001.tar: cannot be read after 0 samples: empty file\n"
+    assert capsys.readouterr().err == line
+    gc.collect()
 
 
 def test_the_missing_library_is_named(photos, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from .checkpoint import architecture, load_model
@@ -66,13 +66,13 @@ class Classification(Task):
     """
 
     def __init__(self, recipe: Recipe, images: ImageData, world_size: int = 1) -> None:
-        super().__init__(recipe, create_classifier(recipe, images.class_names), len(images.train), world_size)
-        self.class_names = images.class_names
-        self.config = data_config(recipe, self.model)
+        model = create_classifier(recipe, images.class_names)
+        config = data_config(recipe, model)
         images.train.seed = recipe.seed
-        images.train.transform = train_transform(recipe.augmentation, self.config)
-        images.held_out.transform = eval_transform(self.config)
-        self.loaders = Loaders(images.train, images.held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        images.train.transform = train_transform(recipe.augmentation, config)
+        images.held_out.transform = eval_transform(config)
+        loaders = Loaders(images.train, images.held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        super().__init__(recipe, model, loaders, images.class_names, config, world_size)
         augmentation = recipe.augmentation
         self.mixup = None
         if augmentation.mixup > 0 or augmentation.cutmix > 0:
@@ -85,6 +85,7 @@ class Classification(Task):
                 num_classes=len(images.class_names),
             )
         self.soft_loss = SoftTargetCrossEntropy()
+        self.val_images = SumMetric()
         self.val_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(len(images.class_names), average="micro", ignore_index=-1)
 
@@ -108,5 +109,7 @@ class Classification(Task):
         logits = self.evaluated(images)
         self.top1.update(logits, classes)
         self.val_loss.update(F.cross_entropy(logits, classes, ignore_index=-1, reduction="none"), (classes >= 0).float())
+        self.val_images.update((classes >= 0).sum())
+        self.log("val_images", self.val_images, batch_size=len(images))
         self.log("val_loss", self.val_loss, batch_size=len(images))
         self.log("val_top1", self.top1, prog_bar=True, batch_size=len(images))

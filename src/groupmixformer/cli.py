@@ -38,8 +38,8 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(result) if as_json else text)
 
 
-def _progress(items: Any, what: str, total: int) -> Any:
-    """Show a bar on a terminal."""
+def _progress(items: Any, what: str, total: int | None = None) -> Any:
+    """Show a bar on a terminal; the total is the number of items where that is known."""
     from tqdm import tqdm
 
     return tqdm(items, what, total, disable=None, leave=False)
@@ -107,17 +107,17 @@ def models(args: argparse.Namespace) -> None:
     _show({"models": rows}, args.json, "\n".join(table))
 
 
-def _finish(folder: Path, images: Any, seconds: float) -> dict[str, Any]:
+def _finish(folder: Path, images: Any, seconds: float, device: str) -> dict[str, Any]:
     """Evaluate the run's best model, write the report and say where things are."""
     from .checkpoint import load_model
     from .data import eval_loader
     from .evaluation import evaluate
     from .report import save_examples, write_report
 
-    model = load_model(folder)
+    model = load_model(folder).to(_device(device))
     config = _data_config(model)
     evaluation = evaluate(model, eval_loader(images.held_out, config))
-    report = write_report(folder, model, images.held_out, images.class_names, evaluation, config)
+    report = write_report(folder, model.cpu(), images.held_out, images.class_names, evaluation, config)
     examples = save_examples(folder, images.held_out, images.class_names)
     return {
         "run": str(folder),
@@ -140,13 +140,19 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
     except RecipeError as error:
         raise UsageError(str(error)) from error
     from .data import open_images
-    from .training import is_first_process, train
+    from .training import Stopped, is_first_process, train
 
     start = time.monotonic()
-    folder = train(recipe, resume)
+    try:
+        folder = train(recipe, resume)
+    except Stopped as stop:
+        if is_first_process():
+            again = f"gmf train {shlex.quote(str(Path(recipe.out, 'recipe.yaml')))} --resume"
+            print(f"gmf: stopped by {stop} and saved: continue with {again}", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
     if not is_first_process():
         raise SystemExit(0)
-    result = _finish(folder, open_images(recipe.data, recipe.root), time.monotonic() - start)
+    result = _finish(folder, open_images(recipe.data, recipe.root, need_train=False), time.monotonic() - start, recipe.device)
     text = (
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  "
         f"on {result['images']:,} held-out images after {result['seconds']:.0f} s\n"
@@ -216,7 +222,7 @@ def evaluate(args: argparse.Namespace) -> None:
     config = _data_config(model, args.image_size, args.test_size, **crop)
     loader = eval_loader(images.held_out, config, args.batch_size, args.workers)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    evaluation = evaluate_model(model, _progress(loader, "evaluating", len(loader)), dtype)
+    evaluation = evaluate_model(model, _progress(loader, "evaluating"), dtype)
     for problem in evaluation.problems:
         print(f"gmf eval: skipped {problem}", file=sys.stderr)
     if args.plot:
@@ -404,7 +410,7 @@ def _parser() -> Parser:
         choices=("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos"),
         help="how to resize; the model's own by default",
     )
-    added.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    added.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
     added.add_argument("--batch-size", type=_number(1), default=64, help="images at once (default: %(default)s)")
     added.add_argument("--workers", type=_number(0), default=0, help="processes that load images (default: %(default)s)")
     added.add_argument("--per-class", action="store_true", help="show the accuracy of every class, the worst first")
@@ -440,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 if it is done, 1 if it failed, 2 for wrong usage, 130 if it was interrupted.
+        0 if it is done, 1 if it failed, 2 for wrong usage, 128 + a signal's number if it was stopped by one (130: Ctrl-C).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -471,9 +477,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("GMF_TRACEBACK"):
             raise
+        text = str(error)
+        if "Original Traceback" in text:  # PyTorch's form of what a loader's worker raises
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
         known = isinstance(error, ValueError | OSError)
         hint = "" if known else f" ({type(error).__name__}; GMF_TRACEBACK=1 shows where)"
-        print(f"gmf: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        print(f"gmf: error: {' '.join(text.split())}{hint}", file=sys.stderr)
         return 1
     return 0
 

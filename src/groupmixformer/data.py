@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.readers.img_extensions import add_img_extensions
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .pictures import IMAGE_SUFFIXES, decode, to_rgb
 from .seeding import seed_all
+from .streaming import open_stream
 
 if TYPE_CHECKING:
     from .recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
@@ -133,6 +135,7 @@ def _class_folders(folder: Path) -> tuple[Pictures, list[str]]:
             f"{folder}: expected two or more folders, one per class, with images in each; got {len(names)} folders"
             + (f", without images: {', '.join(empty[:3])}" if empty else "")
         )
+    add_img_extensions(sorted(IMAGE_SUFFIXES))  # timm's own list has three
     source = create_dataset("", str(folder), search_split=False)
     found = source.reader.class_to_idx  # in timm's order, which is natural: 2 before 10
     if set(found) != names:
@@ -165,9 +168,10 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
     """Open a data set for classification.
 
     Args:
-        name: ``digits``, a folder with train/ and val/ (or validation/, test/) of one folder per class, or a data set of timm
-            such as ``torch/cifar10`` or ``hfds/NAME``.
-        root: Where timm's data sets lie.
+        name: ``digits``, a folder with train/ and val/ (or validation/, test/) of one folder per class, or by timm's naming
+            ``torch/cifar10`` and others of torchvision, ``hfds/NAME`` of Hugging Face, and, as streams, ``hfids/NAME`` and
+            ``wds/NAME``.
+        root: Where timm's data sets lie; for ``wds/`` also a URL.
         download: Fetch a ``torch/`` data set that is not there.
         need_train: If not, a folder may hold the classes' folders itself, and `train` is None for it.
 
@@ -178,8 +182,12 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
         return ImageData(Pictures(Digits("train")), Pictures(Digits("held-out")), [str(digit) for digit in range(10)])
     if Path(name).is_dir():
         return _folder(Path(name), need_train)
+    if name.startswith(("hfids/", "wds/")):
+        stream = open_stream(name, root, "validation")
+        return ImageData(open_stream(name, root, "train") if need_train else None, stream, stream.class_names)
     if not name.startswith(("torch/", "hfds/")):
-        raise ValueError(f"no data set {name}: expected digits, a folder with train/ and val/, torch/NAME or hfds/NAME")
+        kinds = "digits, a folder with train/ and val/, torch/NAME, hfds/NAME, hfids/NAME or wds/NAME"
+        raise ValueError(f"no data set {name}: expected {kinds}")
     train, held_out = (create_dataset(name, root, split=split, download=download) for split in ("train", "validation"))
     names = getattr(train, "classes", None)  # torchvision's
     if names is None:  # Hugging Face's

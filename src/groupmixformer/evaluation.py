@@ -26,8 +26,8 @@ class Evaluation:
 
     Attributes:
         metrics: top1 and top5 as shares of 1; loss, the mean cross entropy in nats; calibration_error, the expected calibration
-            error as a share of 1; images, which is N; skipped, the number of those left out; images_per_second of the whole
-            evaluation, loading included, and model_images_per_second of the model alone.
+            error as a share of 1; images, which is N; skipped, the number of pictures that could not be read; images_per_second
+            of the whole evaluation, loading included, and model_images_per_second of the model alone.
         predicted: Most likely class of each image (N).
         confidence: Probability of that class (N), float32.
         true: True class of each image (N).
@@ -64,8 +64,8 @@ def evaluate(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dty
 
     Args:
         model: A classifier in eval mode; its device is used.
-        loader: Batches of (images (B, 3, H, W), classes (B)) or (images, classes, problems). An image of class -1 is left out:
-            its picture could not be read, and `problems` holds a line that says so.
+        loader: Batches of (images (B, 3, H, W), classes (B)) or (images, classes, problems). Images of class -1 are left out:
+            their pictures could not be read, and `problems` has a line for each; those that only fill up a batch have none.
         dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
 
     Raises:
@@ -79,11 +79,11 @@ def evaluate(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dty
     found: dict[str, list[Tensor]] = {name: [] for name in ("top5", "predicted", "confidence", "true", "positions")}
     problems: list[str] = []
     seconds: list[float] = []
-    loss, seen, start = 0.0, 0, time.perf_counter()
+    loss, seen, skipped, start = 0.0, 0, 0, time.perf_counter()
     for images, classes, *lines in loader:
-        for batch_lines in lines:
-            problems += batch_lines
         counts = classes >= 0
+        skipped += len(lines[0]) if lines else int((~counts).sum())
+        problems += lines[0] if lines else []
         positions = seen + counts.nonzero().flatten()
         seen += len(classes)
         if not counts.all():
@@ -123,7 +123,7 @@ def evaluate(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dty
         "loss": loss / len(true),
         "calibration_error": error.item(),
         "images": len(true),
-        "skipped": seen - len(true),
+        "skipped": skipped,
         "images_per_second": len(true) / whole,
         "model_images_per_second": sum(sizes[warm]) / sum(seconds[warm]),
     }

@@ -1,11 +1,16 @@
 """The order of samples: shuffled by the epoch, split over processes, continued in the middle of an epoch."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from .streaming import Stream
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, SLURM's preemption, SLURM's --signal=USR1@SECONDS
 
 
 class TrainingOrder(Sampler[tuple[int, int]]):
@@ -63,17 +68,19 @@ class EvaluationOrder(Sampler[int]):
         return iter(self.indices)
 
 
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SLURM's signals, which go to every process of a job, to the process that trains: it saves first."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StreamLoader(DataLoader[Any]):
-    """A loader of a stream, which can only skip batches by reading them."""
+    """A loader of a stream, which knows how many batches it gives."""
 
-    skip = 0
+    dataset: Stream
 
-    def __iter__(self) -> Any:
-        batches = super().__iter__()
-        skip, self.skip = self.skip, 0
-        for _ in range(skip):
-            next(batches)
-        return batches
+    def __len__(self) -> int:
+        return self.dataset.batches(self.batch_size or 1, self.num_workers)
 
 
 class Loaders(lightning.LightningDataModule):
@@ -83,8 +90,8 @@ class Loaders(lightning.LightningDataModule):
     from (seed, epoch, index) for every sample, so a sample looks the same in whatever process, worker or run it is loaded.
 
     Args:
-        train: Training set: maps (epoch, index) to a sample, or a `streaming.Stream`.
-        held_out: Validation set: maps an index, or -1 for a sample that does not count, or a `streaming.Stream`.
+        train: Training set: maps (epoch, index) to a sample, or a `Stream`.
+        held_out: Validation set: maps an index, or -1 for a sample that does not count, or a `Stream`.
         batch_size: Samples in a batch of one process.
         workers: Processes that load, for each process that trains.
         seed: Of the order.
@@ -99,12 +106,30 @@ class Loaders(lightning.LightningDataModule):
         self.collate = collate
         self.done = 0  # batches of the current epoch
 
-    def _settings(self, workers: int) -> dict[str, Any]:
+    @property
+    def streams(self) -> bool:
+        """Whether the training set is a stream, of which each worker gets a part."""
+        return isinstance(self.train, Stream)
+
+    @property
+    def samples(self) -> int:
+        """Number of training samples."""
+        return self.train.num_samples if isinstance(self.train, Stream) else len(self.train)
+
+    def batches(self, world_size: int) -> int:
+        """Count the training batches of each process in an epoch."""
+        if isinstance(self.train, Stream):
+            self.train.configure(training=True, world_size=world_size)
+            return self.train.batches(self.batch_size, self.workers)
+        return len(self.train) // (self.batch_size * world_size)
+
+    def _settings(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
             "collate_fn": self.collate,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "worker_init_fn": _ignore_signals,
             "pin_memory": torch.cuda.is_available(),
         }
 
@@ -114,26 +139,24 @@ class Loaders(lightning.LightningDataModule):
         place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         done, self.done = self.done, 0
-        if isinstance(self.train, IterableDataset):
-            self.train.configure(training=True, seed=self.seed, **place)  # type: ignore[attr-defined]
-            self.train.set_epoch(epoch)  # type: ignore[attr-defined]
-            stream = StreamLoader(self.train, drop_last=True, **self._settings(self.workers))
-            stream.skip = done
-            return stream
+        if isinstance(self.train, Stream):
+            self.train.configure(training=True, seed=self.seed, **place)
+            self.train.set_epoch(epoch)
+            self.train.skip(done, self.batch_size)
+            return StreamLoader(self.train, drop_last=True, **self._settings())
         order = TrainingOrder(len(self.train), self.batch_size, self.seed, **place)
         order.set_epoch(epoch)
         order.skip = done
-        return DataLoader(self.train, sampler=order, drop_last=True, **self._settings(self.workers))
+        return DataLoader(self.train, sampler=order, drop_last=True, **self._settings())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation batches of this process, of which every process has as many."""
         assert self.trainer is not None
         place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        if isinstance(self.held_out, IterableDataset):
-            self.held_out.configure(training=False, seed=self.seed, **place)  # type: ignore[attr-defined]
-            return DataLoader(self.held_out, **self._settings(self.workers))
-        order = EvaluationOrder(len(self.held_out), **place)
-        return DataLoader(self.held_out, sampler=order, **self._settings(self.workers))
+        if isinstance(self.held_out, Stream):
+            self.held_out.configure(training=False, **place)
+            return StreamLoader(self.held_out, **self._settings())
+        return DataLoader(self.held_out, sampler=EvaluationOrder(len(self.held_out), **place), **self._settings())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches that are done in the current epoch."""

@@ -64,7 +64,9 @@ def decode(file: IO[bytes] | bytes | Path, name: str) -> Image.Image:
         raise ValueError(f"{name}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{name}: a folder without images") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable picture: no known format") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{name}: not a readable picture: {lines[0]}") from error
 

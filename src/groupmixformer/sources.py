@@ -180,26 +180,31 @@ class HuggingFace:
         self.image, self.label = images[0], labels[0]
         self.class_names = list(features[self.label].names)
         data = splits[chosen].select_columns([self.image, self.label])
-        self.data = data.cast_column(self.image, datasets.Image(decode=False))
+        self.data = data.cast_column(self.image, datasets.Image(decode=False)).with_format("arrow")
         files = list((builder.config.data_files or {}).get(chosen, []))
         if len(files) == data.num_shards and all(file.endswith(".parquet") for file in files):
             self.shards, self.lengths = files, _parquet_lengths(files)
         else:  # read through once
             self.shards = [f"{place}: part {part}" for part in range(min(PIECES, data.num_shards))]
-            self.lengths = [sum(1 for _ in self.read(part, 0)) for part in range(len(self.shards))]
+            self.lengths = [sum(len(table) for table in self._tables(part)) for part in range(len(self.shards))]
+
+    def _tables(self, shard: int) -> Iterator[Any]:
+        # In tables, because iteration by rows would split once more over the loader's workers.
+        try:
+            yield from self.data.shard(num_shards=len(self.shards), index=shard).iter(32)
+        except Exception as error:  # of the network, of the formats
+            raise ValueError(f"{self.shards[shard]}: cannot be read: {_first_line(error)}") from error
 
     def read(self, shard: int, start: int) -> Iterator[Sample]:
         """Yield the samples of a shard, without the first `start`; ValueError if it is damaged or cannot be read."""
-        name, row = self.shards[shard], start
-        data = self.data.shard(num_shards=len(self.shards), index=shard)
-        try:
-            for rows in data.skip(start).iter(32):  # iteration by rows would split once more over the loader's workers
-                for picture, label in zip(rows[self.image], rows[self.label], strict=True):
-                    picture = picture or {"bytes": None, "path": None}
-                    yield _content(**picture), label, f"{Path(name).name}: {picture['path'] or f'row {row}'}"
-                    row += 1
-        except Exception as error:  # of the network, of the formats
-            raise ValueError(f"{name}: cannot be read after {row} rows: {_first_line(error)}") from error
+        name, row = Path(self.shards[shard]).name, 0
+        for table in self._tables(shard):
+            rows = table.slice(max(0, start - row))
+            row += len(table) - len(rows)
+            for picture, label in zip(rows[self.image].to_pylist(), rows[self.label].to_pylist(), strict=True):
+                picture = picture or {"bytes": None, "path": None}
+                yield _content(**picture), label, f"{name}: {picture['path'] or f'row {row}'}"
+                row += 1
 
 
 def _content(bytes: bytes | None, path: str | None) -> bytes | Path | None:
@@ -207,8 +212,11 @@ def _content(bytes: bytes | None, path: str | None) -> bytes | Path | None:
         return bytes
     if "://" not in path:
         return Path(path)
-    with _opened(path) as file:
-        return file.read()
+    try:
+        with _opened(path) as file:
+            return file.read()
+    except Exception as error:  # of the network
+        raise ValueError(f"{path}: cannot be read: {_first_line(error)}") from error
 
 
 def _parquet_lengths(files: Sequence[str]) -> list[int]:

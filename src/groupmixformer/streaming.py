@@ -24,10 +24,10 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
     """Yields (transformed picture, class, problem); `problem` names a picture that could not be read, or is "".
 
     The shards are joined to a ring, for training in an order and with a beginning that depend on seed and epoch alone, and each
-    worker reads one range of it. Training shuffles once more inside the range, and leaves out what the division into ranges leaves,
-    other samples in each epoch; evaluation fills up with zeros of class -1, which metrics leave out. An unreadable picture is
-    replaced for training by the next readable one of its range (by the last, if none follows) and for evaluation by zeros of
-    class -1. So every process has equally many samples, whatever comes.
+    worker reads one range of it. Training shuffles once more inside the range, and leaves out what the division into ranges
+    leaves, other samples in each epoch; evaluation fills up with zeros of class -1, which metrics leave out. An unreadable
+    picture is replaced for training by the next readable one of its range (by the last, if none follows) and for evaluation by
+    zeros of class -1. So every process has equally many samples, whatever comes.
 
     Random numbers are seeded for every training sample from seed, epoch, range and place.
 
@@ -71,18 +71,15 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
     def __iter__(self) -> Iterator[tuple[Any, int, str]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        length, shards = self._part(workers), np.arange(len(self.source.lengths))
+        length, shards = self._part(workers), list(range(len(self.source.lengths)))
         if not self.training:
             return self._evaluate(self._range(shards, (self.rank * workers + worker) * length, length), length)
         epoch, batches, batch_size = self._place.tolist()
         worker = (worker + batches) % workers  # the loader asks its workers in turn: the one whose turn it was comes first
         part = self.rank * workers + worker
         rng = np.random.default_rng([self.seed, epoch])
-        shards, first = (
-            rng.permutation(shards),
-            rng.integers(max(1, self.num_samples)),
-        )  # ranges go round, or one shard never moved
-        samples = self._range(np.tile(shards, 2), first + part * length, length)
+        shards, first = rng.permutation(shards).tolist(), int(rng.integers(max(1, self.num_samples)))
+        samples = self._range(shards * 2, first + part * length, length)
         samples = _shuffle(samples, np.random.default_rng([self.seed, epoch, part]))
         return self._train(samples, -(-(batches - worker) // workers) * batch_size, (self.seed, epoch, part))
 

@@ -24,31 +24,39 @@ class Task(lightning.LightningModule):
     Args:
         recipe: The settings.
         model: What is trained.
-        samples: Number of training samples.
-        world_size: Number of processes.
-
-    Attributes:
         loaders: Batches for training and validation.
         class_names: Names of the classes, in order.
         config: Input of the model, by timm's names.
+        world_size: Number of processes.
 
     Raises:
         ValueError: If there are fewer samples than a batch, or the model cannot do what the recipe asks of it.
     """
 
     monitor = "val_top1"  # the validation metric that decides which epoch is best; higher is better
-    loaders: Loaders
-    class_names: list[str]
-    config: dict[str, Any]
 
-    def __init__(self, recipe: Recipe, model: nn.Module, samples: int, world_size: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        loaders: Loaders,
+        class_names: list[str],
+        config: dict[str, Any],
+        world_size: int,
+    ) -> None:
         super().__init__()
-        self.recipe, self.samples = recipe, samples
+        self.recipe, self.loaders, self.class_names, self.config = recipe, loaders, class_names, config
         batch = recipe.batch_size * world_size
         self.total_batch = batch * recipe.accumulate  # samples in a step
-        self.steps_per_epoch = -(-(samples // batch) // recipe.accumulate)
+        self.steps_per_epoch = -(-loaders.batches(world_size) // recipe.accumulate)
         if not self.steps_per_epoch:
-            raise ValueError(f"{samples} training images are fewer than one batch of {batch}: lower batch_size")
+            share = (
+                f", of which each of {recipe.workers} workers gets its part" if loaders.streams and recipe.workers > 1 else ""
+            )
+            raise ValueError(
+                f"{loaders.samples} training images{share} are fewer than one batch of {batch}: lower batch_size"
+                + (" or workers" if share else "")
+            )
         if recipe.ema and recipe.strategy == "fsdp":
             raise ValueError("strategy fsdp shards the weights and cannot average them: set ema to null")
         if recipe.channels_last and not isinstance(model, GroupMixFormer):  # which sees to its layout itself
@@ -112,9 +120,17 @@ class Task(lightning.LightningModule):
         """Step timm's scheduler, which counts updates itself less than Lightning does."""
         scheduler.step_update(num_updates=self.global_step)
 
+    def on_train_start(self) -> None:
+        """Take the rate of this step from the schedule, also in a run that is resumed."""
+        for config in self.trainer.lr_scheduler_configs:
+            self.lr_scheduler_step(config.scheduler, None)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the random numbers of this step, so that they need no place in a checkpoint; remember the statistics of BN."""
         seed_all(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(torch.initial_seed())  # the accelerator's generator too
+        if batch_idx == 0:
+            self.train_loss.reset()  # a checkpoint of an epoch's end still holds the loss of that epoch
         if batch_idx % self.recipe.accumulate == 0:
             buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
             if self._statistics:
@@ -148,10 +164,12 @@ class Task(lightning.LightningModule):
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.recipe.skip_limit:
+            last = self.recipe.last_checkpoint
+            kept = f"The last checkpoint is {last}" if last.exists() else "There is no checkpoint yet"
             raise ValueError(
                 f"the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last at step "
-                f"{self.global_step}; the weights are those before them. The last checkpoint is "
-                f"{self.recipe.last_checkpoint}: lower optimizer.lr, or use precision bf16-mixed or 32-true"
+                f"{self.global_step}; the weights are those before them. {kept}: lower optimizer.lr, or use precision "
+                "bf16-mixed or 32-true"
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -176,10 +194,10 @@ class Task(lightning.LightningModule):
             ValueError: If they are more than the recipe's share of the training set.
         """
         self.unreadable.update(dict.fromkeys(problems))
-        if len(self.unreadable) > self.recipe.bad_limit * self.samples:
+        if len(self.unreadable) > self.recipe.bad_limit * self.loaders.samples:
             names = "; ".join(list(self.unreadable)[:5])
             raise ValueError(
-                f"{len(self.unreadable)} of {self.samples} training pictures cannot be read, more than bad_limit "
+                f"{len(self.unreadable)} of {self.loaders.samples} training pictures cannot be read, more than bad_limit "
                 f"({self.recipe.bad_limit:.2%}) allows: {names}{'; ...' if len(self.unreadable) > 5 else ''}"
             )
 
@@ -207,6 +225,7 @@ class Task(lightning.LightningModule):
         checkpoint["counts"] = {"skipped": self.skipped, "unreadable": list(self.unreadable)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counts."""
+        """Take up the counts; the schedule follows from the step and the recipe, which may have more epochs now."""
+        checkpoint["lr_schedulers"] = []
         self.skipped = checkpoint["counts"]["skipped"]
         self.unreadable = dict.fromkeys(checkpoint["counts"]["unreadable"])

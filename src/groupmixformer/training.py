@@ -30,6 +30,7 @@ from torch import nn
 from .checkpoint import save_checkpoint
 from .classification import Classification
 from .data import open_images
+from .loading import STOP_SIGNALS
 from .recipe import Recipe, write_recipe
 from .task import Task
 
@@ -69,8 +70,6 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class Keep(Callback):
     """Saves the run's state after every epoch, every few minutes, and when a signal asks the run to stop."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, SLURM's preemption, SLURM's --signal=USR1@SECONDS
-
     def __init__(self, path: Path, minutes: float, accumulate: int) -> None:
         self.path, self.seconds, self.accumulate = path, 60 * minutes, accumulate
         self.received = 0
@@ -87,7 +86,7 @@ class Keep(Callback):
         """Listen to signals, in place of Lightning, which stops without saving."""
         self.saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            self.handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Leave the signals to those who had them."""
@@ -96,11 +95,12 @@ class Keep(Callback):
         self.handlers = {}
 
     def _save(self, trainer: lightning.Trainer, due: bool) -> None:
-        # What one process was told, all must do.
-        flags = torch.tensor([self.received, due], dtype=torch.float32, device=trainer.strategy.root_device)
-        reduced = trainer.strategy.reduce(flags, reduce_op="max")
-        assert isinstance(reduced, torch.Tensor)
-        number, now = (int(flag) for flag in reduced.tolist())
+        number, now = self.received, int(due)
+        if trainer.world_size > 1:  # what one process was told, all must do
+            flags = torch.tensor([number, due], dtype=torch.float32, device=trainer.strategy.root_device)
+            reduced = trainer.strategy.reduce(flags, reduce_op="max")
+            assert isinstance(reduced, torch.Tensor)
+            number, now = (int(flag) for flag in reduced.tolist())
         if number or now:
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
@@ -117,6 +117,25 @@ class Keep(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the epoch. Comes after `Record`, so that what it wrote belongs to the checkpoint."""
         self._save(trainer, due=True)
+
+
+NOTES = {"skipped_steps": "steps skipped", "unreadable": "pictures unreadable"}
+
+
+class Patience(EarlyStopping):
+    """Ends a run that does not become better, also one that is resumed after its end, by the patience of the recipe now."""
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        # At the end of validation: Lightning calls it at the end of the epoch after `Keep`, which has to save what it counted.
+        super().__init__(monitor, patience=patience, mode="max", check_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was counted."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop before the first step where the patience was over."""
+        trainer.should_stop = self.wait_count >= self.patience
 
 
 class Record(Callback):
@@ -176,7 +195,9 @@ class Record(Callback):
             save_checkpoint(model, self.folder, pl_module.class_names, pl_module.config)
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
         measured = "  ".join(
-            f"{name.removeprefix('val_')} {metrics[name]:.4f}" for name in sorted(row) if name.startswith("val_")
+            f"{name.removeprefix('val_')} {metrics[name]:.4f}"
+            for name in sorted(row)
+            if name.startswith("val_") and name != "val_images"
         )
         noted = "".join(f"  {row[name]:.0f} {text}" for name, text in NOTES.items() if row[name])
         print(
@@ -185,9 +206,6 @@ class Record(Callback):
             file=sys.stderr,
             flush=True,
         )
-
-
-NOTES = {"skipped_steps": "steps skipped", "unreadable": "pictures unreadable"}
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -304,7 +322,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
     if recipe.patience is not None:
-        callbacks.append(EarlyStopping(task.monitor, patience=recipe.patience, mode="max"))
+        callbacks.append(Patience(task.monitor, recipe.patience))
     callbacks += [Record(folder), Keep(recipe.last_checkpoint, recipe.save_minutes, recipe.accumulate)]
     if sys.stderr.isatty():
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
@@ -314,6 +332,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # timm's schedulers are not torch's
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # `Loaders` is
         warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # metrics.csv has every epoch
+        warnings.filterwarnings("ignore", ".*has `__len__` defined.*")  # a stream's is exact
         warnings.filterwarnings("ignore", ".*in eval mode at the start.*")  # the averaged model
         trainer = lightning.Trainer(
             accelerator=recipe.device,
@@ -341,7 +360,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         if first:
             _say_how(task, world_size, device)
         last = recipe.last_checkpoint
-        trainer.fit(task, datamodule=task.loaders, ckpt_path=str(last) if resume and last.exists() else None, weights_only=True)
+        start = str(last) if resume and last.exists() else None
+        try:
+            trainer.fit(task, datamodule=task.loaders, ckpt_path=start, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return folder
