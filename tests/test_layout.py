@@ -21,6 +21,7 @@ LAYERS = [
     {"classification"},
     {"training"},
     {"report"},
+    {"commands"},
     {"cli"},
 ]
 

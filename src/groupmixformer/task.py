@@ -66,7 +66,8 @@ class Task(lightning.LightningModule):
                 raise ValueError(f"{recipe.variant} has no gradient checkpointing: set grad_checkpointing to false")
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.model: Any = model
-        self.blueprint = copy.deepcopy(model).to("meta") if recipe.strategy == "fsdp" else None
+        # In a list, and so no part of this module, all of whose weights Lightning would empty if it found some on meta.
+        self.blueprint = [copy.deepcopy(model).to("meta")] if recipe.strategy == "fsdp" else []
         self.average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
@@ -211,10 +212,10 @@ class Task(lightning.LightningModule):
 
     def whole_model(self) -> nn.Module:
         """Return a copy of the model whose accuracy counts, with all its weights; all processes must call this."""
-        if self.blueprint is None:
+        if not self.blueprint:
             return copy.deepcopy(self.evaluated).to(memory_format=torch.contiguous_format).eval()
         weights = self.trainer.strategy.lightning_module_state_dict()  # empty on all processes but the first
-        model = copy.deepcopy(self.blueprint)
+        model = copy.deepcopy(self.blueprint[0])
         if weights:
             prefix = "model."
             model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}, assign=True)

@@ -1,0 +1,316 @@
+"""What the commands of gmf do. Results go to stdout, progress to stderr; imports wait for the command that needs them."""
+
+import argparse
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """Wrong usage: exit 2."""
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result) if as_json else text)
+
+
+def _progress(items: Any, what: str, total: int | None = None) -> Any:
+    """Show a bar on a terminal; the total is the number of items where that is known."""
+    from tqdm import tqdm
+
+    return tqdm(items, what, total, disable=None, leave=False)
+
+
+def _data_config(model: Any, image_size: int | None = None, test_size: bool = False, **crop: Any) -> dict[str, Any]:
+    """Size, crop and colours of the model's input by timm's rules: what is asked for, or else what is stored with the model."""
+    from timm.data.config import resolve_data_config
+
+    asked = {"img_size": image_size, "in_chans": model.pretrained_cfg["input_size"][0], **crop}
+    config: dict[str, Any] = resolve_data_config(asked, model.pretrained_cfg, use_test_size=test_size)
+    return config
+
+
+def _class_names(model: Any) -> list[str]:
+    """Names stored with the model; ImageNet's where there are 1,000 classes; numbers otherwise."""
+    cfg = model.pretrained_cfg
+    names = list(cfg.get("label_names") or [])
+    if not names and model.num_classes == 1000:
+        from timm.data import ImageNetInfo
+
+        imagenet = ImageNetInfo()
+        return [imagenet.index_to_description(index) for index in range(1000)]
+    return names or [str(index) for index in range(model.num_classes)]
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def models(args: argparse.Namespace) -> None:
+    """List the variants."""
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .groupmixformer import PUBLISHED_TOP1
+
+    rows = []
+    for name in timm.list_models("groupmixformer*"):
+        with torch.device("meta"):
+            model: Any = timm.create_model(name).eval()
+            size = model.pretrained_cfg["input_size"]
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(torch.empty(1, *size))
+        parameters = sum(p.numel() for p in model.parameters())
+        rows.append(
+            {
+                "name": name,
+                "parameters": parameters,
+                "macs": counter.get_total_flops() // 2,
+                "input_size": list(size),
+                "published_top1": PUBLISHED_TOP1[name],
+            }
+        )
+    rows.sort(key=lambda row: row["macs"])
+    table = [f"{'name':27}{'parameters':>12}{'MACs':>10}{'input':>8}{'published top-1':>17}"]
+    table += [
+        f"{r['name']:27}{r['parameters'] / 1e6:>10.2f} M{r['macs'] / 1e9:>8.2f} G{r['input_size'][1]:>8}"
+        f"{r['published_top1']:>15.1f} %"
+        for r in rows
+    ]
+    _show({"models": rows}, args.json, "\n".join(table))
+
+
+def _finish(folder: Path, images: Any, seconds: float, device: str) -> dict[str, Any]:
+    """Evaluate the run's best model, write the report and say where things are."""
+    from .checkpoint import load_model
+    from .data import eval_loader
+    from .evaluation import evaluate
+    from .report import save_examples, write_report
+
+    model = load_model(folder).to(_device(device))
+    config = _data_config(model)
+    evaluation = evaluate(model, eval_loader(images.held_out, config))
+    report = write_report(folder, model.cpu(), images.held_out, images.class_names, evaluation, config)
+    examples = save_examples(folder, images.held_out, images.class_names)
+    return {
+        "run": str(folder),
+        "report": str(report),
+        "examples": [str(path) for path in examples],
+        "seconds": round(seconds, 1),
+        **evaluation.metrics,
+        "skipped": evaluation.problems,
+    }
+
+
+def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, Any], str]:
+    """Train, and on the first process evaluate and report."""
+    import time
+
+    from .recipe import RecipeError, read_recipe
+
+    try:
+        recipe = read_recipe(name, options)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    from .data import open_images
+    from .training import Stopped, is_first_process, train
+
+    start = time.monotonic()
+    try:
+        folder = train(recipe, resume)
+    except Stopped as stop:
+        if is_first_process():
+            again = f"gmf train {shlex.quote(str(Path(recipe.out, 'recipe.yaml')))} --resume"
+            print(f"gmf: stopped by {stop} and saved: continue with {again}", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
+    if not is_first_process():
+        raise SystemExit(0)
+    result = _finish(folder, open_images(recipe.data, recipe.root, need_train=False), time.monotonic() - start, recipe.device)
+    text = (
+        f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  "
+        f"on {result['images']:,} held-out images after {result['seconds']:.0f} s\n"
+        f"run    {result['run']}\nreport {result['report']}"
+    )
+    return result, text
+
+
+def quickstart(args: argparse.Namespace) -> None:
+    """Train, evaluate, report, and name the next commands."""
+    recipe = "digits" if args.data == "digits" else "folder"
+    out = args.out or next(name for i in itertools.count(1) if not Path(name := f"runs/quickstart{f'-{i}' * (i > 1)}").exists())
+    options = ["--out", out, "--data", args.data, "--variant", args.variant]
+    options += ["--epochs", str(args.epochs)] if args.epochs else []
+    result, text = _train(recipe, options, resume=False)
+    run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
+    data = "" if args.data == recipe else f" --data {shlex.quote(args.data)}"
+    again = f"gmf train {recipe}{data} --variant {args.variant} --epochs 20 --out {run}-20"
+    result["next"] = [f"gmf predict {run} {examples}", again]
+    _show(result, args.json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train by a recipe."""
+    if args.print:
+        from .recipe import RecipeError, read_recipe, to_yaml
+
+        try:
+            recipe = read_recipe(args.recipe, args.options)
+        except RecipeError as error:
+            raise UsageError(str(error)) from error
+        _show(asdict(recipe), args.json, to_yaml(recipe).rstrip())
+        return
+    result, text = _train(args.recipe, args.options, args.resume)
+    _show(result, args.json, text)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure a model on a data set."""
+    import torch
+
+    from .checkpoint import load_model
+    from .data import eval_loader, open_images
+    from .evaluation import evaluate as evaluate_model
+    from .evaluation import per_class, reliability
+
+    if args.plot:
+        from .report import reliability_diagram, write_figure  # before the work, in case that matplotlib is missing
+
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+    model = load_model(args.run).to(_device(args.device))
+    data, root = args.data, args.root
+    if not data:
+        recipe = Path(args.run, "recipe.yaml")
+        if not recipe.is_file():
+            raise ValueError(f"{args.run}: has no recipe that names a data set: name one with --data")
+        from .recipe import read_recipe
+
+        stored = read_recipe(str(recipe))
+        data, root = stored.data, stored.root
+    images = open_images(data, root, need_train=False)
+    if len(images.class_names) != model.num_classes:
+        raise ValueError(f"{data} has {len(images.class_names)} classes and the model {model.num_classes}, expected the same")
+    if args.test_size and not any(model.pretrained_cfg.get(key) for key in ("test_input_size", "test_crop_pct")):
+        print(f"gmf eval: {args.run} stores no size or crop for tests: its usual ones are used", file=sys.stderr)
+    crop = {"crop_pct": args.crop_pct, "crop_mode": args.crop_mode, "interpolation": args.interpolation}
+    config = _data_config(model, args.image_size, args.test_size, **crop)
+    loader = eval_loader(images.held_out, config, args.batch_size, args.workers)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    evaluation = evaluate_model(model, _progress(loader, "evaluating"), dtype)
+    for problem in evaluation.problems:
+        print(f"gmf eval: skipped {problem}", file=sys.stderr)
+    if args.plot:
+        write_figure(reliability_diagram(evaluation), args.plot)
+
+    metrics, classes = evaluation.metrics, per_class(evaluation, images.class_names)
+    height, width = config["input_size"][1:]
+    lines = [
+        f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
+        f"calibration error {metrics['calibration_error']:.2%}  on {metrics['images']:,} images",
+        f"{height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, {config['interpolation']}, {args.precision}",
+        f"{metrics['images_per_second']:.1f} images/s with loading, {metrics['model_images_per_second']:.1f} the model alone",
+    ]
+    if args.per_class:
+        # Worst first; classes without images, which have no accuracy, last.
+        ranked = sorted(classes, key=lambda row: (row["top1"] is None, row["top1"]))
+        length = max(len(name) for name in ("class", *images.class_names))
+        lines += [f"\n{'class':{length}}{'images':>8}{'top-1':>9}"]
+        lines += [
+            f"{row['class']:{length}}{row['images']:>8,}{'-' if row['top1'] is None else format(row['top1'], '.2%'):>9}"
+            for row in ranked
+        ]
+    result = {
+        "run": args.run,
+        "data": data,
+        **metrics,
+        "skipped": evaluation.problems,
+        **{key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")},
+        "precision": args.precision,
+        "device": str(next(model.parameters()).device),
+        "batch_size": args.batch_size,
+        "plot": str(args.plot) if args.plot else None,
+        "per_class": classes,
+        "reliability": reliability(evaluation),
+    }
+    _show(result, args.json, "\n".join(lines))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Classify pictures."""
+    import torch
+
+    from .checkpoint import load_model
+    from .data import eval_transform
+    from .evaluation import predict as predict_logits
+    from .pictures import find_images, read_image
+
+    model = load_model(args.run).to(_device(args.device))
+    transform, names = eval_transform(_data_config(model, args.image_size)), _class_names(model)
+    results: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    paths = find_images(args.images)
+    for path in _progress(paths, "classifying", len(paths)):
+        try:
+            picture = transform(read_image(path))
+        except ValueError as error:
+            skipped.append(str(path))
+            print(f"gmf predict: skipped {error}", file=sys.stderr)
+            continue
+        probabilities = next(predict_logits(model, [picture[None]])).softmax(dim=1)[0]
+        top = torch.topk(probabilities, min(args.top, len(probabilities)))
+        classes = [
+            {"class": names[index], "index": index, "probability": probability}
+            for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
+        results.append({"image": str(path), "classes": classes})
+    if not results:
+        raise ValueError(f"none of {len(paths)} images could be read")
+    lines = [f"{r['image']}: " + ", ".join(f"{c['class']} {c['probability']:.1%}" for c in r["classes"]) for r in results]
+    _show({"run": args.run, "images": results, "skipped": skipped}, args.json, "\n".join(lines))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Turn a checkpoint into a folder that timm and transformers read."""
+    from .checkpoint import load_checkpoint, save_checkpoint
+
+    model: Any = load_checkpoint(args.file)
+    names = Path(args.class_names).read_text().splitlines() if args.class_names else []
+    if names and len(names) != model.num_classes:
+        raise ValueError(f"{args.class_names}: holds {len(names)} lines, expected one for each of {model.num_classes} classes")
+    config = {"input_size": (model.in_chans, args.image_size, args.image_size)} if args.image_size else {}
+    save_checkpoint(model, args.out, names, config)
+    result = {"out": args.out, "architecture": model.pretrained_cfg["architecture"], "num_classes": model.num_classes}
+    _show(
+        result,
+        args.json,
+        f"{args.out}: {result['architecture']}, {result['num_classes']} classes\n"
+        f'timm.create_model("local-dir:{args.out}", pretrained=True)  # after import groupmixformer',
+    )
+
+
+def shards(args: argparse.Namespace) -> None:
+    """Turn a folder of pictures into WebDataset shards."""
+    from .data import open_images
+    from .shards import write_shards
+
+    if not Path(args.folder).is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
+    images = open_images(args.folder)
+    splits = {"train": images.train.source.reader.samples, "validation": images.held_out.source.reader.samples}
+    settings = {"per_shard": args.images_per_shard, "seed": args.seed, "workers": args.workers, "progress": _progress}
+    result = write_shards(Path(args.folder), splits, images.class_names, Path(args.out), **settings)
+    for line in result["skipped"]:
+        print(f"gmf shards: left out {line}", file=sys.stderr)
+    text = (
+        f"{args.out}: {result['train']:,} pictures for training and {result['validation']:,} for validation in "
+        f"{result['shards']:,} shards of {len(images.class_names)} classes, {result['bytes'] / 1e9:.2f} GB, "
+        f"{len(result['skipped'])} unreadable pictures left out"
+    )
+    _show({"out": args.out, **result}, args.json, text)
