@@ -251,6 +251,12 @@ def load_model(path: str | Path) -> Any:
     return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
 
+def _plain_tensors(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Copy what safetensors refuses: tensors in other memory formats, and shared ones, such as the position encodings of CoaT."""
+    for name, tensor in state_dict.items():
+        state_dict[name] = tensor.clone(memory_format=torch.contiguous_format)
+
+
 def save_checkpoint(
     model: Any,
     folder: str | Path,
@@ -286,6 +292,7 @@ def save_checkpoint(
     if isinstance(model, GroupMixFormer):
         labels["global_pool"] = model.head.global_pool.pool_type
     model.pretrained_cfg = pretrained_cfg
+    hook = model.register_state_dict_post_hook(_plain_tensors)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             save_for_hf(model, temporary, model_config=labels, model_args=model_args, safe_serialization=True)
@@ -296,6 +303,7 @@ def save_checkpoint(
             for file in Path(temporary).iterdir():
                 file.replace(folder / file.name)
     finally:
+        hook.remove()
         if original is None:
             del model.pretrained_cfg
         else:
