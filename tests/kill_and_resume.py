@@ -2,8 +2,8 @@
 
     python tests/kill_and_resume.py --kills 30
 
-Prints one JSON object: kills, where the checkpoint stood at each, and what differs in a bit of the best model, last.ckpt (weights,
-averaged weights, optimiser, schedule, counts) and metrics.csv but for the seconds.
+Prints one JSON object: kills, where the checkpoint stood at each, and what differs in a bit of the best model, last.ckpt
+(weights, averaged weights, optimiser, schedule, counts) and metrics.csv but for the seconds.
 """
 
 import argparse
@@ -30,17 +30,30 @@ from groupmixformer.cli import main
 from groupmixformer.training import read_metrics
 
 OPTIONS = [
-    *("--variant", "mobile", "--image_size", "32", "--crop_pct", "1.0", "--batch_size", "8", "--epochs", "3"),
+    *(
+        "--device",
+        "cpu",
+        "--variant",
+        "mobile",
+        "--image_size",
+        "32",
+        "--crop_pct",
+        "1.0",
+        "--batch_size",
+        "8",
+        "--epochs",
+        "3",
+    ),
     *("--accumulate", "2", "--ema", "0.9", "--drop_path_rate", "0.2", "--augmentation.mixup", "0.8"),
     *("--augmentation.auto_augment", "rand-m9-mstd0.5-inc1", "--augmentation.random_erasing", "0.25"),
 ]
 
 
-def make_pictures(root):
+def make_pictures(root, train):
     images, labels = load_digits(return_X_y=True)
     for digit in (0, 1):
-        for i, pixels in enumerate(images[labels == digit][:140].reshape(-1, 8, 8)):
-            folder = root / ("train" if i < 120 else "val") / str(digit)
+        for i, pixels in enumerate(images[labels == digit][: train + 20].reshape(-1, 8, 8)):
+            folder = root / ("train" if i < train else "val") / str(digit)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
 
@@ -96,10 +109,10 @@ def scalars(run, tag):
     return [event.value for event in log.Scalars(tag)]
 
 
-def kill_and_resume(folder, kills, workers=1, seed=0, save_seconds=0.5):
+def kill_and_resume(folder, kills, pictures=120, workers=1, seed=0, save_seconds=0.5):
     """Return what happened: kills, where they hit, and the differences to an undisturbed run."""
     torch.set_num_threads(1)
-    make_pictures(folder / "data")
+    make_pictures(folder / "data", pictures)
     began = time.monotonic()
     _, status = os.waitpid(start(folder / "data", folder / "whole", workers, save_seconds=1e9), 0)
     whole = time.monotonic() - began
@@ -141,10 +154,11 @@ def kill_and_resume(folder, kills, workers=1, seed=0, save_seconds=0.5):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--pictures", type=int, default=120, help="of each of two classes, up to 150")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        result = kill_and_resume(Path(place), args.kills, args.workers, args.seed)
+        result = kill_and_resume(Path(place), args.kills, args.pictures, args.workers, args.seed)
     print(json.dumps(result))
     sys.exit(bool(result["different"]))

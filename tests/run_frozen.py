@@ -1,6 +1,7 @@
 """Runs `gmf` with the statistics of BatchNorm frozen: on CPU they are not synchronised, so processes could not agree.
 
-With PAUSE_AT="EPOCH BATCH FOLDER" every process writes its number to FOLDER/paused-RANK before that batch and waits for FOLDER/go.
+With PAUSE_AT="EPOCH BATCH FOLDER" every process writes its number to FOLDER/paused-RANK before that batch and waits for
+FOLDER/go.
 """
 
 import os
@@ -13,16 +14,17 @@ from torch import nn
 from groupmixformer.classification import Classification
 from groupmixformer.cli import main
 
-training_step = Classification.training_step
+real = Classification.training_step
 
 
-def freeze(task):
+def training_step(task, batch, batch_idx):
     for module in task.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
+    return real(task, batch, batch_idx)
 
 
-def pause(task, batch, batch_idx):
+def pausing_step(task, batch, batch_idx):
     epoch, index, folder = os.environ["PAUSE_AT"].split(" ", 2)
     if (task.current_epoch, batch_idx) == (int(epoch), int(index)):
         written = Path(folder, f"writing-{task.global_rank}")
@@ -34,7 +36,5 @@ def pause(task, batch, batch_idx):
 
 
 if __name__ == "__main__":
-    Classification.on_train_epoch_start = freeze
-    if "PAUSE_AT" in os.environ:
-        Classification.training_step = pause
+    Classification.training_step = pausing_step if "PAUSE_AT" in os.environ else training_step
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from groupmixformer import load_checkpoint
 from groupmixformer.cli import main
@@ -246,6 +248,39 @@ def test_eval_takes_a_folder_of_classes_and_timms_data_sets(run, photos, capsys)
         assert {key: measured[key] for key in ("top1", "top5", "loss", "images")} == pytest.approx(
             {key: whole[key] for key in ("top1", "top5", "loss", "images")}
         )
+
+
+def idx(path, array):
+    """Write the format of MNIST's files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def test_data_sets_of_torchvision_and_hugging_face_train(capsys, tmp_path, photos):
+    """Local copies: the digits as MNIST's files, which are grey, and an image folder by Hugging Face's reader."""
+    images, labels = load_digits(return_X_y=True)
+    for split, chosen in (("train", slice(0, 60)), ("t10k", slice(60, 89))):
+        raw = tmp_path / "MNIST" / "raw"
+        idx(raw / f"{split}-images-idx3-ubyte", images[chosen].reshape(-1, 8, 8) * 15.9)
+        idx(raw / f"{split}-labels-idx1-ubyte", labels[chosen])
+    (tmp_path / "hf").mkdir()
+    shutil.copytree(photos / "train", tmp_path / "hf" / "train")
+    shutil.copytree(photos / "val", tmp_path / "hf" / "validation")
+    sets = {
+        "torch/mnist": ["--root", tmp_path],
+        f"hfds/{tmp_path / 'hf'}": ["--root", tmp_path / "cache"],
+        f"hfids/{tmp_path / 'hf'}": [],
+    }
+    for i, (data, options) in enumerate(sets.items()):
+        out = tmp_path / f"run-{i}"
+        argv = ["train", "folder", "--data", data, *options, "--variant", "test_resnet", "--epochs", "1", "--out", out, *FAST]
+        result = json.loads(output(capsys, *argv, "--json").out)
+        assert result["images"] == (29 if data == "torch/mnist" else 16)
+        names = json.loads((out / "config.json").read_text())["label_names"]
+        assert names == (torchvision.datasets.MNIST.classes if data == "torch/mnist" else ["one", "zero"])
+        again = json.loads(output(capsys, "eval", out, "--json").out)
+        assert (again["top1"], again["images"]) == (result["top1"], result["images"])
 
 
 def test_the_quickstart_takes_a_free_folder(monkeypatch, tmp_path, capsys, photos):

@@ -252,7 +252,7 @@ def load_model(path: str | Path) -> Any:
 
 
 def _plain_tensors(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Copy what safetensors refuses: tensors in other memory formats, and shared ones, such as the position encodings of CoaT."""
+    """Copy what safetensors refuses: tensors in other memory formats, and shared ones, such as CoaT's position encodings."""
     for name, tensor in state_dict.items():
         state_dict[name] = tensor.clone(memory_format=torch.contiguous_format)
 

@@ -73,7 +73,7 @@ class Task(lightning.LightningModule):
         self.skipped_in_a_row = 0
         self.unreadable: dict[str, None] = {}  # pictures, with the reason
         self.train_loss = MeanMetric(nan_strategy="ignore")
-        self.train_loss.persistent(True)  # a run that is resumed in the middle of an epoch reports the whole epoch's loss
+        self._losses: list[tuple[float, float]] = []  # a run that is resumed inside an epoch reports the whole epoch's loss
         self._statistics: list[torch.Tensor] = []
 
     @property
@@ -122,7 +122,10 @@ class Task(lightning.LightningModule):
         scheduler.step_update(num_updates=self.global_step)
 
     def on_train_start(self) -> None:
-        """Take the rate of this step from the schedule, also in a run that is resumed."""
+        """Take up the loss of the epoch and the rate of this step, where a run is resumed."""
+        if self._losses:
+            self.train_loss.mean_value.fill_(sum(value for value, _ in self._losses))
+            self.train_loss.weight.fill_(sum(weight for _, weight in self._losses))
         for config in self.trainer.lr_scheduler_configs:
             self.lr_scheduler_step(config.scheduler, None)
 
@@ -202,18 +205,21 @@ class Task(lightning.LightningModule):
                 f"({self.recipe.bad_limit:.2%}) allows: {names}{'; ...' if len(self.unreadable) > 5 else ''}"
             )
 
+    def _of_all(self, value: Any) -> list[Any]:
+        """Return what each process has; all must call this."""
+        gathered = [value] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
     def all_unreadable(self) -> list[str]:
         """Return the unreadable pictures of all processes; all must call this."""
-        if self.trainer.world_size == 1:
-            return sorted(self.unreadable)
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, list(self.unreadable))
-        return sorted({name for names in gathered for name in names})
+        return sorted({name for names in self._of_all(list(self.unreadable)) for name in names})
 
     def whole_model(self) -> nn.Module:
-        """Return a copy of the model whose accuracy counts, with all its weights; all processes must call this."""
+        """Return the model whose accuracy counts, with all its weights; all processes must call this."""
         if not self.blueprint:
-            return copy.deepcopy(self.evaluated).to(memory_format=torch.contiguous_format).eval()
+            return self.evaluated
         weights = self.trainer.strategy.lightning_module_state_dict()  # empty on all processes but the first
         model = copy.deepcopy(self.blueprint[0])
         if weights:
@@ -222,11 +228,14 @@ class Task(lightning.LightningModule):
         return model.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counts."""
-        checkpoint["counts"] = {"skipped": self.skipped, "unreadable": list(self.unreadable)}
+        """Keep the counts of all processes; Lightning keeps the metrics of the first only."""
+        loss = (float(self.train_loss.mean_value), float(self.train_loss.weight))
+        checkpoint["counts"] = {"skipped": self.skipped, "unreadable": self.all_unreadable(), "losses": self._of_all(loss)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the counts; the schedule follows from the step and the recipe, which may have more epochs now."""
         checkpoint["lr_schedulers"] = []
-        self.skipped = checkpoint["counts"]["skipped"]
-        self.unreadable = dict.fromkeys(checkpoint["counts"]["unreadable"])
+        counts = checkpoint["counts"]
+        self.skipped = counts["skipped"]
+        self.unreadable = dict.fromkeys(counts["unreadable"])
+        self._losses = counts["losses"][self.global_rank :: self.trainer.world_size]  # there may have been more processes
