@@ -1,7 +1,7 @@
 """Runs `gmf` with the statistics of BatchNorm frozen: on CPU they are not synchronised, so processes could not agree.
 
 With PAUSE_AT="EPOCH BATCH FOLDER" every process writes its number to FOLDER/paused-RANK before that batch and waits for
-FOLDER/go.
+FOLDER/go. With POISON_AT="EPOCH BATCH RANK" one process gets pictures that are not numbers.
 """
 
 import os
@@ -24,6 +24,13 @@ def training_step(task, batch, batch_idx):
     return real(task, batch, batch_idx)
 
 
+def poisoned_step(task, batch, batch_idx):
+    epoch, index, rank = map(int, os.environ["POISON_AT"].split())
+    if (task.current_epoch, batch_idx, task.global_rank) == (epoch, index, rank):
+        batch[0][:] = float("nan")
+    return training_step(task, batch, batch_idx)
+
+
 def pausing_step(task, batch, batch_idx):
     epoch, index, folder = os.environ["PAUSE_AT"].split(" ", 2)
     if (task.current_epoch, batch_idx) == (int(epoch), int(index)):
@@ -36,5 +43,6 @@ def pausing_step(task, batch, batch_idx):
 
 
 if __name__ == "__main__":
-    Classification.training_step = pausing_step if "PAUSE_AT" in os.environ else training_step
+    steps = {"PAUSE_AT": pausing_step, "POISON_AT": poisoned_step}
+    Classification.training_step = next((step for name, step in steps.items() if name in os.environ), training_step)
     sys.exit(main(sys.argv[1:]))

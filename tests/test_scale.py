@@ -188,16 +188,42 @@ def test_a_terminated_job_is_saved_and_continues(pictures, finished, tmp_path):
     assert differences(finished("fsdp"), out) == []
 
 
-@pytest.mark.slow
-def test_what_ends_one_process_ends_the_job(pictures, write_digits, tmp_path):
+@pytest.fixture
+def few(write_digits, tmp_path):
+    """32 pictures for training, of which 2 cannot be read, and the names of those."""
     data = write_digits(tmp_path / "data", ["zero", "one"], train=16, val=2)
-    bad = next((data / "train" / "one").iterdir())
-    bad.write_bytes(b"not a picture")
-    job = start(torchrun(2, "--standalone"), tmp_path / "run", "--data", data, "--variant", "test_resnet", "--batch_size", 4)
+    bad = [str(data / "train" / name / "5.png") for name in ("one", "zero")]
+    for path in bad:
+        Path(path).write_bytes(b"not a picture")
+    return data, bad
+
+
+@pytest.mark.slow
+def test_what_ends_one_process_ends_the_job(few, tmp_path):
+    data, bad = few
+    more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.031"]
+    job = start(torchrun(2, "--standalone"), tmp_path / "run", *more)
     assert job.wait() != 0
     words = job.log.read_text()
-    assert f"1 of 32 training pictures cannot be read, more than bad_limit (0.10%) allows: {bad}" in words
+    assert "of 32 training pictures cannot be read, more than bad_limit (3.10%) allows" in words
+    assert any(f"allows: {path}" in words for path in bad)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_happens_to_one_process_counts_for_all(few, tmp_path, strategy):
+    data, bad = few
+    more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.1", "--strategy", strategy]
+    finish(start(torchrun(2, "--standalone"), tmp_path / "run", *more, POISON_AT="0 2 1"))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["skipped_steps"] for row in rows] == [1, 1]
+    assert [row["unreadable"] for row in rows] == [2, 2]
+    lines = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == bad
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert sorted(line.split(":")[0] for line in last["counts"]["unreadable"]) == bad
 
 
 def test_sharded_weights_cannot_be_averaged(pictures, tmp_path, capsys):

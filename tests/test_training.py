@@ -1,5 +1,6 @@
 """Training on one process: the order of samples, stopping and continuing, what goes wrong on the way, recipes and options."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -321,19 +322,26 @@ def test_patience_ends_a_run_for_good(photos, tmp_path):
     assert [row["epoch"] for row in read_metrics(run)] == [0, 1, 2, 3, 4]
 
 
+@contextlib.contextmanager
+def disk_full(size):
+    """Let no file become larger than `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(photos, tmp_path, capsys):
     run = fit(photos, tmp_path / "run")
     last, model = run / "checkpoints" / "last.ckpt", run / "model.safetensors"
     before = last.read_bytes()
     resume = ["train", "folder", *options(photos, run, "--epochs", "2"), "--resume"]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:  # the disk is full where the model still fits and the checkpoint does not, which is thrice as large
-        resource.setrlimit(resource.RLIMIT_FSIZE, (model.stat().st_size + 100_000, hard))
+    with disk_full(model.stat().st_size + 100_000):  # the model still fits, the checkpoint is thrice as large
         line = gmf(capsys, *resume, code=1).err.strip().splitlines()[-1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
     assert line.startswith(f"gmf: error: {last}: the checkpoint could not be written (is the disk full?)")
     assert line.endswith(f"the checkpoint before it, {last}, is intact")
     assert last.read_bytes() == before
@@ -343,6 +351,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(photos, tm
     assert [row["epoch"] for row in read_metrics(run)] == [0, 1]
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
     assert not differences(fit(photos, tmp_path / "whole", "--epochs", "2"), run)
+
+
+@pytest.mark.parametrize("size", [1000, 1_000_000], ids=["metrics", "model"])
+def test_a_full_disk_ends_a_run_in_one_line_and_leaves_no_halves(photos, tmp_path, capsys, size):
+    argv = ["train", "folder", *options(photos, tmp_path / "run", "--epochs", "2")]
+    with disk_full(size):
+        result = gmf(capsys, *argv, code=1)
+    assert "Traceback" not in result.err
+    assert result.err.strip().splitlines()[-1].startswith("gmf: error: ")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "model.safetensors" not in names
+    assert not [name for name in names if name.startswith(".saving")]
+    gmf(capsys, *argv, "--resume")
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == [0, 1]
 
 
 # Gradients that are not finite

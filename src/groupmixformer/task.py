@@ -59,7 +59,8 @@ class Task(lightning.LightningModule):
             )
         if recipe.ema and recipe.strategy == "fsdp":
             raise ValueError("strategy fsdp shards the weights and cannot average them: set ema to null")
-        if recipe.channels_last and not isinstance(model, GroupMixFormer):  # which sees to its layout itself
+        # GroupMixFormer sees to its layout itself; weights that are sharded must be contiguous.
+        if recipe.channels_last and recipe.strategy != "fsdp" and not isinstance(model, GroupMixFormer):
             model = model.to(memory_format=torch.channels_last)
         if recipe.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
