@@ -279,7 +279,7 @@ def test_timm_reads_a_file(tmp_path, golden, origin):
     assert grey(IMAGES[:, :1]).shape == (2, 3)
     # timm sums the kernels over the colours, so a grey image gives what it gives as three equal colours.
     expected = model.forward_features(IMAGES[:, :1].expand(-1, 3, -1, -1))
-    torch.testing.assert_close(grey.forward_features(IMAGES[:, :1]), expected)
+    torch.testing.assert_close(grey.forward_features(IMAGES[:, :1]), expected, rtol=1e-4, atol=1e-4)  # in another order
 
 
 def test_transformers_reads_our_folder(tmp_path, small):
