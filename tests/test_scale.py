@@ -27,11 +27,12 @@ from groupmixformer.recipe import read_recipe
 from groupmixformer.training import read_metrics, train
 
 HELD_OUT = 29  # which no number of processes divides
-STRATEGY = {"torchrun": [], "fsdp": ["--strategy", "fsdp", "--epochs", "1"]}  # which takes long on CPUs
+STRATEGY = {"torchrun": [], "fsdp": ["--strategy", "fsdp", "--epochs", "1", "--ema", "null"]}  # it takes long on CPUs
 OPTIONS = [
     *("--variant", "mobile", "--image_size", "32", "--crop_pct", "1.0", "--epochs", "2", "--workers", "0", "--device", "cpu"),
     *("--schedule.name", "constant", "--schedule.warmup_epochs", "0.5", "--optimizer.lr_batch", "16", "--log_steps", "1"),
     *("--augmentation.auto_augment", "rand-m9-mstd0.5-inc1", "--augmentation.random_erasing", "0.25", "--drop_path_rate", "0"),
+    *("--ema", "0.9"),
 ]
 TIMEOUT = 600  # a job that hangs fails
 
@@ -79,10 +80,10 @@ def wait_for(condition, *jobs):
 
 
 @contextlib.contextmanager
-def paused(folder, launcher, out, *argv, at=(1, 3), processes=2):
+def paused(folder, launcher, out, *argv, at, processes=2, **environment):
     """Start a job and wait until each process has come to a batch of an epoch; in the end, kill them all."""
     folder.mkdir()
-    job = start(launcher, out, *argv, PAUSE_AT=f"{at[0]} {at[1]} {folder}")
+    job = start(launcher, out, *argv, PAUSE_AT=f"{at[0]} {at[1]} {folder}", **environment)
     files = [folder / f"paused-{rank}" for rank in range(processes)]
     wait_for(lambda: all(file.exists() for file in files), job)
     job.go = (folder / "go").touch
@@ -140,37 +141,43 @@ def test_processes_compute_what_one_does(finished, how):
     losses = scalars(one, "loss")
     assert len(losses) == 20
     assert scalars(many, "loss") == pytest.approx(losses[:steps], abs=1e-4)
-    for first, second in zip(read_metrics(one), rows, strict=len(rows) == 2):
+    validated = ["val_loss", "val_top1"] if how != "fsdp" else []  # which has no averaged weights
+    for first, second in zip(read_metrics(one), rows, strict=how != "fsdp"):
         assert first["val_images"] == second["val_images"] == HELD_OUT
-        assert first["val_top1"] == second["val_top1"]
-        for name in ("loss", "val_loss", "lr", "step"):
+        for name in ("loss", "lr", "step", *validated):
             assert second[name] == pytest.approx(first[name], abs=1e-4)
 
     checkpoint = torch.load(many / "checkpoints" / "last.ckpt", weights_only=True)
-    weights = {n.removeprefix("model."): v for n, v in checkpoint["state_dict"].items() if n.startswith("model.")}
+    prefix = "model." if how == "fsdp" else "average.module."
+    weights = {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}
     best = load_checkpoint(many).state_dict()
     assert {n: v.shape for n, v in best.items()} == {n: v.shape for n, v in weights.items()}
-    if len(rows) == 1 or rows[1]["val_top1"] > rows[0]["val_top1"]:
+    if rows[-1]["val_top1"] > max([row["val_top1"] for row in rows[:-1]], default=0):
         assert all(torch.equal(best[n], weights[n]) for n in best)
-    if len(rows) == 2:
+    if how != "fsdp":
         for name, value in load_file(one / "model.safetensors").items():
             torch.testing.assert_close(best[name], value, rtol=1e-3, atol=1e-4)
 
     words = Path(f"{many}.log").read_text()  # of both processes
+    assert f"top-1 {max(row['val_top1'] for row in rows):.2%}" in words  # what the kept model is measured at afterwards
     once = ("total batch 16 = 8 images x 2 processes x 1 accumulated", "epoch 1/", "top-1")
     for line in ("BatchNorm is not synchronised over the processes", *once):
         assert words.count(line) == 1
 
 
 @pytest.mark.slow
-def test_killed_processes_continue_as_if_they_had_not_been(pictures, finished, tmp_path):
-    out, more = tmp_path / "run", ["--data", pictures, "--batch_size", 8, "--save_minutes", 0]
-    with paused(tmp_path / "pause", [sys.executable], out, *more, "--devices", 2):  # without torchrun; killed at the end
-        pass
-    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
-    assert (checkpoint["epoch"], checkpoint["Loaders"]["done"]) == (1, 3)
-    finish(start(torchrun(2, "--standalone"), out, *more, "--resume"))
-    assert differences(finished("torchrun"), out) == []
+def test_killed_processes_continue_as_if_they_had_not_been(pictures, tmp_path):
+    more = ["--data", pictures, "--variant", "test_efficientnet", "--batch_size", 4, "--accumulate", 2, "--ema", 0.9]
+    more += ["--drop_path_rate", 0.2, "--augmentation.mixup", 0.8, "--save_minutes", 0]
+    whole, killed, learn = tmp_path / "whole", tmp_path / "killed", {"LEARN_STATISTICS": "1"}
+    undisturbed = start(torchrun(2, "--standalone"), whole, *more, **learn)
+    with paused(tmp_path / "pause", [sys.executable], killed, *more, "--devices", 2, at=(1, 7), **learn):
+        pass  # killed without any torchrun
+    finish(undisturbed)
+    checkpoint = torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["Loaders"]["done"]) == (1, 6)
+    finish(start(torchrun(2, "--standalone"), killed, *more, "--resume", **learn))
+    assert differences(whole, killed) == []
 
 
 @pytest.mark.slow

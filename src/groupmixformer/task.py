@@ -70,6 +70,8 @@ class Task(lightning.LightningModule):
         # In a list, and so no part of this module, all of whose weights Lightning would empty if it found some on meta.
         self.blueprint = [copy.deepcopy(model).to("meta")] if recipe.strategy == "fsdp" else []
         self.average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
+        if self.average:
+            self.average.module.requires_grad_(False)  # DDP would wait for its gradients
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
         self.unreadable: dict[str, None] = {}  # pictures, with the reason
