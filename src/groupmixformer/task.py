@@ -48,6 +48,8 @@ class Task(lightning.LightningModule):
         self.recipe, self.loaders, self.class_names, self.config = recipe, loaders, class_names, config
         batch = recipe.batch_size * world_size
         self.total_batch = batch * recipe.accumulate  # samples in a step
+        lr_batch = recipe.optimizer.lr_batch
+        self.rate_scale = self.total_batch / lr_batch if lr_batch else 1.0  # of the recipe's learning rates
         self.steps_per_epoch = -(-loaders.batches(world_size) // recipe.accumulate)
         if not self.steps_per_epoch:
             share = (
@@ -98,11 +100,10 @@ class Task(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return timm's optimiser and its schedule, stepped after every update; rates grow with the total batch."""
         optimizer, schedule = self.recipe.optimizer, self.recipe.schedule
-        scale = self.total_batch / optimizer.lr_batch if optimizer.lr_batch else 1.0
         made = create_optimizer_v2(
             self.model,
             opt=optimizer.name,
-            lr=optimizer.lr * scale,
+            lr=optimizer.lr * self.rate_scale,
             weight_decay=optimizer.weight_decay,
             layer_decay=optimizer.layer_decay,
         )
@@ -111,8 +112,8 @@ class Task(lightning.LightningModule):
             sched=schedule.name,
             num_epochs=self.recipe.epochs,
             warmup_epochs=schedule.warmup_epochs,  # type: ignore[arg-type]
-            warmup_lr=schedule.warmup_lr * scale,
-            min_lr=schedule.min_lr * scale,
+            warmup_lr=schedule.warmup_lr * self.rate_scale,
+            min_lr=schedule.min_lr * self.rate_scale,
             decay_milestones=schedule.milestones,
             decay_rate=schedule.decay_rate,
             step_on_epochs=False,

@@ -270,12 +270,11 @@ def _strategy(recipe: Recipe, world_size: int) -> Strategy | str:
 def _say_how(task: Task, world_size: int, device: str) -> None:
     """Print the total batch and the learning rate that comes of it, and what a user could miss."""
     recipe, optimizer = task.recipe, task.recipe.optimizer
-    scale = task.total_batch / optimizer.lr_batch if optimizer.lr_batch else 1.0
     scaled = f" = {optimizer.lr:g} x {task.total_batch}/{optimizer.lr_batch}" if optimizer.lr_batch else ""
     print(
         f"total batch {task.total_batch} = {recipe.batch_size} images x {world_size} processes x {recipe.accumulate} "
-        f"accumulated; {optimizer.name}, peak learning rate {optimizer.lr * scale:g}{scaled}; {task.steps_per_epoch} steps an "
-        "epoch",
+        f"accumulated; {optimizer.name}, peak learning rate {optimizer.lr * task.rate_scale:g}{scaled}; "
+        f"{task.steps_per_epoch} steps an epoch",
         file=sys.stderr,
     )
     if world_size > 1 and device == "cpu" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.model.modules()):
@@ -340,7 +339,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             num_nodes=nodes,
             strategy=_strategy(recipe, world_size),
             precision=recipe.precision,
-            sync_batchnorm=False,
             use_distributed_sampler=False,  # `Loaders` deals the samples out
             max_epochs=recipe.epochs,
             accumulate_grad_batches=recipe.accumulate,
