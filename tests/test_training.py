@@ -494,7 +494,7 @@ def test_unusual_pictures_are_read_as_they_look(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "data")
     expected = unusual(tmp_path / "data" / "train" / "one")
     pictures = open_images(str(tmp_path / "data")).train
-    found = {Path(pictures.name(i)).name: pictures.picture(i)[0] for i in range(len(pictures))}
+    found = {Path(pictures.name(i)).name: pictures.read(i)[0] for i in range(len(pictures))}
     for name, (values, tolerance) in expected.items():
         values = np.broadcast_to(values[..., None] if values.ndim == 2 else values, (36, 40, 3)).astype(int)
         assert found[name].mode == "RGB"
@@ -880,7 +880,7 @@ def test_numbered_classes_keep_their_names(numbered, tmp_path, capsys):
     images = open_images(str(numbered))
     for pictures in (images.train, images.held_out):
         for i in range(len(pictures)):
-            assert images.class_names[pictures.picture(i)[1]] == Path(pictures.name(i)).parent.name
+            assert images.class_names[pictures.read(i)[1]] == Path(pictures.name(i)).parent.name
     run = fit(numbered, tmp_path / "run", "--epochs", "8", "--optimizer.lr", "0.01", "--augmentation.scale", "[0.8,1.0]")
     assert load_model(run).pretrained_cfg["label_names"] == images.class_names
     result = json.loads(gmf(capsys, "eval", run, "--per-class", "--json").out)

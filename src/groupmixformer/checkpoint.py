@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,30 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def task_of(path: str | Path) -> str:
+    """Return what the model in a folder was trained for, by its config.json; classification where that does not say."""
+    path = Path(path)
+    return str(_read_config(path).get("task", "classification")) if path.is_dir() else "classification"
+
+
+def _refuse_other_tasks(path: Path) -> None:
+    if (task := task_of(path)) != "classification":
+        raise ValueError(f"{path}: holds a model for {task}, expected a classifier")
+
+
+def model_name(variant: str) -> str:
+    """Return timm's name of a variant (mobile, tiny, ...) or of any other model of timm.
+
+    Raises:
+        ValueError: If there is none; names the nearest.
+    """
+    for name in (f"groupmixformer_{variant}", variant):
+        if timm.is_model(name):
+            return name
+    near = get_close_matches(variant, timm.list_models(), n=1, cutoff=0.0)[0]
+    raise ValueError(f"no model {variant}, expected a name of timm.list_models(): the nearest is {near}")
+
+
 def load_checkpoint(path: str | Path) -> GroupMixFormer:
     """Load a model from a file or folder, whatever its widths, depths, MLP ratios, classes and input channels.
 
@@ -217,6 +242,7 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
             misshapen tensors, of which it names the first few.
     """
     path = Path(path)
+    _refuse_other_tasks(path)
     state_dict = read_state_dict(path)
     config = _read_config(path) if path.is_dir() else {}
     try:
@@ -245,6 +271,7 @@ def load_model(path: str | Path) -> Any:
         The model in eval mode with its ``pretrained_cfg``.
     """
     path = Path(path)
+    _refuse_other_tasks(path)
     other = _read_config(path).get("architecture", "groupmixformer") if path.is_dir() else "groupmixformer"
     if other.startswith("groupmixformer"):
         return load_checkpoint(path)
@@ -308,3 +335,52 @@ def save_checkpoint(
             del model.pretrained_cfg
         else:
             model.pretrained_cfg = original
+
+
+def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Write ``model.safetensors`` and ``config.json`` of a network that is no classifier, each under another name first.
+
+    Args:
+        network: A detector or segmenter.
+        folder: Created if need be; other files in it are left alone.
+        config: Its task, and what `load_network`'s caller needs to build it again.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        safetensors.torch.save_file(tensors, Path(temporary, WEIGHTS[0]), metadata={"format": "pt"})
+        Path(temporary, "config.json").write_text(json.dumps(config, indent=2))
+        for file in sorted(Path(temporary).iterdir(), reverse=True):  # the weights first
+            file.replace(folder / file.name)
+
+
+def read_network(folder: str | Path, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_network` wrote.
+
+    Args:
+        folder: Where.
+        task: What the network must have been trained for.
+
+    Returns:
+        The configuration and the tensors by name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a file is missing in it.
+        ValueError: If it holds something else or cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, expected one of a run for {task}")
+    if (found := task_of(folder)) != task:
+        raise ValueError(f"{folder}: holds a model for {found}, expected one for {task}")
+    config = _read_config(folder)
+    if not isinstance(config.get("network"), dict) or not isinstance(config.get("class_names"), list):
+        raise ValueError(f"{folder / 'config.json'}: expected the fields network and class_names")
+    if not (folder / WEIGHTS[0]).is_file():
+        raise FileNotFoundError(f"{folder}: the folder holds no {WEIGHTS[0]}")
+    try:
+        return config, safetensors.torch.load_file(folder / WEIGHTS[0])
+    except Exception as error:  # a hostile file can make the reader raise anything
+        reason = f"it is damaged or of another kind ({type(error).__name__}: {_one_line(error).split('. ')[0]})"
+        raise ValueError(f"{folder / WEIGHTS[0]}: not a readable checkpoint: {reason}") from error

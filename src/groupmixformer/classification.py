@@ -1,7 +1,7 @@
 """Image classification: the model of a recipe and its training steps."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,8 +13,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from .checkpoint import architecture, load_model
-from .data import ImageData, collate, data_config, eval_transform, train_transform
+from .checkpoint import architecture, load_model, model_name, save_checkpoint
+from .data import ImageData, collate, data_config, eval_transform, open_images, train_transform
 from .groupmixformer import GroupMixFormer
 from .loading import Loaders
 from .recipe import Recipe
@@ -31,11 +31,8 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     """
     settings: dict[str, Any] = {"num_classes": len(class_names), "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
-        variants = [name for name in (f"groupmixformer_{recipe.variant}", recipe.variant) if timm.is_model(name)]
-        if not variants:
-            near = get_close_matches(recipe.variant, timm.list_models(), n=1, cutoff=0.0)[0]
-            raise ValueError(f"no model {recipe.variant}, expected a name of timm.list_models(): the nearest is {near}")
-        return timm.create_model(variants[0], **settings, **_size(variants[0], recipe))
+        name = model_name(recipe.variant)
+        return timm.create_model(name, **settings, **_size(name, recipe))
     source = load_model(recipe.checkpoint)
     named = list(source.pretrained_cfg.get("label_names") or class_names)
     if named != list(class_names) or source.num_classes != len(class_names):
@@ -72,7 +69,8 @@ class Classification(Task):
         images.train.transform = train_transform(recipe.augmentation, config)
         images.held_out.transform = eval_transform(config)
         loaders = Loaders(images.train, images.held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
-        super().__init__(recipe, model, loaders, images.class_names, config, world_size)
+        super().__init__(recipe, model, loaders, images.class_names, world_size)
+        self.config = config
         augmentation = recipe.augmentation
         self.mixup = None
         if augmentation.mixup > 0 or augmentation.cutmix > 0:
@@ -113,3 +111,16 @@ class Classification(Task):
         self.log("val_images", self.val_images, batch_size=len(images))
         self.log("val_loss", self.val_loss, batch_size=len(images))
         self.log("val_top1", self.top1, prog_bar=True, batch_size=len(images))
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a model to a folder that `load_model`, timm and transformers read."""
+        save_checkpoint(model, folder, self.class_names, self.config)
+
+
+def start(recipe: Recipe, world_size: int) -> Classification:
+    """Open the recipe's data and create its model.
+
+    Raises:
+        ValueError: If one of them cannot be used.
+    """
+    return Classification(recipe, open_images(recipe.data, recipe.root, recipe.download), world_size)

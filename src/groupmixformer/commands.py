@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +158,13 @@ def quickstart(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train by a recipe."""
     if args.print:
-        from .recipe import RecipeError, read_recipe, to_yaml
+        from .recipe import RecipeError, fields_of, read_recipe, to_yaml
 
         try:
             recipe = read_recipe(args.recipe, args.options)
         except RecipeError as error:
             raise UsageError(str(error)) from error
-        _show(asdict(recipe), args.json, to_yaml(recipe).rstrip())
+        _show(fields_of(recipe), args.json, to_yaml(recipe).rstrip())
         return
     result, text = _train(args.recipe, args.options, args.resume)
     _show(result, args.json, text)

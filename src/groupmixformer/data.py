@@ -13,7 +13,7 @@ from timm.data.readers.img_extensions import add_img_extensions
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .pictures import IMAGE_SUFFIXES, decode, to_rgb
-from .seeding import seed_all
+from .samples import Samples
 from .streaming import open_stream
 
 if TYPE_CHECKING:
@@ -42,12 +42,8 @@ class Digits(Dataset[tuple[Any, int]]):
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
-class Pictures(Dataset[tuple[torch.Tensor, int, str]]):
-    """A data set of pictures as (tensor (3, H, W), class, problem); `problem` names a picture that could not be read, or is "".
-
-    For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample is the same
-    in whatever process it is made, and an unreadable picture is replaced by the next one. For evaluation the key is the index;
-    -1 and unreadable pictures give zeros of class -1, which metrics leave out.
+class Pictures(Samples):
+    """A data set of pictures as (tensor (3, H, W), class, problem); a blank is of class -1.
 
     Args:
         source: Pairs of a picture and its class, by index.
@@ -55,7 +51,6 @@ class Pictures(Dataset[tuple[torch.Tensor, int, str]]):
 
     def __init__(self, source: Any) -> None:
         self.source = source
-        self.seed = 0  # of the augmentation
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
 
     def __len__(self) -> int:
@@ -68,7 +63,7 @@ class Pictures(Dataset[tuple[torch.Tensor, int, str]]):
         samples = getattr(self.source, "samples", None)  # torchvision's folders
         return str(samples[index][0]) if samples else f"picture {index}"
 
-    def picture(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Image.Image, int]:
         """Return a picture as RGB and its class.
 
         Raises:
@@ -83,32 +78,17 @@ class Pictures(Dataset[tuple[torch.Tensor, int, str]]):
             raise ValueError(f"{self.name(index)}: not a readable picture: {error}") from error
         return to_rgb(image), int(label)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, str]:
+    def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
+        """Apply the transform, which draws random numbers."""
         assert self.transform is not None
-        if isinstance(key, int):
-            return self._for_evaluation(key)
-        epoch, index = key
-        seed_all(self.seed, epoch, index)
-        problems = []
-        for other in range(index, index + 100):
-            try:
-                image, label = self.picture(other % len(self))
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            return self.transform(image), label, "\n".join(problems)
-        raise ValueError(f"100 pictures in a row cannot be read: {problems[0]}; {problems[1]}; ...")
+        return self.transform(content[0]), content[1]
 
-    def _for_evaluation(self, index: int) -> tuple[torch.Tensor, int, str]:
+    def for_evaluation(self, content: tuple[Image.Image, int] | None) -> tuple[torch.Tensor, int]:
+        """Apply the transform."""
         assert self.transform is not None
-        problem = ""
-        if index >= 0:
-            try:
-                image, label = self.picture(index)
-                return self.transform(image), label, ""
-            except ValueError as error:
-                problem = str(error)
-        return torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), -1, problem
+        if content is None:
+            return torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), -1
+        return self.transform(content[0]), content[1]
 
 
 def collate(samples: Sequence[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

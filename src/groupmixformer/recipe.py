@@ -83,18 +83,72 @@ class Augmentation:
 
 
 @dataclass
-class Recipe:
-    """A training run for image classification.
+class Detector:
+    """A detector of torchvision over a backbone of timm, and what is done to its pictures.
 
     Args:
-        data: The data set: digits, a folder with train/ and val/ of one folder per class, or timm's torch/..., hfds/...,
-            hfids/..., wds/....
+        architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages) or mask_rcnn (boxes and masks).
+        sizes: Shorter sides of training pictures besides image_size, in pixels; one of all is drawn for each picture.
+        max_size: Limit of the longer side, in pixels.
+        width: Channels of the feature pyramid and of the heads; the papers' is 256.
+        anchor_scale: Side of the smallest anchors, in strides of their level: 8 is 32 pixels at stride 4.
+        regions: For two stages, the regions of a training picture from which the second one learns.
+        objects: Most objects to find in a picture.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
+    """
+
+    architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn"
+    sizes: list[int] = field(default_factory=list)
+    max_size: int = 1333
+    width: int = 256
+    anchor_scale: float = 8.0
+    regions: int = 512
+    objects: int = 100
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+
+
+@dataclass
+class Segmenter:
+    """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its pictures.
+
+    Args:
+        decoder: upernet, fpn, or another of segmentation_models_pytorch by its name.
+        channels: Width of upernet and fpn; none for the library's.
+        auxiliary: Weight of the loss of a second head on the features of stride 16, for training only; 0 for no such head.
+        scale: Range of the shorter side of a training picture in parts of image_size, before a square of that size is cut out.
+        hflip: Probability of a horizontal flip.
+        photometric: Change brightness, contrast, saturation and hue at random.
+    """
+
+    decoder: str = "upernet"
+    channels: int | None = None
+    auxiliary: float = 0.4
+    scale: tuple[float, float] = (0.5, 2.0)
+    hflip: float = 0.5
+    photometric: bool = True
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Args:
+        task: What is learnt: classification, detection (instance segmentation included) or (semantic) segmentation.
+        data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, or timm's
+            torch/..., hfds/..., hfids/..., wds/.... For detection: a folder with COCO annotations. For segmentation: a folder
+            with images/, masks/ and classes.json, or one like ADE20K's.
         root: Where timm's data sets lie: a folder; for wds/ also a URL.
         download: Fetch a torch/ data set that is not there.
-        variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm.
+        variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm; for detection and
+            segmentation, the backbone.
         checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
-        image_size: Side of the training images, in pixels; also of the test images.
-        crop_pct: Share of a test image's shorter side that the centre crop keeps.
+        image_size: Side of the training images, in pixels; also of the test images. For detection and segmentation, the shorter
+            side.
+        crop_pct: For classification, the share of a test image's shorter side that the centre crop keeps.
         epochs: Passes over the training images.
         patience: Epochs without a better validation accuracy after which the run stops; none to never stop early.
         batch_size: Images at once on each process.
@@ -119,10 +173,13 @@ class Recipe:
         out: Folder of the run.
         optimizer: The optimiser.
         schedule: The learning rate over time.
-        augmentation: What is done to training images.
+        augmentation: For classification, what is done to training images.
+        detector: For detection, the detector and what is done to its pictures.
+        segmenter: For segmentation, the decoder and what is done to its pictures.
     """
 
     data: str
+    task: Literal["classification", "detection", "segmentation"] = "classification"
     root: str = "data"
     download: bool = False
     variant: str = "groupmixformer_mobile"
@@ -154,6 +211,8 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    detector: Detector = field(default_factory=Detector)
+    segmenter: Segmenter = field(default_factory=Segmenter)
 
     @property
     def last_checkpoint(self) -> Path:
@@ -161,8 +220,17 @@ class Recipe:
         return Path(self.out) / "checkpoints" / "last.ckpt"
 
 
+TASK_FIELDS = {"classification": ("crop_pct", "augmentation"), "detection": ("detector",), "segmentation": ("segmenter",)}
+
+
 class RecipeError(Exception):
     """A recipe or option that does not exist or has a wrong value: wrong usage, not a failed job."""
+
+
+def fields_of(recipe: Recipe) -> dict[str, Any]:
+    """Every field of `recipe` that its task has a use for, with its value."""
+    unused = {name for task, names in TASK_FIELDS.items() if task != recipe.task for name in names}
+    return {name: value for name, value in asdict(recipe).items() if name not in unused}
 
 
 def shipped() -> dict[str, Path]:
@@ -203,6 +271,14 @@ def _refuse_unknown(given: Sequence[str], source: str) -> None:
             raise RecipeError(f"{source} has no field {name}: {hint}")
 
 
+def _refuse_unused(given: Sequence[str], task: str) -> None:
+    """Refuse fields that would be without effect."""
+    for other, names in TASK_FIELDS.items():
+        for name in given:
+            if other != task and name.split(".")[0] in names:
+                raise RecipeError(f"{name} is a field for {other}, and the recipe's task is {task}")
+
+
 def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
     """Read a recipe and override its fields.
 
@@ -224,20 +300,23 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected fields of a recipe, such as data and epochs")
+    named = [option[2:].split("=")[0] for option in options if option.startswith("--")]
     _refuse_unknown(_fields(raw), str(path))
-    _refuse_unknown([option[2:].split("=")[0] for option in options if option.startswith("--")], "a recipe")
+    _refuse_unknown(named, "a recipe")
     values = fields.parse_object(raw, defaults=False)
     values = fields.parse_args(list(options), namespace=values)
-    return Recipe(**fields.instantiate(values).as_dict())
+    recipe = Recipe(**fields.instantiate(values).as_dict())
+    _refuse_unused([*_fields(raw), *named], recipe.task)
+    return recipe
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write every field of `recipe`, so that `read_recipe` of the file gives it back."""
+    """Write the fields of `recipe`, so that `read_recipe` of the file gives it back."""
     temporary = path.with_suffix(".part")
     temporary.write_text(to_yaml(recipe))
     temporary.replace(path)
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Every field of `recipe` as YAML."""
-    return yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False)
+    """Every field of `recipe` that its task has a use for, as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(fields_of(recipe))), sort_keys=False)

@@ -171,9 +171,9 @@ def write_report(
     wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
     right = (predicted == true).nonzero().flatten().tolist()
     right = right[:: max(1, len(right) // 16)][:16]
-    if not hasattr(images, "picture"):  # a stream, which does not give a picture by its number
+    if not hasattr(images, "read"):  # a stream, which does not give a picture by its number
         wrong, right = [], []
-    chosen = {i: images.picture(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
+    chosen = {i: images.read(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
 
     def shown(indices: Sequence[int]) -> Figure:
         titles = [f"{class_names[int(predicted[i])]} ({confidence[i]:.0%})" for i in indices]
@@ -240,9 +240,9 @@ def save_examples(folder: Path, images: Any, class_names: Sequence[str], number:
     """Write a few held-out pictures of different classes to examples/, to try `gmf predict` on."""
     (folder / "examples").mkdir(exist_ok=True)
     paths: dict[int, Path] = {}
-    for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "picture") else ():
+    for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "read") else ():
         try:
-            picture, label = images.picture(int(index))
+            picture, label = images.read(int(index))
         except ValueError:  # unreadable
             continue
         if label not in paths:

@@ -1,7 +1,9 @@
 """What every task shares: optimiser and schedule, averaged weights, sharding, steps that are skipped, pictures that are bad."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -19,14 +21,13 @@ from .seeding import seed_all
 
 
 class Task(lightning.LightningModule):
-    """A model and how a recipe trains it; a task adds `training_step` and `validation_step`.
+    """A model and how a recipe trains it; a task adds `training_step`, `validation_step` and `save`.
 
     Args:
         recipe: The settings.
         model: What is trained.
         loaders: Batches for training and validation.
         class_names: Names of the classes, in order.
-        config: Input of the model, by timm's names.
         world_size: Number of processes.
 
     Raises:
@@ -41,11 +42,10 @@ class Task(lightning.LightningModule):
         model: nn.Module,
         loaders: Loaders,
         class_names: list[str],
-        config: dict[str, Any],
         world_size: int,
     ) -> None:
         super().__init__()
-        self.recipe, self.loaders, self.class_names, self.config = recipe, loaders, class_names, config
+        self.recipe, self.loaders, self.class_names = recipe, loaders, class_names
         batch = recipe.batch_size * world_size
         self.total_batch = batch * recipe.accumulate  # samples in a step
         lr_batch = recipe.optimizer.lr_batch
@@ -62,7 +62,8 @@ class Task(lightning.LightningModule):
         if recipe.ema and recipe.strategy == "fsdp":
             raise ValueError("strategy fsdp shards the weights and cannot average them: set ema to null")
         # GroupMixFormer sees to its layout itself; weights that are sharded must be contiguous.
-        if recipe.channels_last and recipe.strategy != "fsdp" and not isinstance(model, GroupMixFormer):
+        ours = any(isinstance(module, GroupMixFormer) for module in model.modules())
+        if recipe.channels_last and recipe.strategy != "fsdp" and not ours:
             model = model.to(memory_format=torch.channels_last)
         if recipe.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
@@ -81,6 +82,14 @@ class Task(lightning.LightningModule):
         self._losses: list[tuple[float, float]] = []  # a run that is resumed inside an epoch reports the whole epoch's loss
         self._statistics: list[torch.Tensor] = []
 
+    @abstractmethod
+    def save(self, model: Any, folder: Path) -> None:
+        """Write `model`, which is `evaluated`, to a folder."""
+
+    def compile_model(self) -> None:
+        """Compile what is trained, or the part of it that compiles well."""
+        self.model.compile()
+
     @property
     def evaluated(self) -> Any:
         """The model whose accuracy counts: the averaged one, if there is one."""
@@ -92,8 +101,8 @@ class Task(lightning.LightningModule):
             from torch.distributed.fsdp import fully_shard
 
             mesh = self.device_mesh["data_parallel"]
-            for stage in getattr(self.model, "stages", ()):
-                for block in getattr(stage, "blocks", ()):
+            for module in list(self.model.modules()):
+                for block in getattr(module, "blocks", ()):
                     fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,9 +27,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from .checkpoint import save_checkpoint
-from .classification import Classification
-from .data import open_images
 from .loading import STOP_SIGNALS
 from .recipe import Recipe, write_recipe
 from .task import Task
@@ -192,7 +189,7 @@ class Record(Callback):
         if unreadable:
             _write_text(self.folder / "unreadable.txt", "".join(f"{line}\n" for line in unreadable))
         if model is not None:
-            save_checkpoint(model, self.folder, pl_module.class_names, pl_module.config)
+            pl_module.save(model, self.folder)
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
         measured = "  ".join(
             f"{name.removeprefix('val_')} {metrics[name]:.4f}"
@@ -311,10 +308,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    images = open_images(recipe.data, recipe.root, recipe.download)
-    task = Classification(recipe, images, world_size)
+    task: Task = import_module(f".{recipe.task}", __package__).start(recipe, world_size)  # the others may lack what they need
     if recipe.compile:
-        task.model.compile()
+        task.compile_model()
     if first:
         write_recipe(recipe, folder / "recipe.yaml")
         _write_text(folder / "versions.json", json.dumps(versions(), indent=2))

@@ -1,0 +1,59 @@
+"""A sample by its number: seeded where it is made, replaced where its picture cannot be read."""
+
+from abc import abstractmethod
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from .seeding import seed_all
+
+
+class Samples(Dataset[Any]):
+    """A data set of a task. The last part of a sample is its problem: the pictures that could not be read, or "".
+
+    For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample is the same
+    in whatever process it is made, and an unreadable picture is replaced by the next one. For evaluation the key is the index;
+    -1, which fills up a batch, and unreadable pictures give a blank sample, which metrics leave out.
+    """
+
+    seed = 0  # of the augmentation
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> Any:
+        """Read a picture and what is known of it.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+
+    @abstractmethod
+    def for_training(self, content: Any) -> tuple[Any, ...]:
+        """Make a sample, without its problem, of what `read` gave, at random."""
+
+    @abstractmethod
+    def for_evaluation(self, content: Any) -> tuple[Any, ...]:
+        """Make a sample, without its problem, of what `read` gave; of a blank where that is None."""
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
+        problems: list[str] = []
+        if isinstance(key, int):
+            content, problem = None, ""
+            if key >= 0:
+                try:
+                    content = self.read(key)
+                except ValueError as error:
+                    problem = str(error)
+            return (*self.for_evaluation(content), problem)
+        epoch, index = key
+        seed_all(self.seed, epoch, index)
+        for other in range(index, index + 100):
+            try:
+                content = self.read(other % len(self))
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            return (*self.for_training(content), "\n".join(problems))
+        raise ValueError(f"100 pictures in a row cannot be read: {problems[0]}; {problems[1]}; ...")
