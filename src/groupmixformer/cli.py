@@ -49,6 +49,16 @@ def _share(text: str) -> float:
     return share
 
 
+def _scales(text: str) -> list[float]:
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = [math.nan]
+    if not all(0.05 <= scale <= 20 for scale in scales):
+        raise argparse.ArgumentTypeError(f"got {text}, expected factors from 0.05 to 20, such as 0.75,1,1.25")
+    return scales
+
+
 def _figure(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in (".png", ".svg", ".pdf") or path.is_dir():
@@ -78,6 +88,11 @@ def _parser() -> Parser:
         added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
         added.add_argument("--image-size", type=_number(1), help="side of the images; the model's own by default")
 
+    def looks(added: Parser) -> None:
+        added.add_argument("--slide", action="store_true", help="for segmentation: look through windows of the training size")
+        added.add_argument("--scales", type=_scales, help="for segmentation: average over sizes, such as 0.75,1,1.25")
+        added.add_argument("--flip", action="store_true", help="for segmentation: average with the mirrored picture")
+
     added = command(commands.quickstart, "quickstart", "gmf quickstart --out runs/first")
     added.add_argument("--out", help="folder of the run; runs/quickstart, or the next that is free, by default")
     added.add_argument("--data", default="digits", help="digits (default), a folder with train/ and val/, torch/..., hfds/...")
@@ -94,7 +109,8 @@ def _parser() -> Parser:
     added = command(commands.evaluate, "eval", "gmf eval runs/quickstart --json")
     uses_run(added)
     added.add_argument("--data", help="data set, or a folder of class folders; the run's own by default")
-    added.add_argument("--root", default="data", help="where timm's data sets lie (default: %(default)s)")
+    added.add_argument("--root", help="where timm's data sets lie (default: data)")
+    added.add_argument("--split", help="for detection and segmentation: the part of the data (default: val)")
     added.add_argument("--test-size", action="store_true", help="take size and crop that the model stores for tests, if any")
     added.add_argument("--crop-pct", type=_share, help="share of the resized picture that is kept; the model's own by default")
     added.add_argument("--crop-mode", choices=("center", "squash", "border"), help="timm's crops; the model's own by default")
@@ -104,15 +120,19 @@ def _parser() -> Parser:
         help="how to resize; the model's own by default",
     )
     added.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
-    added.add_argument("--batch-size", type=_number(1), default=64, help="images at once (default: %(default)s)")
+    added.add_argument("--batch-size", type=_number(1), help="for classification: images at once (default: 64)")
     added.add_argument("--workers", type=_number(0), default=0, help="processes that load images (default: %(default)s)")
     added.add_argument("--per-class", action="store_true", help="show the accuracy of every class, the worst first")
+    looks(added)
     added.add_argument("--plot", type=_figure, metavar="FILE", help="write a reliability diagram (.png, .svg or .pdf)")
 
     added = command(commands.predict, "predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3")
     uses_run(added)
     added.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
-    added.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
+    added.add_argument("--top", type=_number(1), help="for classification: classes to show (default: 5)")
+    added.add_argument("--out", help="for detection and segmentation: folder of the drawn pictures (default: predictions)")
+    added.add_argument("--score", type=_share, help="for detection: least score of an object that is drawn (default: 0.5)")
+    looks(added)
 
     added = command(commands.convert, "convert", "gmf convert groupmixformer_small.pth --out small")
     added.add_argument("file", metavar="FILE", help="a released .pth or any checkpoint that load_checkpoint reads")
@@ -165,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        extra = "data" if error.name in ("datasets", "webdataset", "fsspec", "pyarrow") else "train"
+        extras = dict.fromkeys(("datasets", "webdataset", "fsspec", "pyarrow"), "data")
+        extras |= {"faster_coco_eval": "detection", "segmentation_models_pytorch": "segmentation"}
+        extra = extras.get((error.name or "").split(".")[0], "train")
         print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[{extra}]'", file=sys.stderr)
         return 1
     except Exception as error:

@@ -109,6 +109,23 @@ def _finish(folder: Path, images: Any, seconds: float, device: str) -> dict[str,
     }
 
 
+def _finish_scenes(folder: Path, recipe: Any, seconds: float) -> tuple[dict[str, Any], str]:
+    """Measure the run's best detector or segmenter and write the report."""
+    from .scenes import Objects, Segments
+
+    made = Objects if recipe.task == "detection" else Segments
+    scenes = made(folder, _device(recipe.device), None, None)
+    images = scenes.open(recipe.data, "val")
+    measured = scenes.evaluate(images, recipe.workers, _progress)
+    report = scenes.report(folder, images, measured)
+    result = {"run": str(folder), "report": str(report), "seconds": round(seconds, 1), **measured.result}
+    text = (
+        f"{measured.text}\non {measured.result['images']:,} held-out images after {seconds:.0f} s\n"
+        f"run    {folder}\nreport {report}"
+    )
+    return result | {"skipped": measured.skipped}, text
+
+
 def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, Any], str]:
     """Train, and on the first process evaluate and report."""
     import time
@@ -132,7 +149,10 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
         raise SystemExit(128 + stop.number) from None
     if not is_first_process():
         raise SystemExit(0)
-    result = _finish(folder, open_images(recipe.data, recipe.root, need_train=False), time.monotonic() - start, recipe.device)
+    seconds = time.monotonic() - start
+    if recipe.task != "classification":
+        return _finish_scenes(folder, recipe, seconds)
+    result = _finish(folder, open_images(recipe.data, recipe.root, need_train=False), seconds, recipe.device)
     text = (
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  "
         f"on {result['images']:,} held-out images after {result['seconds']:.0f} s\n"
@@ -170,9 +190,70 @@ def train(args: argparse.Namespace) -> None:
     _show(result, args.json, text)
 
 
+# Options of gmf eval and gmf predict that mean something to some tasks only.
+OPTIONS = {
+    "classification": ("test_size", "crop_pct", "crop_mode", "interpolation", "plot", "batch_size", "root", "top"),
+    "detection": ("split", "out", "score"),
+    "segmentation": ("split", "out", "slide", "scales", "flip"),
+}
+
+
+def _task(args: argparse.Namespace) -> str:
+    """Return the task of the model that is named, and refuse options that it has no use for."""
+    from .checkpoint import task_of
+
+    task = task_of(args.run)
+    for option in {name for names in OPTIONS.values() for name in names} - {*OPTIONS[task]}:
+        if getattr(args, option, None) not in (None, False):
+            tasks = " and ".join(other for other, names in OPTIONS.items() if option in names)
+            raise UsageError(f"--{option.replace('_', '-')} is for {tasks}, and {args.run} holds a model for {task}")
+    return task
+
+
+def _precision(name: str) -> Any:
+    import torch
+
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _data_of(run: str) -> tuple[str, str]:
+    """Return the data set that a run was trained on, and its root."""
+    recipe = Path(run, "recipe.yaml")
+    if not recipe.is_file():
+        raise ValueError(f"{run}: has no recipe that names a data set: name one with --data")
+    from .recipe import read_recipe
+
+    stored = read_recipe(str(recipe))
+    return stored.data, stored.root
+
+
+def _scenes(args: argparse.Namespace, task: str, precision: str) -> Any:
+    from .scenes import Objects, Segments
+
+    settings = (args.run, _device(args.device), args.image_size, _precision(precision))
+    if task == "detection":
+        return Objects(*settings)
+    return Segments(*settings, slide=args.slide, scales=args.scales or [1.0], flip=args.flip)
+
+
+def _evaluate_scenes(args: argparse.Namespace, task: str) -> None:
+    scenes = _scenes(args, task, args.precision)
+    data, split = args.data or _data_of(args.run)[0], args.split or "val"
+    measured = scenes.evaluate(scenes.open(data, split), args.workers, _progress)
+    for problem in measured.skipped:
+        print(f"gmf eval: skipped {problem}", file=sys.stderr)
+    rates = "{images_per_second:.2f} images/s with loading, {model_images_per_second:.2f} the model alone"
+    text = f"{measured.text}\non {measured.result['images']:,} images of {split}\n{rates.format(**measured.result)}"
+    result = {"run": args.run, "task": task, "data": data, "split": split, **measured.result, "precision": args.precision}
+    _show(result | {"skipped": measured.skipped}, args.json, f"{text}\n\n{measured.table}" if args.per_class else text)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a model on a data set."""
-    import torch
+    task = _task(args)
+    if task != "classification":
+        _evaluate_scenes(args, task)
+        return
 
     from .checkpoint import load_model
     from .data import eval_loader, open_images
@@ -184,15 +265,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.run).to(_device(args.device))
-    data, root = args.data, args.root
-    if not data:
-        recipe = Path(args.run, "recipe.yaml")
-        if not recipe.is_file():
-            raise ValueError(f"{args.run}: has no recipe that names a data set: name one with --data")
-        from .recipe import read_recipe
-
-        stored = read_recipe(str(recipe))
-        data, root = stored.data, stored.root
+    data, root = (args.data, args.root or "data") if args.data else _data_of(args.run)
     images = open_images(data, root, need_train=False)
     if len(images.class_names) != model.num_classes:
         raise ValueError(f"{data} has {len(images.class_names)} classes and the model {model.num_classes}, expected the same")
@@ -200,9 +273,9 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"gmf eval: {args.run} stores no size or crop for tests: its usual ones are used", file=sys.stderr)
     crop = {"crop_pct": args.crop_pct, "crop_mode": args.crop_mode, "interpolation": args.interpolation}
     config = _data_config(model, args.image_size, args.test_size, **crop)
-    loader = eval_loader(images.held_out, config, args.batch_size, args.workers)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    evaluation = evaluate_model(model, _progress(loader, "evaluating"), dtype)
+    batch_size = args.batch_size or 64
+    loader = eval_loader(images.held_out, config, batch_size, args.workers)
+    evaluation = evaluate_model(model, _progress(loader, "evaluating"), _precision(args.precision))
     for problem in evaluation.problems:
         print(f"gmf eval: skipped {problem}", file=sys.stderr)
     if args.plot:
@@ -233,7 +306,7 @@ def evaluate(args: argparse.Namespace) -> None:
         **{key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")},
         "precision": args.precision,
         "device": str(next(model.parameters()).device),
-        "batch_size": args.batch_size,
+        "batch_size": batch_size,
         "plot": str(args.plot) if args.plot else None,
         "per_class": classes,
         "reliability": reliability(evaluation),
@@ -241,8 +314,44 @@ def evaluate(args: argparse.Namespace) -> None:
     _show(result, args.json, "\n".join(lines))
 
 
+def _predict_scenes(args: argparse.Namespace, task: str) -> None:
+    from .pictures import find_images, read_image
+    from .scenes import write_prediction, write_results
+
+    scenes, out = _scenes(args, task, "fp32"), Path(args.out or "predictions")
+    images: list[dict[str, Any]] = []
+    coco: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    lines: list[str] = []
+    taken: set[str] = set()
+    paths = find_images(args.images)
+    for path in _progress(paths, "looking", len(paths)):
+        try:
+            picture = read_image(path)
+        except ValueError as error:
+            skipped.append(str(path))
+            print(f"gmf predict: skipped {error}", file=sys.stderr)
+            continue
+        found = scenes.predict(picture, str(path), 0.5 if args.score is None else args.score)
+        files = write_prediction(out, path, found, taken)
+        coco += found.results
+        images.append({"image": str(path), **found.result, "files": files})
+        lines.append(f"{path}: {found.text}  ({', '.join(files)})")
+    if not images:
+        raise ValueError(f"none of {len(paths)} images could be read")
+    result: dict[str, Any] = {"run": args.run, "task": task, "images": images, "skipped": skipped}
+    if task == "detection":
+        result["coco_results"] = write_results(out, coco)
+        lines.append(f"COCO results: {result['coco_results']}")
+    _show(result, args.json, "\n".join(lines))
+
+
 def predict(args: argparse.Namespace) -> None:
-    """Classify pictures."""
+    """Classify pictures, or find objects or segments in them."""
+    task = _task(args)
+    if task != "classification":
+        _predict_scenes(args, task)
+        return
     import torch
 
     from .checkpoint import load_model
@@ -263,7 +372,7 @@ def predict(args: argparse.Namespace) -> None:
             print(f"gmf predict: skipped {error}", file=sys.stderr)
             continue
         probabilities = next(predict_logits(model, [picture[None]])).softmax(dim=1)[0]
-        top = torch.topk(probabilities, min(args.top, len(probabilities)))
+        top = torch.topk(probabilities, min(args.top or 5, len(probabilities)))
         classes = [
             {"class": names[index], "index": index, "probability": probability}
             for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,19 @@ from .training import read_metrics
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette: told apart by the colour-blind too
 
 
-def _curves(folder: Path) -> Figure:
+def curves(folder: Path, metric: str, name: str) -> Figure:
+    """Draw the losses and one held-out metric, a share of 1 that metrics.csv has, over the epochs of a run."""
     rows = read_metrics(folder)
     epochs = [row["epoch"] + 1 for row in rows]
     figure = Figure(figsize=(9, 3), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row["loss"] for row in rows], color=ORANGE, label="training (augmented, smoothed)")
-    loss.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, label="held out")
+    loss.plot(epochs, [row["loss"] for row in rows], color=ORANGE, label="training (augmented)")
+    if "val_loss" in rows[0]:
+        loss.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, label="held out")
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     loss.legend()
-    accuracy.plot(epochs, [100 * row["val_top1"] for row in rows], color=BLUE, marker="o")
-    accuracy.set(xlabel="epoch", ylabel="held-out top-1 (%)")
+    accuracy.plot(epochs, [100 * row[metric] for row in rows], color=BLUE, marker="o")
+    accuracy.set(xlabel="epoch", ylabel=f"held-out {name} (%)")
     return figure
 
 
@@ -131,7 +133,7 @@ def _drawn(figure: Figure, form: str = "png") -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write beside the place and rename, so that nobody sees half a file."""
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -143,7 +145,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the form that the name asks for: .png, .svg or .pdf."""
-    _write(path, _drawn(figure, path.suffix[1:].lower()))
+    write_file(path, _drawn(figure, path.suffix[1:].lower()))
 
 
 def write_report(
@@ -185,7 +187,7 @@ def write_report(
         return _examples([chosen[i] for i in indices], titles, colors)
 
     sections = {
-        "Curves": ("curves", _curves(folder)),
+        "Curves": ("curves", curves(folder, "val_top1", "top-1")),
         "Confusion": ("confusion", _confusion(true, predicted, class_names)),
         "Calibration": ("calibration", reliability_diagram(evaluation)),
     }
@@ -197,22 +199,40 @@ def write_report(
         caption = "What the centre of a picture attends to, by group size (magnitude of the implied attention)"
         sections[caption] = ("attention", _attention(model, [chosen[i] for i in right[:4]], config))
 
+    rows = {
+        "top-1": f"{metrics['top1']:.2%}",
+        "top-5": f"{metrics['top5']:.2%}",
+        "loss": f"{metrics['loss']:.4f}",
+        "calibration error": f"{metrics['calibration_error']:.2%}",
+        "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
+        **({"held-out pictures left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
+    }
+    return write_page(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", rows, sections)
+
+
+def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Figure]]) -> Path:
+    """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
+
+    Args:
+        folder: Folder of the run.
+        heading: What came out, in a few words.
+        rows: What the table says first; time, versions and recipe follow.
+        sections: For each title the name and the figure.
+
+    Returns:
+        The path of report.html.
+    """
     (folder / "report").mkdir(exist_ok=True)
     body = []
     for title, (name, figure) in sections.items():
         png = _drawn(figure)
-        _write(folder / "report" / f"{name}.png", png)
+        write_file(folder / "report" / f"{name}.png", png)
         encoded = base64.b64encode(png).decode()
         body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
     table = "".join(
-        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
         for name, value in {
-            "top-1": f"{metrics['top1']:.2%}",
-            "top-5": f"{metrics['top5']:.2%}",
-            "loss": f"{metrics['loss']:.4f}",
-            "calibration error": f"{metrics['calibration_error']:.2%}",
-            "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
-            **({"held-out pictures left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
+            **rows,
             "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
             **json.loads((folder / "versions.json").read_text()),
         }.items()
@@ -226,13 +246,13 @@ img {{ max-width: 100%; }}
 th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
 pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
 </style>
-<h1>{html.escape(folder.name)}: {metrics["top1"]:.2%} of {metrics["images"]:,} held-out images right</h1>
+<h1>{html.escape(folder.name)}: {html.escape(heading)}</h1>
 <table>{table}</table>
 {"".join(body)}
 <h2>Recipe</h2><pre>{recipe}</pre></html>
 """
     path = folder / "report.html"
-    _write(path, page.encode())
+    write_file(path, page.encode())
     return path
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -204,6 +205,12 @@ def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, Any, list[str]]:
     if all(picture.shape[1:] == mask.shape == labels[0].shape for picture, mask in zip(pictures, labels, strict=True)):
         return torch.stack(pictures), torch.stack(labels), lines
     return list(pictures), list(labels), lines
+
+
+def confusion_matrix(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Count pixels by true class (rows) and predicted class (columns), (K, K), without those of `IGNORE`."""
+    counts: Tensor = multiclass_confusion_matrix(predicted, true, classes, ignore_index=IGNORE)
+    return counts
 
 
 def numbers(confusion: Tensor) -> dict[str, Any]:
