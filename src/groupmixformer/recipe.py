@@ -220,7 +220,11 @@ class Recipe:
         return Path(self.out) / "checkpoints" / "last.ckpt"
 
 
-TASK_FIELDS = {"classification": ("crop_pct", "augmentation"), "detection": ("detector",), "segmentation": ("segmenter",)}
+TASK_FIELDS = {
+    "classification": ("root", "download", "crop_pct", "augmentation"),
+    "detection": ("detector",),
+    "segmentation": ("segmenter",),
+}
 
 
 class RecipeError(Exception):

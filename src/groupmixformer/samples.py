@@ -1,11 +1,16 @@
 """A sample by its number: seeded where it is made, replaced where its picture cannot be read."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from .seeding import seed_all
+
+
+def _few(lines: Sequence[str]) -> str:
+    return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
 
 
 class Samples(Dataset[Any]):
@@ -17,6 +22,27 @@ class Samples(Dataset[Any]):
     """
 
     seed = 0  # of the augmentation
+    skipped: Sequence[str] = ()  # a line for each picture that was left out when the data was opened
+    dropped: Sequence[str] = ()  # a line for each object that was left out of its picture
+
+    def left_out(self, name: str, limit: float) -> list[str]:
+        """Say what was left out.
+
+        Args:
+            name: Of the split.
+            limit: Largest share of the pictures.
+
+        Raises:
+            ValueError: If it is exceeded.
+        """
+        whole = len(self) + len(self.skipped)
+        if len(self.skipped) > limit * whole:
+            raise ValueError(
+                f"{len(self.skipped)} of {whole} {name} pictures cannot be used, more than bad_limit ({limit:.2%}) allows: "
+                f"{_few(self.skipped)}"
+            )
+        kinds = {"pictures": self.skipped, "objects": self.dropped}
+        return [f"{len(lines)} {name} {kind} left out: {_few(lines)}" for kind, lines in kinds.items() if lines]
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from .groupmixformer import GroupMixFormer
 from .loading import Loaders
 from .recipe import Recipe
+from .samples import Samples
 from .seeding import seed_all
 
 
@@ -75,6 +76,10 @@ class Task(lightning.LightningModule):
         self.average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
         if self.average:
             self.average.module.requires_grad_(False)  # DDP would wait for its gradients
+        self.notes: list[str] = []  # what was left out when the data was opened
+        for name, samples in (("training", loaders.train), ("held-out", loaders.held_out)):
+            if isinstance(samples, Samples):
+                self.notes += samples.left_out(name, recipe.bad_limit)
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
         self.unreadable: dict[str, None] = {}  # pictures, with the reason

@@ -353,6 +353,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             task.model = convert_sync_batchnorm(task.model)  # timm's, which keeps the activation of its BatchNormAct2d
         if first:
             _say_how(task, world_size, device)
+            for note in task.notes:
+                print(note, file=sys.stderr)
         last = recipe.last_checkpoint
         start = str(last) if resume and last.exists() else None
         try:
