@@ -79,12 +79,21 @@ def test_help_has_an_example_and_train_lists_every_field(capsys):
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_a_shipped_recipe_round_trips(name, tmp_path):
-    recipe = read_recipe(
-        name, ["--optimizer.lr", "0.25", "--augmentation.scale=[0.5,0.75]", "--augmentation.color_jitter=null"]
-    )
+    own = {
+        "classification": ["--augmentation.scale=[0.5,0.75]", "--augmentation.color_jitter=null"],
+        "detection": ["--detector.sizes=[96,128]", "--detector.vflip=0.25"],
+        "segmentation": ["--segmenter.scale=[0.5,0.75]", "--segmenter.channels=null"],
+    }
+    task = read_recipe(name).task
+    recipe = read_recipe(name, ["--optimizer.lr", "0.25", *own[task]])
     assert recipe.optimizer.lr == 0.25
-    assert recipe.augmentation.scale == (0.5, 0.75)
-    assert recipe.augmentation.color_jitter is None
+    if task == "classification":
+        assert recipe.augmentation.scale == (0.5, 0.75)
+        assert recipe.augmentation.color_jitter is None
+    elif task == "detection":
+        assert (recipe.detector.sizes, recipe.detector.vflip) == ([96, 128], 0.25)
+    else:
+        assert (recipe.segmenter.scale, recipe.segmenter.channels) == ((0.5, 0.75), None)
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert read_recipe(str(tmp_path / "recipe.yaml")) == recipe
     assert shipped()[name].read_text().startswith(f"# gmf train {name}")
