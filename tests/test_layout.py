@@ -21,7 +21,7 @@ LAYERS = [
     {"classification", "detection", "segmentation"},
     {"training"},
     {"report"},
-    {"scenes"},
+    {"scenes", "bench"},
     {"commands"},
     {"cli"},
 ]

@@ -134,6 +134,26 @@ def _parser() -> Parser:
     added.add_argument("--score", type=_share, help="for detection: least score of an object that is drawn (default: 0.5)")
     looks(added)
 
+    added = command(commands.bench, "bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4")
+    added.add_argument(
+        "models", metavar="MODEL", nargs="*", default=["mobile", "tiny", "small"], help="variants, models of timm"
+    )
+    added.add_argument("--task", choices=("classification", "detection", "segmentation"), default="classification")
+    added.add_argument("--train", action="store_true", help="a training step instead of inference")
+    added.add_argument("--batch-size", type=_number(1), default=1, help="pictures at once (default: %(default)s)")
+    added.add_argument(
+        "--size", type=_number(32), nargs="+", help="height and width; by default 224, 800 1333 or 512, by the task"
+    )
+    added.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
+    added.add_argument("--compile", action="store_true", help="with torch.compile")
+    added.add_argument(
+        "--contiguous", action="store_true", help="other models than ours in contiguous, not channels_last memory"
+    )
+    added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    added.add_argument("--threads", type=_number(1), help="CPU threads; PyTorch's own number by default")
+    added.add_argument("--rounds", type=_number(1), default=7, help="measurements of each model (default: %(default)s)")
+    added.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
+
     added = command(commands.convert, "convert", "gmf convert groupmixformer_small.pth --out small")
     added.add_argument("file", metavar="FILE", help="a released .pth or any checkpoint that load_checkpoint reads")
     added.add_argument("--out", required=True, help="folder to write")

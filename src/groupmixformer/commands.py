@@ -384,6 +384,41 @@ def predict(args: argparse.Namespace) -> None:
     _show({"run": args.run, "images": results, "skipped": skipped}, args.json, "\n".join(lines))
 
 
+def bench(args: argparse.Namespace) -> None:
+    """Measure speed and memory of models side by side."""
+    import csv
+    import io
+
+    import torch
+
+    from .bench import SIZES, Settings, table
+    from .bench import bench as measure
+
+    settings = Settings(
+        task=args.task,
+        train=args.train,
+        batch_size=args.batch_size,
+        size=tuple(args.size * 2 if len(args.size) == 1 else args.size) if args.size else SIZES[args.task],
+        dtype=args.dtype,
+        compile=args.compile,
+        channels_last=not args.contiguous,
+        device=str(_device(args.device)),
+        threads=args.threads or torch.get_num_threads(),
+        rounds=args.rounds,
+    )
+    result = measure(args.models, settings, _progress)
+    if args.csv:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(result["rows"][0]))
+        writer.writeheader()
+        writer.writerows(result["rows"])
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.csv.with_name(args.csv.name + ".part")
+        temporary.write_text(text.getvalue())
+        temporary.replace(args.csv)
+    _show(result, args.json, table(result))
+
+
 def convert(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a folder that timm and transformers read."""
     from .checkpoint import load_checkpoint, save_checkpoint
