@@ -1,5 +1,6 @@
 """The code blocks of README and docs run: Python as it stands, `gmf` commands through the command line."""
 
+import json
 import os
 import re
 import shlex
@@ -34,7 +35,34 @@ def workplace(tmp_path, monkeypatch, released_names):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
     Image.fromarray((images[0].reshape(8, 8) * 15.9).astype(np.uint8)).resize((64, 64)).save("photo.jpg")
+    _write_scenes(tmp_path)
     return tmp_path
+
+
+def _write_scenes(root):
+    """Discs on noise, annotated twice: `shapes` in COCO's form, `regions` with a class for every pixel."""
+    rng = np.random.default_rng(0)
+    classes = [{"id": 0, "name": "ground", "color": [0, 90, 0]}, {"id": 1, "name": "disc", "color": [200, 0, 0]}]
+    (root / "shapes" / "annotations").mkdir(parents=True)
+    (root / "shapes" / "images").mkdir()
+    for split, number in (("train", 4), ("val", 3)):
+        images, annotations = [], []
+        for i in range(number):
+            (x, y), radius = rng.integers(20, 50, 2).tolist(), 12
+            disc = np.hypot(*(np.mgrid[:70, :80] - np.array([y, x])[:, None, None])) < radius
+            pixels = rng.integers(0, 90, (70, 80, 3), dtype=np.uint8)
+            pixels[disc] = (220, 60, 60)
+            images.append({"id": i + 1, "file_name": f"{split}{i}.png", "width": 80, "height": 70})
+            corners = [[x - radius, y - radius, x + radius, y - radius, x + radius, y + radius, x - radius, y + radius]]
+            box = [x - radius, y - radius, 2 * radius, 2 * radius]
+            annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 7, "bbox": box, "segmentation": corners})
+            for kind, content in (("images", pixels), ("masks", disc.astype(np.uint8))):
+                (root / "regions" / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content).save(root / "regions" / kind / split / f"{i}.png")
+            Image.fromarray(pixels).save(root / "shapes" / "images" / f"{split}{i}.png")
+        content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "disc"}]}
+        (root / "shapes" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    (root / "regions" / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
