@@ -219,6 +219,15 @@ def test_what_ends_one_process_ends_the_job(few, tmp_path):
 
 
 @pytest.mark.slow
+def test_pictures_that_no_process_alone_finds_too_many_end_the_epoch(few, tmp_path):
+    data, _ = few
+    more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.05", "--epochs", 1]
+    job = start(torchrun(2, "--standalone"), tmp_path / "run", *more)
+    assert job.wait() != 0
+    assert "2 of 32 training pictures cannot be read, more than bad_limit (5.00%) allows" in job.log.read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_what_happens_to_one_process_counts_for_all(few, tmp_path, strategy):
     data, bad = few

@@ -216,11 +216,18 @@ class Task(lightning.LightningModule):
             ValueError: If they are more than the recipe's share of the training set.
         """
         self.unreadable.update(dict.fromkeys(problems))
-        if len(self.unreadable) > self.recipe.bad_limit * self.loaders.samples:
-            names = "; ".join(list(self.unreadable)[:5])
+        self.check_unreadable(list(self.unreadable))
+
+    def check_unreadable(self, found: Sequence[str]) -> None:
+        """Stop the run if so many pictures, of one process or of all, are more than the recipe allows.
+
+        Raises:
+            ValueError: If they are.
+        """
+        if len(found) > self.recipe.bad_limit * self.loaders.samples:
             raise ValueError(
-                f"{len(self.unreadable)} of {self.loaders.samples} training pictures cannot be read, more than bad_limit "
-                f"({self.recipe.bad_limit:.2%}) allows: {names}{'; ...' if len(self.unreadable) > 5 else ''}"
+                f"{len(found)} of {self.loaders.samples} training pictures cannot be read, more than bad_limit "
+                f"({self.recipe.bad_limit:.2%}) allows: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"
             )
 
     def _of_all(self, value: Any) -> list[Any]:

@@ -172,6 +172,7 @@ class Record(Callback):
         self.best = max(self.best, metrics[pl_module.monitor])
         model = pl_module.whole_model() if best else None  # all processes take part where the weights are sharded
         unreadable = pl_module.all_unreadable()
+        pl_module.check_unreadable(unreadable)  # a process counts its own as they come; here are those of all
         if not trainer.is_global_zero:
             return
         seconds = self.seconds + time.monotonic() - self.start
