@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,9 +81,9 @@ class Dense(nn.Module):
         self.backbone = backbone
 
     @property
+    @abstractmethod
     def body(self) -> Any:
         """The features of timm's model."""
-        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of the backbone in the backward pass.

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -61,16 +62,32 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def _percent(value: float | None) -> str:
+    """Show a share; a dash for none, and for COCO's -1 where there is no object to find."""
+    return "-" if value is None or value < 0 else f"{value:.2%}"
+
+
 def _ranked(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """Make a table of the classes, the worst first; those without a number last."""
     length = max(len(row["class"]) for row in (*rows, {"class": "class"}))
-    ordered = sorted(rows, key=lambda row: (row[metric] is None or row[metric] < 0, row[metric] or 0))
-    shown = ["-" if row[metric] is None or row[metric] < 0 else f"{row[metric]:.2%}" for row in ordered]
-    lines = [f"{'class':{length}}{metric:>9}"]
-    return "\n".join(lines + [f"{row['class']:{length}}{text:>9}" for row, text in zip(ordered, shown, strict=True)])
+    ordered = sorted(rows, key=lambda row: (_percent(row[metric]) == "-", row[metric] or 0))
+    lines = [f"{row['class']:{length}}{_percent(row[metric]):>9}" for row in ordered]
+    return "\n".join([f"{'class':{length}}{metric:>9}", *lines])
 
 
-class _Scenes:
+def _side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Figure:
+    figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
+    axes = figure.subplots(len(pairs), 2, squeeze=False)
+    for row, pair in zip(axes, pairs, strict=True):
+        for axis, picture in zip(row, pair, strict=True):
+            axis.imshow(picture)
+            axis.axis("off")
+    axes[0][0].set_title("annotated", fontsize=9)
+    axes[0][1].set_title("found", fontsize=9)
+    return figure
+
+
+class _Scenes(ABC):
     """A trained network with what is stored beside it."""
 
     task: str
@@ -84,27 +101,27 @@ class _Scenes:
         if image_size:
             self._resize(image_size)
 
-    def _load(self, run: str | Path) -> tuple[Any, dict[str, Any]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _load(self, run: str | Path) -> tuple[Any, dict[str, Any]]: ...
 
-    def _resize(self, image_size: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _resize(self, image_size: int) -> None: ...
 
+    @abstractmethod
     def open(self, data: str, split: str) -> Any:
         """Open a split of a data set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
         """Measure on every picture once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, picture: Image.Image, name: str, score: float) -> Predicted:
         """Look at a picture (RGB); the score from which objects are drawn matters for detection alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
         """Draw some held-out pictures as they are annotated, and as the model sees them."""
-        raise NotImplementedError
 
     def _loader(self, images: Any, workers: int, collate: Any) -> DataLoader[Any]:
         return DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate)
@@ -123,15 +140,6 @@ class _Scenes:
     def report(self, folder: Path, images: Any, measured: Measured) -> Path:
         """Write the report of a run, with some held-out pictures."""
         shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
-        pairs = self.examples(images, sorted(shown))
-        figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
-        axes = figure.subplots(len(pairs), 2, squeeze=False)
-        for row, pair in zip(axes, pairs, strict=True):
-            for axis, picture in zip(row, pair, strict=True):
-                axis.imshow(picture)
-                axis.axis("off")
-        axes[0][0].set_title("annotated", fontsize=9)
-        axes[0][1].set_title("found", fontsize=9)
         rows = measured.result["per_class"]
         name = next(key for key in ("mask_AP", "box_AP", "IoU") if key in rows[0])
         bars = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
@@ -139,16 +147,15 @@ class _Scenes:
         axis.barh([row["class"] for row in rows], [100 * max(0, row[name] or 0) for row in rows], color=BLUE)
         axis.invert_yaxis()
         axis.set(xlabel=f"{name.replace('_', ' ')} (%)", xlim=(0, 100))
-        numbers = {key: value for key, value in measured.result.items() if isinstance(value, float)}
         table = {
-            key.replace("_", " "): f"{value:.2f}" if "per_second" in key else f"{value:.2%}" for key, value in numbers.items()
+            key.replace("_", " "): f"{value:.2f}" if "per_second" in key else _percent(value)
+            for key, value in measured.result.items()
+            if isinstance(value, float)
         }
         table["held-out images"] = f"{measured.result['images']:,}; the epoch shown is the best of the run on these same images"
-        sections = {
-            "Curves": ("curves", curves(folder, *self.metric)),
-            "Classes": ("classes", bars),
-            "Held-out pictures": ("predictions", figure),
-        }
+        sections = {"Curves": ("curves", curves(folder, *self.metric)), "Classes": ("classes", bars)}
+        if pairs := self.examples(images, sorted(shown)):
+            sections["Held-out pictures"] = ("predictions", _side_by_side(pairs))
         value = measured.result[self.metric[0].removeprefix("val_")]
         return write_page(folder, f"{self.metric[1]} {value:.2%} on held-out pictures", table, sections)
 
@@ -211,19 +218,14 @@ class Objects(_Scenes):
             result |= {f"{name}_{number}": value for number, value in numbers.items()}
             for row, measured in zip(classes, per_class, strict=True):
                 row[f"{name}_AP"] = measured["AP"]
-        text = "\n".join(
-            f"{name}  "
-            + "  ".join(
-                f"{key.removeprefix(name + '_')} {value:.2%}" if value >= 0 else f"{key.removeprefix(name + '_')} -"
-                for key, value in result.items()
-                if key.startswith(name)
-            )
-            for name in self.kinds
-        )
+        lines = []
+        for name in self.kinds:
+            numbers = {key.removeprefix(f"{name}_"): value for key, value in result.items() if key.startswith(name)}
+            lines.append(f"{name:4}  {'  '.join(f'{key} {_percent(value)}' for key, value in numbers.items())}")
         rates = {"images_per_second": seen / (time.perf_counter() - start), "model_images_per_second": seen / seconds}
         result |= {"images": seen, **rates, "objects_left_out": images.dropped, "per_class": classes}
         main = f"{list(self.kinds)[-1]}_AP"
-        return Measured(result, text, _ranked(classes, main), skipped)
+        return Measured(result, "\n".join(lines), _ranked(classes, main), skipped)
 
     def predict(self, picture: Image.Image, name: str, score: float) -> Predicted:
         """Find objects; those of at least `score` are drawn and listed, all are in COCO's results."""
