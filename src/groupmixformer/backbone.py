@@ -1,5 +1,6 @@
 """What detectors and segmenters share: a backbone of timm under their own layers, new, from a checkpoint or as it was saved."""
 
+import contextlib
 import dataclasses
 import functools
 from abc import abstractmethod
@@ -8,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -59,11 +61,13 @@ class Backbone:
             ValueError: If the model has no such features.
         """
         try:
-            with torch.device("meta"):
-                found: Any = timm.create_model(self.name, **self.options()).feature_info
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            with torch.device("meta"), torch.no_grad():
+                features: Any = take_any_size(timm.create_model(self.name, **self.options()).eval())
+                features(torch.empty(1, 3, 64, 96))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{self.name} does not serve as a backbone for pictures of any size: {reason}") from error
+        found = features.feature_info
         by_stride = dict(zip(found.reduction(), found.out_indices, strict=True))
         if missing := [stride for stride in strides if stride not in by_stride]:
             raise ValueError(
@@ -71,6 +75,19 @@ class Backbone:
                 "model, such as a groupmixformer, resnet50 or pvt_v2_b2"
             )
         return [by_stride[stride] for stride in strides]
+
+
+def _flat(name: str) -> str:
+    """Make names of a model and of its features alike, which have underscores for some of the dots."""
+    return name.replace(".", "_")
+
+
+def take_any_size(features: nn.Module) -> nn.Module:
+    """Tell embeddings that are made for one size of picture, such as CoaT's, the size of each that comes."""
+    for module in features.modules():
+        if isinstance(module, PatchEmbed) and module.strict_img_size and hasattr(module, "set_input_size"):
+            module.register_forward_pre_hook(lambda module, inputs: module.set_input_size(tuple(inputs[0].shape[-2:])))
+    return features
 
 
 class Dense(nn.Module):
@@ -94,33 +111,39 @@ class Dense(nn.Module):
         network: Any
         for network in (getattr(self.body, "model", None), self.body):
             if hasattr(network, "set_grad_checkpointing"):
-                network.set_grad_checkpointing(enable)
-                return
+                with contextlib.suppress(AssertionError):  # timm's way to say that it cannot
+                    network.set_grad_checkpointing(enable)
+                    return
         raise ValueError(f"{self.backbone.name} has no gradient checkpointing: set grad_checkpointing to false")
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters of the backbone that its authors do not decay."""
-        network = getattr(self.body, "model", self.body)
-        names: set[str] = set(network.no_weight_decay()) if hasattr(network, "no_weight_decay") else set()
-        own = {id(parameter): name for name, parameter in self.named_parameters()}
-        return {own[id(parameter)] for name, parameter in network.named_parameters() if name in names}
+        whole = self._whole()
+        kept = {_flat(name) for name in whole.no_weight_decay()} if hasattr(whole, "no_weight_decay") else set()
+        return {name for name, in_body in self._names_in_body().items() if in_body in kept}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return, as timm's optimiser asks, what gives the layer of a parameter: the backbone's, or the last for all others."""
-        with torch.device("meta"):
-            whole: Any = timm.create_model(self.backbone.name, **self.backbone.arguments)
-        # The features of a model have its names, with underscores for some of the dots.
-        layers = {
-            name.replace(".", "_"): layer
-            for name, layer in group_parameters(whole, whole.group_matcher(coarse=coarse), reverse=True).items()
-        }
-        own = {id(parameter): name for name, parameter in self.body.named_parameters()}
-        in_body = {name: own[id(p)] for name, p in self.named_parameters() if id(p) in own}
+        whole, in_body = self._whole(), self._names_in_body()
+        grouped = group_parameters(whole, whole.group_matcher(coarse=coarse), reverse=True)
+        layers: dict[str, int] = {_flat(name): layer for name, layer in grouped.items()}
         last = max(layers.values())
-        return lambda name: layers.get(in_body.get(name, "").removeprefix("model.").replace(".", "_"), last)
+        return lambda name: layers.get(in_body.get(name, ""), last)
+
+    def _whole(self) -> Any:
+        """Return the classifier that the backbone is of, without its weights, for what timm knows of it alone."""
+        with torch.device("meta"):
+            return timm.create_model(self.backbone.name, **self.backbone.arguments)
+
+    def _names_in_body(self) -> dict[str, str]:
+        """Return for the parameters of the backbone their names in the classifier."""
+        own = {id(parameter): name for name, parameter in self.body.named_parameters()}
+        return {name: _flat(own[id(p)].removeprefix("model.")) for name, p in self.named_parameters() if id(p) in own}
 
 
-def open_backbone(variant: str, checkpoint: str | None, task: str) -> tuple[Backbone, dict[str, Tensor] | None]:
+def open_backbone(
+    variant: str, checkpoint: str | None, task: str
+) -> tuple[Backbone, dict[str, Tensor] | None, dict[str, list[float]]]:
     """Find the backbone that a recipe asks for.
 
     Args:
@@ -129,26 +152,32 @@ def open_backbone(variant: str, checkpoint: str | None, task: str) -> tuple[Back
         task: What the network is for.
 
     Returns:
-        The backbone and the classifier's weights, if there is one.
+        The backbone, the classifier's weights, if there is one, and mean and std of the pixels that it is used to.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If there is no such model, or the checkpoint cannot be used.
     """
+
+    def colors(cfg: Mapping[str, Any] | None) -> dict[str, list[float]]:
+        return {key: list(cfg[key]) for key in ("mean", "std") if key in cfg} if cfg else {}
+
     if not checkpoint:
-        return Backbone(model_name(variant)), None
+        name = model_name(variant)
+        known = timm.get_pretrained_cfg(name)
+        return Backbone(name), None, colors(known.to_dict() if known else None)
     if task_of(checkpoint) != "classification":
         config, _ = read_network(checkpoint, task)
-        return Backbone(**config["network"]["backbone"]), None
+        return Backbone(**config["network"]["backbone"]), None, colors(config["network"])
     source = load_model(checkpoint)
-    weights = source.state_dict()
-    cfg = source.pretrained_cfg
+    weights, cfg = source.state_dict(), source.pretrained_cfg
     if cfg["input_size"][0] != 3:
         raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: pictures are read as RGB")
     if not isinstance(source, GroupMixFormer):
-        return Backbone(cfg["architecture"]), weights
+        return Backbone(cfg["architecture"]), weights, colors(cfg)
     found = architecture(weights)
-    return Backbone(cfg["architecture"], {key: found[key] for key in ("embed_dims", "depths", "mlp_ratios")}), weights
+    arguments = {key: found[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+    return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
 
 
 def start_from(network: Dense, checkpoint: str | None, task: str) -> list[str]:

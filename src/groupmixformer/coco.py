@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -65,16 +65,16 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: not COCO's annotations: expected a list of objects under {key}")
     for key, fields in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name"))):
         for record in content[key]:
-            if missing := [field for field in fields if field not in record]:
+            if missing := [field for field in fields if not isinstance(record.get(field), int | str)]:
                 raise ValueError(f"{path}: not COCO's annotations: a record under {key} has no {', '.join(missing)}")
     return content
 
 
-def _folder_of(annotations: Path, folder: Path, file_name: str) -> Path:
+def _folder_of(annotations: Path, folder: Path, file_names: Iterable[str]) -> Path:
     """Find the folder with the pictures: the first of the usual ones in which one of them lies."""
     split = annotations.stem.removeprefix("instances_")
     places = [folder / "images" / split, folder / split, folder / "images", folder, annotations.parent]
-    return next((place for place in places if (place / file_name).is_file()), places[2])
+    return next((place for name in file_names for place in places if (place / name).is_file()), places[2])
 
 
 def _problem_of_picture(path: Path, width: int, height: int) -> str:
@@ -105,6 +105,10 @@ def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
             return dict(rle.frPyObjects(segmentation, height, width))
         if not isinstance(counts, str) or not counts.isascii():
             raise ValueError("segmentation without counts")
+        try:
+            rle.decode([{"size": size, "counts": counts}])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"segmentation that cannot be decoded: {error}") from error
         return {"size": size, "counts": counts}
     polygons = segmentation if isinstance(segmentation, list) else []
     usable = [p for p in polygons if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and _finite(p)]
@@ -147,7 +151,7 @@ class CocoImages(Samples):
         folder = Path(folder)
         annotations = find_annotations(folder, split)
         content = _read(annotations)
-        self.masks, self.transform = masks, transform
+        self.annotations, self.masks, self.transform = annotations, masks, transform
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [str(category["name"]) for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -155,7 +159,7 @@ class CocoImages(Samples):
             raise ValueError(f"{annotations}: expected one or more categories, each with an id of its own")
         if not content["images"]:
             raise ValueError(f"{annotations}: holds no images")
-        self.folder = _folder_of(annotations, folder, str(content["images"][0]["file_name"]))
+        self.folder = _folder_of(annotations, folder, (image["file_name"] for image in content["images"]))
         with ThreadPoolExecutor(8) as pool:
             found = pool.map(
                 lambda image: _problem_of_picture(self.folder / image["file_name"], image["width"], image["height"]),
@@ -183,7 +187,7 @@ class CocoImages(Samples):
         """Check the objects, and gather them by picture."""
         by_id = {image["id"]: image for image in images}
         if len(by_id) < len(images):
-            raise ValueError(f"{self.folder}: two pictures are annotated under one id, expected an id for each")
+            raise ValueError(f"{self.annotations}: two pictures are annotated under one id, expected an id for each")
         labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
         found: dict[Any, list[dict[str, Any]]] = {}
         for number, record in enumerate(annotations, start=1):
@@ -323,6 +327,15 @@ def to_results(detections: Mapping[str, Tensor], image_id: Any, category_ids: Se
     return results
 
 
+def restrict(truth: Mapping[str, Any], ids: Container[Any]) -> dict[str, Any]:
+    """Return COCO's annotations of some pictures: those that could be read."""
+    return {
+        **truth,
+        "images": [image for image in truth["images"] if image["id"] in ids],
+        "annotations": [thing for thing in truth["annotations"] if thing["image_id"] in ids],
+    }
+
+
 def coco_numbers(
     truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -338,15 +351,24 @@ def coco_numbers(
         find: COCO's convention.
     """
     quiet = {"print_function": lambda *_: None}
-    expected = COCO(dict(truth), **quiet)
-    if not results:
-        there = {thing["category_id"] for thing in truth["annotations"] if not thing["iscrowd"]}
-        numbers = dict.fromkeys(NUMBERS, 0.0 if there else -1.0)
-        categories = sorted(truth["categories"], key=lambda category: category["id"])
-        return numbers, [
-            {"class": c["name"], "index": i, "AP": 0.0 if c["id"] in there else -1.0} for i, c in enumerate(categories)
-        ]
-    evaluation = COCOeval_faster(expected, expected.loadRes([dict(result) for result in results]), kind, **quiet)
+    ids = [image["id"] for image in truth["images"]]
+    # The library takes numbers only; their order decides between equal scores, so those that are numbers stay.
+    places = dict(zip(ids, ids if all(type(i) is int for i in ids) else range(len(ids)), strict=True))
+    expected = COCO(
+        {
+            "images": [{**image, "id": places[image["id"]]} for image in truth["images"]],
+            "annotations": [{**thing, "image_id": places[thing["image_id"]]} for thing in truth["annotations"]],
+            "categories": list(truth["categories"]),
+        },
+        **quiet,
+    )
+    # Masks go without their boxes, or the areas of the boxes would be taken for theirs.
+    left_out = "bbox" if kind == "segm" else "segmentation"
+    found = [
+        {key: value for key, value in result.items() if key != left_out} | {"image_id": places[result["image_id"]]}
+        for result in results
+    ]
+    evaluation = COCOeval_faster(expected, expected.loadRes(found), kind, **quiet)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

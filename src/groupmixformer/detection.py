@@ -16,9 +16,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from .backbone import Backbone, Dense, open_backbone, start_from
+from .backbone import Backbone, Dense, open_backbone, start_from, take_any_size
 from .checkpoint import read_network, save_network
-from .coco import CocoImages, coco_numbers, collate, to_results, train_transform
+from .coco import CocoImages, coco_numbers, collate, restrict, to_results, train_transform
 from .loading import Loaders
 from .recipe import Recipe
 from .task import Task
@@ -31,7 +31,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.out_channels = width  # torchvision asks
         options = {**backbone.options(**options), "out_indices": backbone.indices(strides)}
-        self.body = timm.create_model(backbone.name, **options)
+        self.body = take_any_size(timm.create_model(backbone.name, **options))
         self.permuted = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # as Swin's are
         info: Any = self.body.feature_info
         self.pyramid = FeaturePyramidNetwork(info.channels(), width, extra)
@@ -136,7 +136,11 @@ class Detector(Dense):
 
     def forward(self, pictures: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Return the losses by name in training, otherwise what is found in each picture."""
-        return self.network(pictures, targets)
+        found = self.network(pictures, targets)
+        if self.training or not isinstance(self.network, detection.RetinaNet):
+            return found
+        # RetinaNet has logits for the background too, although nothing is ever labelled so.
+        return [{name: value[one["labels"] > 0] for name, value in one.items()} for one in found]
 
 
 def load_detector(folder: str | Path) -> tuple[Detector, dict[str, Any]]:
@@ -171,8 +175,7 @@ class Detection(Task):
 
     def __init__(self, recipe: Recipe, train: CocoImages, held_out: CocoImages, world_size: int = 1) -> None:
         settings = recipe.detector
-        backbone, weights = open_backbone(recipe.variant, recipe.checkpoint, "detection")
-        cfg = timm.get_pretrained_cfg(backbone.name)
+        backbone, weights, used_to = open_backbone(recipe.variant, recipe.checkpoint, "detection")
         self.category_ids = train.category_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),
@@ -183,13 +186,14 @@ class Detection(Task):
             "anchor_scale": settings.anchor_scale,
             "regions": settings.regions,
             "objects": settings.objects,
-            **({"mean": list(cfg.mean), "std": list(cfg.std)} if cfg else {}),
+            **used_to,
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
-        start_from(model, recipe.checkpoint, "detection")
+        new = start_from(model, recipe.checkpoint, "detection")
         train.seed = recipe.seed
         loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
+        self.note_new(new)
         self.truth = held_out.truth
         self.monitor = "val_mask_AP" if model.masks else "val_box_AP"
         self.found: list[tuple[Any, list[dict[str, Any]]]] = []  # of each held-out picture
@@ -217,7 +221,7 @@ class Detection(Task):
         pictures, ids, _ = batch
         wanted = [i for i, image_id in enumerate(ids) if image_id != -1]
         if wanted:
-            outputs = self.evaluated([pictures[i] for i in wanted])
+            outputs = [self.evaluated([pictures[i]])[0] for i in wanted]  # together, they would be padded to one size
             self.found += [(ids[i], to_results(o, ids[i], self.category_ids)) for i, o in zip(wanted, outputs, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
@@ -227,8 +231,9 @@ class Detection(Task):
         if self.trainer.is_global_zero:
             # In the order of the annotations, whatever process a picture was on: that decides between equal scores.
             results = [result for image in self.truth["images"] for result in found.get(image["id"], [])]
+            truth = restrict(self.truth, found)
             for kind, name in (("bbox", "box"), *((("segm", "mask"),) if self.evaluated.masks else ())):
-                measured, _ = coco_numbers(self.truth, results, kind)
+                measured, _ = coco_numbers(truth, results, kind)
                 numbers |= {f"val_{name}_{number}": measured[number] for number in ("AP", "AP50", "AP75")}
         numbers = self.trainer.strategy.broadcast(numbers)
         self.log_dict({**numbers, "val_images": float(len(found))}, rank_zero_only=False)

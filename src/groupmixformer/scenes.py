@@ -191,30 +191,24 @@ class Objects(_Scenes):
 
     def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
         """Compute COCO's twelve numbers, for boxes and masks."""
-        from .coco import coco_numbers, collate, to_results
+        from .coco import coco_numbers, collate, restrict, to_results
 
         results: list[dict[str, Any]] = []
-        skipped, seen, seconds, start = list(images.skipped), 0, 0.0, time.perf_counter()
-        truth_ids = set()
+        skipped, seconds, start = list(images.skipped), 0.0, time.perf_counter()
+        seen: set[Any] = set()
         for pictures, ids, problems in progress(self._loader(images, workers, collate), "evaluating"):
             skipped += problems
             if ids[0] != -1 and not problems:
                 begun = time.perf_counter()
                 results += to_results(self._find(pictures[0]), ids[0], images.category_ids)
                 seconds += time.perf_counter() - begun
-                seen += 1
-                truth_ids.add(ids[0])
+                seen.add(ids[0])
         if not seen:
             raise ValueError(f"no picture to evaluate on: {skipped[0]}")
-        truth = {
-            **images.truth,
-            "images": [image for image in images.truth["images"] if image["id"] in truth_ids],
-            "annotations": [thing for thing in images.truth["annotations"] if thing["image_id"] in truth_ids],
-        }
         result: dict[str, Any] = {}
         classes: list[dict[str, Any]] = [{"class": name, "index": index} for index, name in enumerate(self.class_names)]
         for name, kind in self.kinds.items():
-            numbers, per_class = coco_numbers(truth, results, kind)  # type: ignore[arg-type]
+            numbers, per_class = coco_numbers(restrict(images.truth, seen), results, kind)  # type: ignore[arg-type]
             result |= {f"{name}_{number}": value for number, value in numbers.items()}
             for row, measured in zip(classes, per_class, strict=True):
                 row[f"{name}_AP"] = measured["AP"]
@@ -222,8 +216,8 @@ class Objects(_Scenes):
         for name in self.kinds:
             numbers = {key.removeprefix(f"{name}_"): value for key, value in result.items() if key.startswith(name)}
             lines.append(f"{name:4}  {'  '.join(f'{key} {_percent(value)}' for key, value in numbers.items())}")
-        rates = {"images_per_second": seen / (time.perf_counter() - start), "model_images_per_second": seen / seconds}
-        result |= {"images": seen, **rates, "objects_left_out": images.dropped, "per_class": classes}
+        rates = {"images_per_second": len(seen) / (time.perf_counter() - start), "model_images_per_second": len(seen) / seconds}
+        result |= {"images": len(seen), **rates, "objects_left_out": images.dropped, "per_class": classes}
         main = f"{list(self.kinds)[-1]}_AP"
         return Measured(result, "\n".join(lines), _ranked(classes, main), skipped)
 

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 
-from .backbone import Backbone, Dense, open_backbone, start_from
+from .backbone import Backbone, Dense, open_backbone, start_from, take_any_size
 from .checkpoint import read_network, save_network
 from .loading import Loaders
 from .recipe import Recipe
@@ -34,6 +33,8 @@ def _width(decoder: str, channels: int | None) -> dict[str, int]:
     if decoder == "upernet":
         return {"decoder_channels": channels}
     if decoder == "fpn":
+        if channels % 64:
+            raise ValueError(f"got channels {channels}, expected a multiple of 64: fpn normalises half of them in 32 groups")
         return {"decoder_pyramid_channels": channels, "decoder_segmentation_channels": channels // 2}
     raise ValueError(f"got channels {channels} for the decoder {decoder}, expected none: only upernet and fpn have one width")
 
@@ -81,16 +82,20 @@ class Segmenter(Dense):
         backbone.indices((4, 8, 16, 32))
         made = backbone.options(**options)
         weights = True if made.pop("pretrained", False) else None
-        self.network: Any = smp.create_model(
-            decoder,
-            f"tu-{backbone.name}",
-            encoder_weights=weights,
-            classes=num_classes,
-            **_width(decoder, channels),
-            **{key: value for key, value in made.items() if key != "features_only"},
-        )
-        width = self.network.encoder.out_channels[4]  # of the features of stride 16
-        self.auxiliary = FCNHead(width, num_classes) if auxiliary else None
+        del made["features_only"]  # the library says that itself
+        width = _width(decoder, channels)
+        try:
+            self.network: Any = smp.create_model(
+                decoder, f"tu-{backbone.name}", encoder_weights=weights, classes=num_classes, **width, **made
+            )
+            take_any_size(self.body)
+            # The second head is on the features of stride 16.
+            self.auxiliary = FCNHead(self.network.encoder.out_channels[4], num_classes) if auxiliary else None
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the decoder {decoder} does not fit {backbone.name} ({reason}): choose upernet, fpn, unet or segformer"
+            ) from error
 
     @property
     def body(self) -> Any:
@@ -208,8 +213,7 @@ class Segmentation(Task):
 
     def __init__(self, recipe: Recipe, train: SemanticImages, held_out: SemanticImages, world_size: int = 1) -> None:
         settings = recipe.segmenter
-        backbone, weights = open_backbone(recipe.variant, recipe.checkpoint, "segmentation")
-        cfg = timm.get_pretrained_cfg(backbone.name)
+        backbone, weights, used_to = open_backbone(recipe.variant, recipe.checkpoint, "segmentation")
         self.colors, self.class_ids = train.colors, train.class_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),
@@ -217,10 +221,14 @@ class Segmentation(Task):
             "channels": settings.channels,
             "auxiliary": settings.auxiliary > 0,
             "image_size": recipe.image_size,
-            **({"mean": list(cfg.mean), "std": list(cfg.std)} if cfg else {}),
+            **used_to,
         }
         model = Segmenter(backbone, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
-        start_from(model, recipe.checkpoint, "segmentation")
+        new = start_from(model, recipe.checkpoint, "segmentation")
+        if recipe.batch_size < 2 and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.network.modules()):
+            raise ValueError(
+                f"got batch_size 1, expected 2 or more: {settings.decoder} has BatchNorm after pooling to one pixel"
+            )
         train.seed = recipe.seed
         train.transform = train_transform(
             recipe.image_size, settings.scale, settings.hflip, settings.photometric, model.mean, model.std
@@ -228,6 +236,7 @@ class Segmentation(Task):
         held_out.prepare = model.prepare
         loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
+        self.note_new(new)
         self.confusion = MulticlassConfusionMatrix(len(train.class_names), ignore_index=IGNORE)
         self.val_images = SumMetric()
 

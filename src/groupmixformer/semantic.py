@@ -37,12 +37,21 @@ def _classes(path: Path) -> tuple[list[str], list[int], list[list[int]], int | N
         classes = content["classes"]
         names, ids = [str(c["name"]) for c in classes], [c["id"] for c in classes]
         ignore = content.get("ignore_index")
-        colors = [list(c.get("color") or palette(len(classes))[i]) for i, c in enumerate(classes)]
+        colors = [c.get("color") or palette(len(classes))[i] for i, c in enumerate(classes)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: expected {{"classes": [{{"id": 0, "name": ...}}, ...], "ignore_index": 255}}') from error
-    if not names or len(set(ids)) < len(ids) or not all(isinstance(i, int) and 0 <= i <= 255 for i in ids) or ignore in ids:
-        raise ValueError(f"{path}: expected one or more classes, each with an id of its own from 0 to 255, not that to ignore")
+    if not 0 < len(names) < 256 or len(set(ids)) < len(ids) or not all(map(_is_byte, ids)) or ignore in ids:
+        raise ValueError(f"{path}: expected 1 to 255 classes, each with an id of its own from 0 to 255, not the one to ignore")
+    if ignore is not None and not _is_byte(ignore):
+        raise ValueError(f"{path}: got ignore_index {ignore!r}, expected a number from 0 to 255, or none")
+    for name, color in zip(names, colors, strict=True):
+        if not isinstance(color, list) or len(color) != 3 or not all(map(_is_byte, color)):
+            raise ValueError(f"{path}: got color {color!r} for {name}, expected red, green and blue from 0 to 255")
     return names, ids, colors, ignore
+
+
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
 
 
 def palette(number: int) -> list[list[int]]:
@@ -192,8 +201,9 @@ def train_transform(
         v2.RandomCrop(image_size, pad_if_needed=True, fill={tv_tensors.Image: grey, tv_tensors.Mask: IGNORE}),
         v2.RandomHorizontalFlip(hflip),
     ]
-    if photometric:
-        steps.append(v2.RandomPhotometricDistort())
+    if photometric:  # each half of the time, as is customary; torchvision's own version also exchanges channels
+        changes = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
+        steps += [v2.RandomApply([v2.ColorJitter(**change)], p=0.5) for change in changes]
     types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}
     return v2.Compose([*steps, v2.ToDtype(types, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()])
 

@@ -206,6 +206,12 @@ class Task(lightning.LightningModule):
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
 
+    def note_new(self, parameters: Sequence[str]) -> None:
+        """Say before training which parameters a checkpoint of the same task did not have."""
+        if parameters:
+            few = ", ".join(parameters[:3]) + (", ..." if len(parameters) > 3 else "")
+            self.notes.append(f"{self.recipe.checkpoint}: does not fit {len(parameters)} parameters, which stay new: {few}")
+
     def note_unreadable(self, problems: Sequence[str]) -> None:
         """Count unreadable pictures.
 

@@ -329,6 +329,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # `Loaders` is
         warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # metrics.csv has every epoch
         warnings.filterwarnings("ignore", ".*has `__len__` defined.*")  # a stream's is exact
+        warnings.filterwarnings("ignore", ".*sync_dist.*")  # metrics are computed over all processes before they are logged
         warnings.filterwarnings("ignore", ".*in eval mode at the start.*")  # the averaged model
         trainer = lightning.Trainer(
             accelerator=recipe.device,
