@@ -60,19 +60,19 @@ class Backbone:
         Raises:
             ValueError: If the model has no such features.
         """
-        try:
-            with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"):
+            try:
                 features: Any = take_any_size(timm.create_model(self.name, **self.options()).eval())
-                features(torch.empty(1, 3, 64, 96))
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.name} does not serve as a backbone for pictures of any size: {reason}") from error
-        found = features.feature_info
-        by_stride = dict(zip(found.reduction(), found.out_indices, strict=True))
+                by_stride = dict(zip(features.feature_info.reduction(), features.feature_info.out_indices, strict=True))
+                if not set(strides) - set(by_stride):
+                    features(torch.empty(1, 3, 64, 96))
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{self.name} does not serve as a backbone for pictures of any size: {reason}") from error
         if missing := [stride for stride in strides if stride not in by_stride]:
             raise ValueError(
-                f"{self.name} has features of strides {found.reduction()}, expected {missing} too: choose a hierarchical "
-                "model, such as a groupmixformer, resnet50 or pvt_v2_b2"
+                f"{self.name} has features of strides {list(features.feature_info.reduction())}, expected {missing} too: "
+                "choose a hierarchical model, such as a groupmixformer, resnet50 or pvt_v2_b2"
             )
         return [by_stride[stride] for stride in strides]
 
