@@ -151,7 +151,7 @@ def test_colours_are_given_or_chosen(tmp_path):
 
 
 def test_the_palette_has_a_colour_for_each_class():
-    assert palette(4) == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]  # as PASCAL VOC's
+    assert palette(2) == [[255, 64, 64], [64, 120, 255]]  # hues of 0 and of 222.5 degrees
     assert len({tuple(color) for color in [[0, 0, 0], *palette(255)]}) == 256
 
 
@@ -539,3 +539,13 @@ def test_a_picture_without_objects_stays_as_it_is(masks):
     drawn = draw_objects(grey_picture(), objects, ["a"])
     assert drawn.size == (SIDE * 30 // 20, SIDE)
     assert (np.asarray(drawn) == 100).all()
+
+
+def test_where_masks_overlap_the_best_is_drawn():
+    masks = torch.zeros(2, 480, 480, dtype=torch.bool)
+    masks[0, :300], masks[1, 200:] = True, True
+    boxes = torch.tensor([[0.0, 0.0, 479.0, 299.0], [0.0, 200.0, 479.0, 479.0]])
+    objects = {"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64), "masks": masks}
+    drawn = np.asarray(draw_objects(Image.new("RGB", (480, 480), "white"), objects, ["disc"])).astype(int)
+    assert np.array_equal(drawn[250, 240], drawn[150, 240])
+    assert not np.array_equal(drawn[250, 240], drawn[400, 240])

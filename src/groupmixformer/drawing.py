@@ -43,6 +43,7 @@ def draw_objects(picture: Image.Image, objects: Mapping[str, Tensor], names: Seq
     colors: Any = [tuple(chosen[i if len(names) == 1 else label - 1]) for i, label in enumerate(labels)]
     if "masks" in objects:
         masks = F.resize(objects["masks"].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST).bool()
+        masks &= masks.cumsum(dim=0) == 1  # torchvision paints black where masks overlap: there the first, the best, counts
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
     texts = [

@@ -1,5 +1,6 @@
 """Data sets with a class for every pixel: found, checked before training, turned into samples; and their numbers."""
 
+import colorsys
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,15 +56,9 @@ def _is_byte(value: Any) -> bool:
 
 
 def palette(number: int) -> list[list[int]]:
-    """Return colours (red, green, blue) for so many classes, as far apart as PASCAL VOC's bit pattern makes them."""
-    colors = []
-    for label in range(1, number + 1):
-        color = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                color[channel] |= (label >> (3 * bit + channel) & 1) << (7 - bit)
-        colors.append(color)
-    return colors
+    """Return bright colours (red, green, blue) for so many classes: hues a golden section apart, so that neighbours differ."""
+    golden = (5**0.5 - 1) / 2
+    return [[round(255 * part) for part in colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0)] for i in range(number)]
 
 
 def _problem_of_pair(picture: Path, mask: Path) -> str:
