@@ -1,6 +1,7 @@
 """Kills a training run at random moments, resumes it until it is done, and compares it with a run that nobody disturbed.
 
     python tests/kill_and_resume.py --kills 30
+    python tests/kill_and_resume.py --kills 6 --recipe nuclei --pictures 32
 
 Prints one JSON object: kills, where the checkpoint stood at each, and what differs in a bit of the best model, last.ckpt
 (weights, averaged weights, optimiser, schedule, counts) and metrics.csv but for the seconds.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shapes import write_shapes
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,24 +31,30 @@ import groupmixformer.training  # noqa: F401 - imported once here, so that each 
 from groupmixformer.cli import main
 from groupmixformer.training import read_metrics
 
-OPTIONS = [
-    *(
-        "--device",
-        "cpu",
-        "--variant",
-        "mobile",
-        "--image_size",
-        "32",
-        "--crop_pct",
-        "1.0",
-        "--batch_size",
-        "8",
-        "--epochs",
-        "3",
-    ),
-    *("--accumulate", "2", "--ema", "0.9", "--drop_path_rate", "0.2", "--augmentation.mixup", "0.8"),
-    *("--augmentation.auto_augment", "rand-m9-mstd0.5-inc1", "--augmentation.random_erasing", "0.25"),
+SMALL = [
+    "--device",
+    "cpu",
+    "--variant",
+    "mobile",
+    "--epochs",
+    "3",
+    "--accumulate",
+    "2",
+    "--ema",
+    "0.9",
+    "--drop_path_rate",
+    "0.2",
 ]
+OPTIONS = {
+    "folder": [
+        *("--image_size", "32", "--crop_pct", "1.0", "--batch_size", "8", "--augmentation.mixup", "0.8"),
+        *("--augmentation.auto_augment", "rand-m9-mstd0.5-inc1", "--augmentation.random_erasing", "0.25"),
+    ],
+    "nuclei": [
+        *("--image_size", "64", "--batch_size", "2", "--detector.sizes", "[48,56]", "--detector.max_size", "96"),
+        *("--detector.width", "16", "--detector.regions", "16", "--detector.objects", "10"),
+    ],
+}
 
 
 def make_pictures(root, train):
@@ -58,7 +66,7 @@ def make_pictures(root, train):
             Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
 
 
-def start(data, out, workers, save_seconds):
+def start(recipe, data, out, workers, save_seconds):
     """Train in a child process; return its number."""
     child = os.fork()
     if child:
@@ -66,7 +74,7 @@ def start(data, out, workers, save_seconds):
     with Path(f"{out}.log").open("a") as log:  # the child's words, and never the parent's stdout
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    argv = ["train", "folder", "--data", str(data), "--out", str(out), "--workers", str(workers), *OPTIONS]
+    argv = ["train", recipe, "--data", str(data), "--out", str(out), "--workers", str(workers), *SMALL, *OPTIONS[recipe]]
     code = main([*argv, "--save_minutes", str(save_seconds / 60), "--resume"])
     os._exit(code)
 
@@ -109,12 +117,15 @@ def scalars(run, tag):
     return [event.value for event in log.Scalars(tag)]
 
 
-def kill_and_resume(folder, kills, pictures=120, workers=1, seed=0, save_seconds=0.5):
+def kill_and_resume(folder, kills, pictures=120, workers=1, seed=0, save_seconds=0.5, recipe="folder"):
     """Return what happened: kills, where they hit, and the differences to an undisturbed run."""
     torch.set_num_threads(1)
-    make_pictures(folder / "data", pictures)
+    if recipe == "folder":
+        make_pictures(folder / "data", pictures)
+    else:
+        write_shapes(folder / "data", train=pictures, val=5)
     began = time.monotonic()
-    _, status = os.waitpid(start(folder / "data", folder / "whole", workers, save_seconds=1e9), 0)
+    _, status = os.waitpid(start(recipe, folder / "data", folder / "whole", workers, save_seconds=1e9), 0)
     whole = time.monotonic() - began
     assert status == 0, (folder / "whole.log").read_text()
     rng = random.Random(seed)
@@ -123,7 +134,7 @@ def kill_and_resume(folder, kills, pictures=120, workers=1, seed=0, save_seconds
         runs += 1
         run = folder / f"killed-{runs}"
         while True:
-            child = start(folder / "data", run, workers, save_seconds)
+            child = start(recipe, folder / "data", run, workers, save_seconds)
             deadline = time.monotonic() + rng.uniform(0.3, 0.45) * whole
             done = 0
             while not done and (time.monotonic() < deadline or len(hits) >= kills):
@@ -154,11 +165,12 @@ def kill_and_resume(folder, kills, pictures=120, workers=1, seed=0, save_seconds
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--pictures", type=int, default=120, help="of each of two classes, up to 150")
+    parser.add_argument("--recipe", choices=sorted(OPTIONS), default="folder", help="classification, or Mask R-CNN")
+    parser.add_argument("--pictures", type=int, default=120, help="of each of two classes, up to 150; in all for nuclei")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        result = kill_and_resume(Path(place), args.kills, args.pictures, args.workers, args.seed)
+        result = kill_and_resume(Path(place), args.kills, args.pictures, args.workers, args.seed, recipe=args.recipe)
     print(json.dumps(result))
     sys.exit(bool(result["different"]))
