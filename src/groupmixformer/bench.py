@@ -261,7 +261,7 @@ def bench(models: Sequence[str], settings: Settings, progress: Callable[..., Any
                 runner = _Runner(name, settings)
                 runner.step()
                 memory.append(_peak_memory(runner.step, settings.device))
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{name} cannot be run with these settings: {str(error).splitlines()[0]}") from error
             runners.append(runner)
         seconds: dict[str, list[float]] = {name: [] for name in names}
