@@ -96,11 +96,21 @@ class Dense(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
+        self.frozen_statistics = False  # of the backbone's BatchNorm, which then normalises in training as it does later
 
     @property
     @abstractmethod
     def body(self) -> Any:
         """The features of timm's model."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; frozen statistics stay as they are."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.body.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of the backbone in the backward pass.

@@ -97,6 +97,7 @@ class Detector:
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
+        frozen_statistics: Keep the statistics of the backbone's BatchNorm as the checkpoint has them: for batches of few pictures.
     """
 
     architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn"
@@ -109,6 +110,7 @@ class Detector:
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.0
+    frozen_statistics: bool = False
 
 
 @dataclass
@@ -122,6 +124,7 @@ class Segmenter:
         scale: Range of the shorter side of a training picture in parts of image_size, before a square of that size is cut out.
         hflip: Probability of a horizontal flip.
         photometric: Change brightness, contrast, saturation and hue at random.
+        frozen_statistics: Keep the statistics of the backbone's BatchNorm as the checkpoint has them: for batches of few pictures.
     """
 
     decoder: str = "upernet"
@@ -130,6 +133,7 @@ class Segmenter:
     scale: tuple[float, float] = (0.5, 2.0)
     hflip: float = 0.5
     photometric: bool = True
+    frozen_statistics: bool = False
 
 
 @dataclass
