@@ -766,3 +766,17 @@ def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path, architecture):
     assert {thing["class"] for thing in sure} <= {"square", "disc"}
     target = images.target(record)
     assert len(sure) >= len(target["labels"]) > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, frozen):
+    more = ["--variant", "test_resnet", "--detector.architecture", "faster_rcnn", "--detector.frozen_statistics", frozen]
+    run = fit(shapes, tmp_path / "run", *more, "--epochs", "2")
+    trained = load_detector(run)[0].body
+    fresh = timm.create_model("test_resnet", features_only=True)
+    norms = {name for name in fresh.state_dict() if name.endswith(("running_mean", "running_var"))}
+    assert norms
+    kept = {name for name in norms if torch.equal(trained.state_dict()[name], fresh.state_dict()[name])}
+    assert kept == (norms if frozen else set())
+    learnt = [name for name, value in trained.named_parameters() if "bn" in name and not torch.equal(value, value.round())]
+    assert learnt  # their weights, which begin as 1 and 0, learn all the same

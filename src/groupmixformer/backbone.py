@@ -96,15 +96,20 @@ class Dense(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
-        self.frozen_statistics = False  # of the backbone's BatchNorm, which then normalises in training as it does later
+        self.frozen_statistics = False
 
     @property
     @abstractmethod
     def body(self) -> Any:
         """The features of timm's model."""
 
+    def freeze_statistics(self) -> None:
+        """Let the backbone's BatchNorm normalise in training as it does later; its weights still learn."""
+        self.frozen_statistics = True
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; frozen statistics stay as they are."""
+        """Set the mode, which frozen statistics do not follow."""
         super().train(mode)
         if self.frozen_statistics:
             for module in self.body.modules():

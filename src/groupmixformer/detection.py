@@ -190,7 +190,8 @@ class Detection(Task):
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "detection")
-        model.frozen_statistics = settings.frozen_statistics
+        if settings.frozen_statistics:
+            model.freeze_statistics()
         train.seed = recipe.seed
         loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         super().__init__(recipe, model, loaders, train.class_names, world_size)

@@ -97,7 +97,7 @@ class Detector:
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
-        frozen_statistics: Keep the statistics of the backbone's BatchNorm as the checkpoint has them: for batches of few pictures.
+        frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
     """
 
     architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn"
@@ -124,7 +124,7 @@ class Segmenter:
         scale: Range of the shorter side of a training picture in parts of image_size, before a square of that size is cut out.
         hflip: Probability of a horizontal flip.
         photometric: Change brightness, contrast, saturation and hue at random.
-        frozen_statistics: Keep the statistics of the backbone's BatchNorm as the checkpoint has them: for batches of few pictures.
+        frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
     """
 
     decoder: str = "upernet"

@@ -225,7 +225,8 @@ class Segmentation(Task):
         }
         model = Segmenter(backbone, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "segmentation")
-        model.frozen_statistics = settings.frozen_statistics
+        if settings.frozen_statistics:
+            model.freeze_statistics()
         if recipe.batch_size < 2 and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.network.modules()):
             raise ValueError(
                 f"got batch_size 1, expected 2 or more: {settings.decoder} has BatchNorm after pooling to one pixel"
