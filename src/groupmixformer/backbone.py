@@ -5,7 +5,8 @@ import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -156,6 +157,9 @@ class Dense(nn.Module):
         return {name: _flat(own[id(p)].removeprefix("model.")) for name, p in self.named_parameters() if id(p) in own}
 
 
+Network = TypeVar("Network", bound=Dense)
+
+
 def open_backbone(
     variant: str, checkpoint: str | None, task: str
 ) -> tuple[Backbone, dict[str, Tensor] | None, dict[str, list[float]]]:
@@ -208,3 +212,28 @@ def start_from(network: Dense, checkpoint: str | None, task: str) -> list[str]:
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     network.load_state_dict(fitting, strict=False)
     return [name for name, _ in network.named_parameters() if name not in fitting]
+
+
+def load_network(folder: str | Path, task: str, make: Callable[..., Network]) -> tuple[Network, dict[str, Any]]:
+    """Load a network that was saved with how to make it.
+
+    Args:
+        folder: Of a run.
+        task: What the network is for.
+        make: Takes a `Backbone` and what is stored.
+
+    Returns:
+        The network in eval mode, and all that is stored with it.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds something else or is damaged.
+    """
+    config, weights = read_network(folder, task)
+    try:
+        network = dict(config["network"])
+        model = make(Backbone(**network.pop("backbone")), **network)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.eval(), config

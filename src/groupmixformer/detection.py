@@ -16,8 +16,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from .backbone import Backbone, Dense, open_backbone, start_from, take_any_size
-from .checkpoint import read_network, save_network
+from .backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
+from .checkpoint import save_network
 from .coco import CocoImages, coco_numbers, collate, restrict, to_results, train_transform
 from .loading import Loaders
 from .recipe import Recipe
@@ -153,14 +153,7 @@ def load_detector(folder: str | Path) -> tuple[Detector, dict[str, Any]]:
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds something else or is damaged.
     """
-    config, weights = read_network(folder, "detection")
-    try:
-        network = dict(config["network"])
-        model = Detector(Backbone(**network.pop("backbone")), **network)
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
-    return model.eval(), config
+    return load_network(folder, "detection", Detector)
 
 
 class Detection(Task):

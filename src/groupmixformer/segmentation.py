@@ -16,8 +16,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 
-from .backbone import Backbone, Dense, open_backbone, start_from, take_any_size
-from .checkpoint import read_network, save_network
+from .backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
+from .checkpoint import save_network
 from .loading import Loaders
 from .recipe import Recipe
 from .semantic import IGNORE, SemanticImages, collate, numbers, train_transform
@@ -189,14 +189,7 @@ def load_segmenter(folder: str | Path) -> tuple[Segmenter, dict[str, Any]]:
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds something else or is damaged.
     """
-    config, weights = read_network(folder, "segmentation")
-    try:
-        network = dict(config["network"])
-        model = Segmenter(Backbone(**network.pop("backbone")), **network)
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
-    return model.eval(), config
+    return load_network(folder, "segmentation", Segmenter)
 
 
 class Segmentation(Task):
