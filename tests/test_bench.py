@@ -22,8 +22,17 @@ def _threads():
     assert torch.get_num_threads() == before  # what it was is restored
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+@pytest.mark.parametrize(
+    ("task", "train"),
+    [
+        ("classification", False),
+        ("classification", True),
+        ("detection", False),
+        pytest.param("detection", True, marks=pytest.mark.slow),
+        ("segmentation", False),
+        pytest.param("segmentation", True, marks=pytest.mark.slow),
+    ],
+)
 def test_every_task_runs(task, train):
     batch = 2 if train else 1
     result = bench(["resnet18"], Settings(task=task, train=train, batch_size=batch, **FAST | {"rounds": 1}))
@@ -80,7 +89,7 @@ def test_memory_grows_with_the_batch():
     )
     if small is None:
         pytest.skip("this system does not tell the memory of a process")
-    assert large > 2 * small
+    assert large > small + 14  # MiB: the activations of 14 more pictures, of which the first map alone has 1 MiB each
 
 
 def test_objects_lie_in_their_picture():

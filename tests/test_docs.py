@@ -18,6 +18,7 @@ from groupmixformer.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW = ("detect.md", "segment.md")
 
 
 @pytest.fixture
@@ -65,7 +66,10 @@ def _write_scenes(root):
     (root / "regions" / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255}))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=page.name) for page in PAGES],
+)
 def test_code_blocks_run(page, workplace):
     blocks = re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S)
     assert blocks

@@ -132,9 +132,8 @@ def finished(pictures, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    "how", ["torchrun", pytest.param("two nodes", marks=pytest.mark.slow), pytest.param("fsdp", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun", "two nodes", "fsdp"])
 def test_processes_compute_what_one_does(finished, how):
     one, many = finished("one process"), finished(how)
     rows = read_metrics(many)

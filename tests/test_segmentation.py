@@ -119,7 +119,8 @@ class PixelByPixel(nn.Module):
 DECODERS = {"upernet": 32, "fpn": 128, "unet": None, "segformer": None}  # with a width
 BACKBONES = ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"]
 PAIRS = [
-    *itertools.product(DECODERS, BACKBONES),
+    *itertools.product(("upernet", "fpn"), BACKBONES),
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("unet", "segformer"), BACKBONES)),
     *(("upernet", name) for name in ("swin_tiny_patch4_window7_224", "coat_lite_tiny")),
     ("deeplabv3plus", "resnet18"),
 ]

@@ -795,7 +795,7 @@ def plain(photos, tmp_path_factory):
     [
         (["--grad_checkpointing", "true"], 1e-6),
         (["--deterministic", "true"], 0),
-        (["--strategy", "fsdp"], 1e-6),  # of one process
+        pytest.param(["--strategy", "fsdp"], 1e-6, marks=pytest.mark.slow),  # of one process
         (["--precision", "bf16-mixed"], 0.05),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
