@@ -35,7 +35,11 @@ from groupmixformer.training import read_metrics, train
 
 ARCHITECTURES = ("retinanet", "faster_rcnn", "mask_rcnn")
 BACKBONES = ("groupmixformer_mobile", "resnet18", "pvt_v2_b0", "coat_lite_tiny")
-HEADS = [*itertools.product(ARCHITECTURES, BACKBONES), ("mask_rcnn", "swin_tiny_patch4_window7_224")]
+HEADS = [
+    *(("mask_rcnn", name) for name in (*BACKBONES, "swin_tiny_patch4_window7_224")),
+    *((architecture, BACKBONES[0]) for architecture in ("retinanet", "faster_rcnn")),
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("retinanet", "faster_rcnn"), BACKBONES[1:])),
+]
 FROZEN = ["--optimizer.lr", "0", "--schedule.warmup_lr", "0", "--schedule.min_lr", "0", "--optimizer.weight_decay", "0"]
 
 

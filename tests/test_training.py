@@ -796,7 +796,7 @@ def plain(photos, tmp_path_factory):
         (["--grad_checkpointing", "true"], 1e-6),
         (["--deterministic", "true"], 0),
         pytest.param(["--strategy", "fsdp"], 1e-6, marks=pytest.mark.slow),  # of one process
-        (["--precision", "bf16-mixed"], 0.05),
+        pytest.param(["--precision", "bf16-mixed"], 0.05, marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
