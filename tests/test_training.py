@@ -790,13 +790,14 @@ def plain(photos, tmp_path_factory):
     return fit(photos, tmp_path_factory.mktemp("plain") / "run", *PLAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "tolerance"),
     [
         (["--grad_checkpointing", "true"], 1e-6),
         (["--deterministic", "true"], 0),
-        pytest.param(["--strategy", "fsdp"], 1e-6, marks=pytest.mark.slow),  # of one process
-        pytest.param(["--precision", "bf16-mixed"], 0.05, marks=pytest.mark.slow),
+        (["--strategy", "fsdp"], 1e-6),  # of one process
+        (["--precision", "bf16-mixed"], 0.05),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
