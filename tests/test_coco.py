@@ -266,6 +266,7 @@ REFUSED = {
         f"an image without {key}": (lambda c, key=key: c["images"][1].pop(key), f"a record under images has no {key}")
         for key in ("id", "file_name", "width", "height")
     },
+    "a width in words": (lambda c: c["images"][1].update(width="40"), "a record under images has no width as expected"),
     "a category without name": (lambda c: c["categories"][0].pop("name"), "a record under categories has no name"),
     "no image": (lambda c: c["images"].clear(), "holds no images"),
     "no category": (lambda c: c["categories"].clear(), "expected one or more categories"),
@@ -374,6 +375,8 @@ DROPPED = {
     "no box": ({"id": 5, "image_id": 1, "category_id": 3}, "object 5 of 1.png: box None, expected four numbers"),
     "category": (thing(5, category=4), "object 5 of 1.png: category 4, which is not defined"),
     "no category": ({"id": 5, "image_id": 1, "bbox": [1, 2, 9, 9]}, "object 5 of 1.png: category None, which is not defined"),
+    "categories": (thing(5, category=[3]), "object 5 of 1.png: category [3], which is not defined"),
+    "images": (thing(5, of=[1]), "object 5 of [1]: a picture that is not annotated"),
     "image": (thing(5, of=99), "object 5 of 99: a picture that is not annotated"),
     "no id": ({"image_id": 2, "category_id": 9}, "object 2 of 2.png: category 9, which is not defined"),
 }

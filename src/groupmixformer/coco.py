@@ -38,6 +38,12 @@ NUMBERS = (
 )
 
 
+FIELDS: dict[str, dict[str, Any]] = {  # that each record must have, and of what kind
+    "images": {"id": int | str, "file_name": str, "width": int, "height": int},
+    "categories": {"id": int | str, "name": int | str},
+}
+
+
 def find_annotations(folder: Path, split: str) -> Path:
     """Find the annotations of a split: annotations/instances_SPLIT.json, with or without a year, or SPLIT.json.
 
@@ -63,10 +69,10 @@ def _read(path: Path) -> dict[str, Any]:
         records = content.get(key) if isinstance(content, dict) else None
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise ValueError(f"{path}: not COCO's annotations: expected a list of objects under {key}")
-    for key, fields in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name"))):
+    for key, fields in FIELDS.items():
         for record in content[key]:
-            if missing := [field for field in fields if not isinstance(record.get(field), int | str)]:
-                raise ValueError(f"{path}: not COCO's annotations: a record under {key} has no {', '.join(missing)}")
+            if wrong := [field for field, kind in fields.items() if not isinstance(record.get(field), kind)]:
+                raise ValueError(f"{path}: not COCO's annotations: a record under {key} has no {', '.join(wrong)} as expected")
     return content
 
 
@@ -110,11 +116,20 @@ def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"segmentation that cannot be decoded: {error}") from error
         return {"size": size, "counts": counts}
-    polygons = segmentation if isinstance(segmentation, list) else []
-    usable = [p for p in polygons if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and _finite(p)]
+    return dict(rle.merge(rle.frPyObjects(_polygons(segmentation), height, width)))
+
+
+def _polygons(segmentation: Any) -> list[list[float]]:
+    """Return the polygons that have three points or more.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    listed = segmentation if isinstance(segmentation, list) else []
+    usable = [p for p in listed if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and _finite(p)]
     if not usable:
         raise ValueError("segmentation without a polygon of three points")
-    return dict(rle.merge(rle.frPyObjects(usable, height, width)))
+    return usable
 
 
 def _finite(numbers: Any) -> bool:
@@ -191,8 +206,9 @@ class CocoImages(Samples):
         labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
         found: dict[Any, list[dict[str, Any]]] = {}
         for number, record in enumerate(annotations, start=1):
-            image = by_id.get(record.get("image_id"))
-            name = f"object {record.get('id', number)} of {image['file_name'] if image else record.get('image_id')}"
+            image_id = record.get("image_id")
+            image = by_id.get(image_id) if isinstance(image_id, int | str) else None
+            name = f"object {record.get('id', number)} of {image['file_name'] if image else image_id}"
             try:
                 if image is None:
                     raise ValueError("a picture that is not annotated")
@@ -206,8 +222,9 @@ class CocoImages(Samples):
 
     def _object(self, record: Mapping[str, Any], image: Mapping[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
         height, width = image["height"], image["width"]
-        if record.get("category_id") not in labels:
-            raise ValueError(f"category {record.get('category_id')}, which is not defined")
+        category = record.get("category_id")
+        if not isinstance(category, int | str) or category not in labels:
+            raise ValueError(f"category {category}, which is not defined")
         box = record.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not _finite(box):
             raise ValueError(f"box {box}, expected four numbers: x, y, width, height")
@@ -219,18 +236,18 @@ class CocoImages(Samples):
             raise ValueError(f"box {box} lies outside of the picture of {width} x {height}")
         area = record.get("area")
         thing = {
-            "category_id": record["category_id"],
-            "label": labels[record["category_id"]],
+            "category_id": category,
+            "label": labels[category],
             "bbox": box,
             "area": area if isinstance(area, int | float) else w * h,
             "iscrowd": int(bool(record.get("iscrowd"))),
         }
         if self.masks:
             thing["segmentation"] = record.get("segmentation")
-            if not isinstance(thing["segmentation"], list) or not thing["segmentation"]:
-                _as_rle(thing["segmentation"], height, width)  # polygons are cheap to check, and many
-            elif not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and _finite(p) for p in thing["segmentation"]):
-                raise ValueError("segmentation without a polygon of three points")
+            if isinstance(thing["segmentation"], dict):
+                _as_rle(thing["segmentation"], height, width)
+            else:
+                _polygons(thing["segmentation"])  # not drawn yet: they are many
         return thing
 
     def __len__(self) -> int:

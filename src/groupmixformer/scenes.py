@@ -90,7 +90,6 @@ def _side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Figure:
 class _Scenes(ABC):
     """A trained network with what is stored beside it."""
 
-    task: str
     metric: tuple[str, str]  # the main one: in metrics.csv, and in words
 
     def __init__(self, run: str | Path, device: torch.device, image_size: int | None, dtype: torch.dtype | None) -> None:
@@ -162,8 +161,6 @@ class _Scenes(ABC):
 
 class Objects(_Scenes):
     """A detector: boxes, and masks if it is Mask R-CNN."""
-
-    task = "detection"
 
     def _load(self, run: str | Path) -> tuple[Any, dict[str, Any]]:
         from .detection import load_detector
@@ -263,7 +260,6 @@ class Objects(_Scenes):
 class Segments(_Scenes):
     """A segmenter: a class for every pixel."""
 
-    task = "segmentation"
     metric = ("val_mIoU", "mIoU")
 
     def __init__(
