@@ -2,7 +2,8 @@
 
 from .checkpoint import load_checkpoint
 from .explain import attention_maps
+from .fuse import fuse
 from .groupmixformer import GroupMixAttention, GroupMixFormer
 
-__all__ = ["GroupMixAttention", "GroupMixFormer", "attention_maps", "load_checkpoint"]
+__all__ = ["GroupMixAttention", "GroupMixFormer", "attention_maps", "fuse", "load_checkpoint"]
 __version__ = "0.1.0"

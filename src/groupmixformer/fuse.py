@@ -1,0 +1,284 @@
+"""The exact inference form: the same function to rounding, with what does not depend on the picture worked out beforehand.
+
+What is folded:
+- BN into the convolution or linear layer before it, that of the first segment into its rows of the layer for Q, K and V.
+- LayerNorm's weight and bias into the linear layer after it.
+- The residual of the convolutional position encoding into the centre of its kernel.
+- The scale of the attention and the mask that keeps heads apart into one matrix, the kernels of the relative position encoding
+  into one 7 x 7 per channel.
+- The order of the rows that make Q, K and V: a segment comes out of a product of its own, Q, K and V of a token side by side,
+  so that an aggregator reads and writes one tensor and nothing is permuted.
+- An activation into the linear layer before it, by oneDNN, in float32 on a CPU, where it is large.
+
+The BN before the head stays: `forward_features` returns what it makes.
+
+Letters are those of `groupmixformer`: B batch, H x W map, N = H * W tokens, D width, C = D / 5 width of a segment.
+"""
+
+import copy
+from collections import Counter
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _check_images, _check_map
+
+_ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+# Multiply-adds from which oneDNN's product is the faster one: its call takes longer.
+_LARGE = 2**23
+
+
+@torch.library.custom_op("groupmixformer::linear", mutates_args=())
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+
+
+@_onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """Apply a linear layer and an activation, in one step of oneDNN where that is faster. (..., D_in) -> (..., D_out)."""
+    if (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not (x.requires_grad and torch.is_grad_enabled())  # it has no backward pass
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
+        and not torch.compiler.is_exporting()
+        and x.numel() * weight.shape[0] >= _LARGE
+    ):
+        if torch.compiler.is_compiling():  # Inductor would take MKL's product, and stumbles over oneDNN's own operator
+            return _onednn_linear(x, weight, bias, activation)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return _ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return what a BN in eval mode multiplies by and what it adds, in float64."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _conv_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
+    """Return the convolution with the BN after it folded in."""
+    assert isinstance(conv, nn.Conv2d)
+    scale, shift = _scale_and_shift(norm)
+    folded = copy.deepcopy(conv)
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    folded.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight))
+    folded.bias = nn.Parameter(bias.to(conv.weight))
+    return folded
+
+
+def _linear_with_norm(pointwise: nn.Module, norm: nn.Module) -> nn.Linear:
+    """Return a pointwise convolution, with the BN after it folded in, as a linear layer."""
+    conv = _conv_with_norm(pointwise, norm)
+    assert conv.bias is not None
+    linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1)), nn.Parameter(conv.bias)
+    return linear
+
+
+def _after_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    """Return weight and bias, in float64, of a linear layer that takes over those of the LayerNorm before it."""
+    weight, bias = weight.double(), bias.double()
+    if norm is None:
+        return weight, bias
+    return weight * norm.weight.double(), bias + weight @ norm.bias.double()
+
+
+class Fused(nn.Module):
+    """What `fuse` puts in a module's place."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode.
+
+        Raises:
+            ValueError: If training is asked for.
+        """
+        if mode:
+            raise ValueError("a fused model is for inference: train the model that it was made from, and fuse it again")
+        return super().train(mode)
+
+
+class FusedStem(Fused):
+    """Two convolutions of stride 2 with Hardswish. (B, in_chans, H, W) -> (B, D, ceil(H/4), ceil(W/4)), channels_last."""
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        self.in_chans = stem.in_chans
+        self.conv1, self.conv2 = _conv_with_norm(stem.conv1, stem.norm1), _conv_with_norm(stem.conv2, stem.norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, ceil(H/4), ceil(W/4))."""
+        _check_images(x, self.in_chans)
+        x = F.hardswish(self.conv1(x.contiguous(memory_format=torch.channels_last)), inplace=True)
+        return F.hardswish(self.conv2(x), inplace=True)
+
+
+class FusedSeparableConv(Fused):
+    """Depthwise and pointwise convolution and Hardswish. (B, D_in, H, W) -> (B, D_out, ceil(H/s), ceil(W/s))."""
+
+    def __init__(self, module: SeparableConv) -> None:
+        super().__init__()
+        self.depthwise, pointwise, norm, _ = module
+        self.pointwise = _linear_with_norm(pointwise, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D_out, ceil(H/s), ceil(W/s))."""
+        x = self.depthwise(x).permute(0, 2, 3, 1)  # (B, H, W, D_in)
+        return _linear(x, self.pointwise.weight, self.pointwise.bias, "hardswish").permute(0, 3, 1, 2)
+
+
+class FusedAttention(Fused):
+    """Group-Mix Attention with the LayerNorm before it, if any. (B, H, W, D) -> (B, H, W, D)."""
+
+    scale: Tensor  # (C, C): the scale within a head, 0 between the two
+
+    def __init__(self, attention: GroupMixAttention, norm: nn.LayerNorm | None = None) -> None:
+        super().__init__()
+        D, C = attention.dim, attention.dim // 5
+        self.dim, self.eps = D, None if norm is None else norm.eps
+        single, *groups = attention.aggregators.children()
+        like = attention.qkv.weight
+        weight, bias = _after_norm(like, attention.qkv.bias, norm)
+        # Rows by segment, then Q, K, V, then channel.
+        weight, bias = weight.view(3, 5, C, D).transpose(0, 1).clone(), bias.view(3, 5, C).transpose(0, 1).clone()
+        factor, shift = _scale_and_shift(next(single.children()))
+        weight[0] *= factor[:, None]
+        bias[0] = bias[0] * factor + shift
+        self.qkv = attention.qkv
+        self.qkv.weight = nn.Parameter(weight.reshape(3 * D, D).to(like))
+        self.qkv.bias = nn.Parameter(bias.reshape(3 * D).to(like))
+        self.depthwise, self.pointwise = nn.ParameterList(), nn.ModuleList()
+        for group in groups:
+            depthwise, pointwise, norm_of_group, _ = group.children()
+            assert isinstance(depthwise, nn.Conv2d)
+            self.depthwise.append(depthwise.weight.repeat(3, 1, 1, 1))  # (3C, 1, k, k), the same for Q, K and V
+            self.pointwise.append(_linear_with_norm(pointwise, norm_of_group))
+        kernels = [(F.pad(w, ((7 - w.shape[-1]) // 2,) * 4), b) for w, b in attention.position.kernels()]
+        self.position = nn.Conv2d(4 * C, 4 * C, 7, padding=3, groups=4 * C, device="meta")
+        self.position.weight = nn.Parameter(torch.cat([w for w, _ in kernels]))
+        self.position.bias = nn.Parameter(torch.cat([b for _, b in kernels]))
+        head = torch.arange(C, device=like.device) // (C // 2)
+        self.register_buffer("scale", (head[:, None] == head).to(like) * attention.scale)
+        # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
+        self.non_attention = attention.non_attention
+        self.proj = attention.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, H, W, D)."""
+        B, H, W, D = x.shape
+        C, N = D // 5, H * W
+        if self.eps is not None:
+            x = F.layer_norm(x, (D,), None, None, self.eps)
+        rows = list(zip(self.qkv.weight.split(3 * C), self.qkv.bias.split(3 * C), strict=True))  # of the five segments
+        proxies = [_linear(x, *rows[0], "hardswish").view(B, N, 3, C)]
+        for i, (kernel, pointwise) in enumerate(zip(self.depthwise, self.pointwise, strict=True), start=1):
+            grouped = _linear(x, *rows[i]).permute(0, 3, 1, 2)  # (B, 3C, H, W)
+            grouped = F.conv2d(grouped, kernel, padding=kernel.shape[-1] // 2, groups=3 * C)
+            grouped = grouped.permute(0, 2, 3, 1).reshape(B, N, 3, C)
+            assert isinstance(pointwise, nn.Linear)
+            proxies.append(_linear(grouped, pointwise.weight, pointwise.bias, "hardswish"))
+        qkv = [proxy.unbind(2) for proxy in proxies]  # 4 x 3 x (B, N, C)
+        values = torch.cat([v for _, _, v in qkv], dim=2).view(B, H, W, 4 * C)
+        position = self.position(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(B, N, 4 * C)
+        mixed = []
+        for (q, k, v), encoded in zip(qkv, position.split(C, dim=2), strict=True):
+            context = (k.softmax(dim=1).transpose(1, 2) @ v) * self.scale  # (B, C, C)
+            mixed.append(torch.addcmul(q @ context, q, encoded))  # (B, N, C)
+        local = self.non_attention(_linear(x, *rows[4]).permute(0, 3, 1, 2))  # (B, C, H, W)
+        mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
+        return _linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
+
+
+class FusedBlock(Fused):
+    """Convolutional position encoding, attention and MLP with their residuals. (B, D, H, W) -> same."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.cpe = block.cpe
+        self.cpe.weight.data[:, :, 1, 1] += 1  # the residual
+        self.attn = FusedAttention(block.attn, block.norm1)
+        self.eps = block.norm2.eps
+        self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
+        weight, bias = _after_norm(self.fc1.weight, self.fc1.bias, block.norm2)
+        self.fc1.weight.data, self.fc1.bias.data = weight.to(self.fc1.weight), bias.to(self.fc1.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, H, W)."""
+        x = self.cpe(x).permute(0, 2, 3, 1)  # (B, H, W, D)
+        x = x + self.attn(x)
+        hidden = F.layer_norm(x, x.shape[-1:], None, None, self.eps)
+        hidden = _linear(hidden, self.fc1.weight, self.fc1.bias, "gelu")  # (B, H, W, hidden)
+        x = x + _linear(hidden, self.fc2.weight, self.fc2.bias)
+        return x.permute(0, 3, 1, 2)
+
+
+class FusedGroupMixAttention(Fused):
+    """A `GroupMixAttention` that stands on its own. (B, D, H, W) -> (B, D, H, W)."""
+
+    def __init__(self, attention: GroupMixAttention) -> None:
+        super().__init__()
+        self.attn = FusedAttention(attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, H, W)."""
+        _check_map(x, self.attn.dim)
+        return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+# A Block holds a GroupMixAttention, which is folded with what surrounds it.
+_FUSED: dict[type[nn.Module], Any] = {
+    Stem: FusedStem,
+    SeparableConv: FusedSeparableConv,
+    Block: FusedBlock,
+    GroupMixAttention: FusedGroupMixAttention,
+}
+
+
+def _fold(module: nn.Module, folded: Counter[str]) -> nn.Module:
+    for kind, fused in _FUSED.items():
+        if isinstance(module, kind):
+            folded[kind.__name__] += 1
+            return fused(module)
+    for name, child in module.named_children():
+        setattr(module, name, _fold(child, folded))
+    return module
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> Any:
+    """Return a new module for inference: the same function, faster.
+
+    Convert the result, not the model, to another type: what is folded in float32 and rounded afterwards is nearer to the model.
+    Compile or export the result, not the model. It can be exported and traced, but not scripted or traced by torch.fx.
+
+    Args:
+        model: A `GroupMixFormer`, a `GroupMixAttention`, features of timm, or any network that holds one of them, such as a
+            detector; in eval mode. It is left as it is.
+
+    Returns:
+        A copy whose parameters need no gradients. Its `folded` says how many modules of each kind were rewritten.
+
+    Raises:
+        ValueError: If the model is in training mode, compiled, or holds nothing to fuse.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("got a compiled model: fuse the model that was compiled, and compile the result")
+    if any(module.training for module in model.modules()):
+        raise ValueError("the model is in training mode, where nothing can be folded: call model.eval() first")
+    folded: Counter[str] = Counter()
+    fused = _fold(copy.deepcopy(model), folded)
+    if not folded:
+        raise ValueError(f"{type(model).__name__} holds no GroupMixFormer or GroupMixAttention, or one that is fused already")
+    fused.folded = dict(folded)  # type: ignore[assignment]
+    return fused.requires_grad_(False).eval()
