@@ -43,6 +43,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+from . import kernels
+
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
 
@@ -150,6 +152,12 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float
     return torch.addcmul(q @ context, q, position)
 
 
+@torch.jit.unused
+def _takes_kernels(x: Tensor) -> bool:
+    # Graphs keep PyTorch's own operators: Inductor fuses them itself, and other runtimes do not know ours.
+    return kernels.WANTED and kernels.served(x) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 class GroupMixAttention(nn.Module):
     """Group-Mix Attention over a feature map (Sec. 3). (B, D, H, W) -> (B, D, H, W).
 
@@ -204,6 +212,8 @@ class GroupMixAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend. `x` and the result are (B, D, H, W)."""
         _check_map(x, self.dim)
+        if not torch.jit.is_scripting() and _takes_kernels(x):
+            return self._forward_kernels(x)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
         mixed = []
@@ -211,6 +221,27 @@ class GroupMixAttention(nn.Module):
             mixed.append(factorised_attention(qkv, weight, bias, self.scale))  # (B, N, C)
         mixed.append(self.non_attention(local).flatten(2).transpose(1, 2))
         return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
+
+    @torch.jit.unused
+    def _forward_kernels(self, x: Tensor) -> Tensor:
+        """Do the same with the fused kernels, which take the four segments together."""
+        B, D, H, W = x.shape
+        C = D // 5
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
+        single, groups, local = qkv.split((1, 3, 1), dim=4)  # of split, unlike of slices, the gradient is one copy
+        aggregators: Any = self.aggregators
+        norm, *separable = aggregators
+        grouped = kernels.aggregate_groups(groups, *(s.depthwise.weight for s in separable))  # (3, 3, B, H, W, C)
+        proxies = [norm.norm(single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2))]  # (3B, C, H, W)
+        for s, group in zip(separable, grouped.flatten(1, 2).permute(0, 1, 4, 2, 3), strict=True):
+            proxies.append(s.norm(s.pointwise(group)))  # (3B, C, H, W)
+        stacked = F.hardswish(torch.stack([proxy.permute(0, 2, 3, 1) for proxy in proxies]))
+        q, k, v = stacked.unflatten(1, (3, B)).unbind(1)  # 3 x (4, B, H, W, C)
+        context = kernels.context(k.flatten(2, 3), v.flatten(2, 3))
+        weights, biases = zip(*self.position.kernels(), strict=True)
+        mixed = kernels.combine(q, v, context, weights, biases, self.scale)  # (B, H, W, 4C)
+        local = self.non_attention(local.flatten(3).permute(0, 3, 1, 2))  # (B, C, H, W)
+        return self.proj(torch.cat([mixed, local.permute(0, 2, 3, 1)], dim=3)).permute(0, 3, 1, 2)  # (B, D, H, W)
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,160 @@
+"""The fused kernels beside their plain twins, eager and under torch.compile, alternating in one run on a GPU.
+
+python benchmarks/kernels.py [--repeats 30]   # needs an NVIDIA GPU; writes benchmarks/results/kernels-DATE.json
+
+Each operation runs on the feature maps of every stage of small at 224 with batch 128 and of base at 384 with batch 32, in bf16
+and fp32, forward and forward with backward. The floor is the time in which the GPU copies what the operation must read
+and write once: inputs and result, and in the backward pass the result's gradient, the inputs again and their gradients. The
+difference of each result and gradient from the eager twin's is recorded beside the speed, at its worst.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import groupmixformer
+from groupmixformer import kernels
+
+Tensors = list[Tensor]
+SETTINGS = {
+    "small at 224, batch 128": (128, 224, (80, 160, 320, 320)),
+    "base at 384, batch 32": (32, 384, (200, 240, 320, 480)),
+}
+
+
+def operations(B: int, side: int, D: int, dtype: torch.dtype) -> dict[str, tuple[Tensors, Callable[..., Tensor]]]:
+    """Inputs of each operation, and how a function with its signature is called on them."""
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+
+    C = D // 5
+    kinds = [draw(C, 1, k, k) for k in (3, 5, 7, 7)]
+    biases = [draw(C) for _ in range(4)]
+    q, k, v = (draw(4, B, side, side, C, dtype=dtype) for _ in range(3))
+    context = draw(4, B, 2, C // 2, C // 2)
+    return {
+        "aggregate_groups": ([draw(B, side, side, 3, 3, C, dtype=dtype), *kinds[:3]], lambda f, *inputs: f(*inputs)),
+        "context": ([k, v], lambda f, k, v: f(k.flatten(2, 3), v.flatten(2, 3))),
+        "combine": (
+            [q, v, context, *kinds, *biases],
+            lambda f, q, v, context, *rest: f(q, v, context, rest[:4], rest[4:], (D / 8) ** -0.5),
+        ),
+    }
+
+
+def milliseconds(run: Callable[..., object], *inputs: object) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run(*inputs)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def copy_speed() -> float:
+    """Bytes read and written a millisecond by a large copy."""
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = [milliseconds(target.copy_, source) for _ in range(20)]
+    return 2 * source.numel() / statistics.median(times)
+
+
+def difference(got: Tensors, expected: Tensors) -> float:
+    pairs = zip(got, expected, strict=True)
+    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def measure(name: str, inputs: Tensors, call: Callable[..., Tensor], repeats: int, speed: float) -> list[dict[str, object]]:
+    """Rows for forward, and for forward with backward."""
+    twin = getattr(kernels, f"plain_{name}")
+    torch.compiler.reset()
+    variants = {
+        "kernel": getattr(kernels, name),
+        "twin": twin,
+        "compiled twin": torch.compile(lambda *tensors: call(twin, *tensors)),
+    }
+
+    def forward(variant: str) -> Tensor:
+        function = variants[variant]
+        return function(*inputs) if variant == "compiled twin" else call(function, *inputs)
+
+    weights = torch.randn_like(forward("twin"))
+
+    def step(variant: str) -> Tensors:
+        return list(torch.autograd.grad(forward(variant), inputs, weights))
+
+    def inference(variant: str) -> Tensors:
+        with torch.no_grad():
+            return [forward(variant)]
+
+    read = sum(tensor.nbytes for tensor in inputs)
+    rows = []
+    for mode, run, volume in (
+        ("forward", inference, read + weights.nbytes),
+        ("forward and backward", step, 3 * read + 2 * weights.nbytes),
+    ):
+        expected = run("twin")
+        errors = {variant: difference(run(variant), expected) for variant in variants}
+        times: dict[str, list[float]] = {variant: [] for variant in variants}
+        for repeat in range(repeats + 3):  # the first three warm up
+            for variant in variants:
+                elapsed = milliseconds(run, variant)
+                if repeat >= 3:
+                    times[variant].append(elapsed)
+        rows.append(
+            {
+                "operation": name,
+                "mode": mode,
+                "floor_ms": volume / speed,
+                "ms": {variant: statistics.median(values) for variant, values in times.items()},
+                "ms_spread": {variant: (min(values), max(values)) for variant, values in times.items()},
+                "difference": errors,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30, help="timed runs of each variant")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    args = parser.parse_args()
+    if not (torch.cuda.is_available() and kernels.served(torch.empty(0, device="cuda"))):
+        sys.exit("benchmarks/kernels.py needs an NVIDIA GPU and Triton; there is none here")
+    torch.manual_seed(0)
+    speed = copy_speed()
+    rows = []
+    for setting, (batch, size, dims) in SETTINGS.items():
+        for i, D in enumerate(dims):
+            for dtype in (torch.bfloat16, torch.float32):
+                for name, (inputs, call) in operations(batch, size // 4 // 2**i, D, dtype).items():
+                    for row in measure(name, inputs, call, args.repeats, speed):
+                        rows.append({"setting": setting, "stage": i, "dtype": str(dtype).removeprefix("torch."), **row})
+                        ms = "  ".join(f"{variant} {value:8.3f}" for variant, value in row["ms"].items())
+                        print(f"{setting}  stage {i}  {dtype}  {name}, {row['mode']}: {ms}  floor {row['floor_ms']:8.3f} ms")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    result = {
+        "date": today,
+        "machine": torch.cuda.get_device_name(),
+        "copy_GB_per_s": speed / 1e6,
+        "versions": {
+            "torch": torch.__version__,
+            "triton": kernels.triton.__version__,
+            "groupmixformer": groupmixformer.__version__,
+        },
+        "rows": rows,
+    }
+    args.out.mkdir(exist_ok=True)
+    (args.out / f"kernels-{today}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The fused kernels: their plain twins are the network's function, their operators suit compilers, and they build for GPUs.
+
+What the kernels compute is tested in `interpreted_kernels.py`, in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted_kernels import OPERATIONS, assert_near, leaves, operate, results
+from torch import nn
+
+from groupmixformer import GroupMixAttention, kernels
+from groupmixformer.groupmixformer import factorised_attention
+
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton, which there is for Linux")
+
+
+def interpreted(marked):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", marked]
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([*command, str(file)], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-1000:]
+
+
+@needs_triton
+def test_kernels_under_the_interpreter():
+    interpreted("not slow")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_more_kernels_under_the_interpreter():
+    interpreted("slow")
+
+
+# The twins
+
+
+def test_twins_are_the_function_of_the_network(randomise):
+    B, H, W, C = 2, 5, 7, 8
+    attention = randomise(GroupMixAttention(5 * C)).double()
+    qkv = torch.randn(B, H, W, 3, 5, C, dtype=torch.float64)
+    depthwise = [aggregator.depthwise for aggregator in attention.aggregators[1:]]
+    grouped = kernels.plain_aggregate_groups(qkv[..., 1:4, :], *(conv.weight for conv in depthwise))
+    for i, conv in enumerate(depthwise):
+        stacked = qkv[..., i + 1, :].permute(3, 0, 4, 1, 2).flatten(0, 1)  # (3B, C, H, W)
+        torch.testing.assert_close(grouped[i].flatten(0, 1).permute(0, 3, 1, 2), conv(stacked), rtol=1e-12, atol=1e-12)
+    proxies = torch.randn(4, 3, B, H, W, C, dtype=torch.float64)
+    q, k, v = proxies.unbind(1)
+    weights, biases = zip(*attention.position.kernels(), strict=True)
+    context = kernels.plain_context(k.flatten(2, 3), v.flatten(2, 3))
+    mixed = kernels.plain_combine(q, v, context, weights, biases, attention.scale).flatten(1, 2)  # (B, N, 4C)
+    for i, part in enumerate(mixed.split(C, dim=2)):
+        maps = proxies[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
+        expected = factorised_attention(maps, weights[i], biases[i], attention.scale)
+        torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
+
+
+# The operators, which on this device and in float64 take plain PyTorch
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operators_are_their_twins(name):
+    tensors = leaves(name, 2, 3, 5, 6, torch.float64)
+    assert_near(results(name, tensors), results(name, tensors, plain=True), 1e-12)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients(name):
+    tensors = [tensor.requires_grad_() for tensor in leaves(name, 1, 2, 3, 4, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *inputs: operate(name, inputs), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_operators_are_registered_in_full(dtype):
+    maps, weights = leaves("aggregate_groups", 1, 3, 2, 4, dtype)[0][..., 1:4, :].permute(4, 3, 0, 1, 2, 5), torch.randn(83, 4)
+    q, k, v = (x.detach() for x in leaves("context", 1, 3, 2, 4, dtype)[0].unbind(1))
+    exact = torch.promote_types(dtype, torch.float32)
+    context, taps, bias = (torch.randn(shape, dtype=exact) for shape in [(4, 1, 2, 2, 2), (132, 4), (4, 4)])
+    calls = [
+        (kernels._aggregate_groups, (maps, weights.to(dtype))),
+        (kernels._context, (k.flatten(2, 3), v.flatten(2, 3))),
+        (kernels._combine, (q, v, context, taps, bias, 0.3)),
+    ]
+    for operator, inputs in calls:
+        inputs = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+        torch.library.opcheck(operator, inputs)
+
+
+class Attend(nn.Module):
+    """The three operations one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = nn.ParameterList(torch.randn(8, 1, k, k) for k in (3, 5, 7))
+        self.weights = nn.ParameterList(torch.randn(8, 1, k, k) for k in (3, 5, 7, 7))
+        self.biases = nn.ParameterList(torch.randn(8) for _ in range(4))
+
+    def forward(self, qkv):
+        single, groups = qkv.split((1, 3), dim=4)
+        single = single.permute(4, 3, 0, 1, 2, 5)  # (1, 3, B, H, W, C)
+        q, k, v = torch.cat([single, kernels.aggregate_groups(groups, *self.groups)]).unbind(1)
+        context = kernels.context(k.flatten(2, 3), v.flatten(2, 3))
+        return kernels.combine(q, v, context, list(self.weights), list(self.biases), 0.3)
+
+
+def test_compiled_and_exported():
+    module, qkv = Attend(), torch.randn(2, 3, 5, 3, 4, 8)
+    expected = module(qkv)
+    gradients = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
+    got = torch.compile(module, fullgraph=True, backend="aot_eager")(qkv)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), list(module.parameters())), gradients)
+    exported = torch.export.export(module, (qkv,))
+    assert "groupmixformer.combine" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(qkv), expected)
+
+
+# Building for GPUs that are not here
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *inputs, **constants: self.launches.append((self.kernel, inputs, constants))
+
+
+def built(kernel, inputs, constants, arch):
+    """Compile a launch as Triton would: integers of 1 are constants, aligned addresses and multiples of 16 are known."""
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    signature, aligned = {}, {}
+    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, inputs, strict=False)):
+        if isinstance(value, int) and value == 1:
+            constants[name] = 1
+        elif isinstance(value, torch.Tensor):
+            signature[name] = pointers[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    triton = kernels.triton
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
+
+
+def stack_bytes(cubin, path):
+    """Bytes a thread spills from its registers."""
+    path.write_bytes(cubin)
+    tool = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+slow = pytest.mark.slow
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("arch", "dtype", "C"),
+    [
+        (80, torch.float32, 64),
+        (90, torch.bfloat16, 16),
+        pytest.param(80, torch.float16, 16, marks=slow),
+        pytest.param(80, torch.bfloat16, 64, marks=slow),
+        pytest.param(90, torch.float16, 64, marks=slow),
+        pytest.param(90, torch.float32, 64, marks=slow),
+        pytest.param(80, torch.float32, 96, marks=slow),
+        pytest.param(90, torch.bfloat16, 96, marks=slow),
+    ],
+)
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the compiler's place")
+def test_kernels_build_for_gpus(monkeypatch, tmp_path, arch, dtype, C):
+    launches = []
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+    monkeypatch.setattr(kernels, "served", lambda x: True)
+    for name in OPERATIONS:
+        results(name, leaves(name, 2, 9, 7, C, dtype))
+    assert len({kernel.__name__ for kernel, _, _ in launches}) == 6
+    for kernel, inputs, constants in launches:
+        binary = built(kernel, inputs, constants, arch)
+        assert binary.metadata.shared < 99 * 1024, kernel.__name__  # what the smallest of these GPUs gives a block
+        spilled = stack_bytes(binary.asm["cubin"], tmp_path / "cubin")
+        print(kernel.__name__, constants, "shared", binary.metadata.shared, "spilled", spilled)
+        assert spilled <= 512, kernel.__name__
