@@ -145,7 +145,15 @@ def _parser() -> Parser:
         "--size", type=_number(32), nargs="+", help="height and width; by default 224, 800 1333 or 512, by the task"
     )
     added.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
-    added.add_argument("--compile", action="store_true", help="with torch.compile")
+    added.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "max-autotune", "reduce-overhead"),
+        metavar="MODE",
+        help="with torch.compile: default, max-autotune or reduce-overhead (CUDA graphs); weights are frozen on a CPU",
+    )
+    added.add_argument("--fuse", action="store_true", help="GroupMixFormers in their inference form, others as they are")
     added.add_argument(
         "--contiguous", action="store_true", help="other models than ours in contiguous, not channels_last memory"
     )
@@ -153,6 +161,10 @@ def _parser() -> Parser:
     added.add_argument("--threads", type=_number(1), help="CPU threads; PyTorch's own number by default")
     added.add_argument("--rounds", type=_number(1), default=7, help="measurements of each model (default: %(default)s)")
     added.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
+    added.add_argument(
+        "--plot", type=_figure, metavar="FILE", help="draw published accuracy against speed (.png, .svg or .pdf)"
+    )
+    added.add_argument("--against", type=Path, metavar="FILE", help="an earlier result, saved with --json, to compare with")
 
     added = command(commands.convert, "convert", "gmf convert groupmixformer_small.pth --out small")
     added.add_argument("file", metavar="FILE", help="a released .pth or any checkpoint that load_checkpoint reads")

@@ -391,8 +391,11 @@ def bench(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .bench import SIZES, Settings, table
+    from .bench import SIZES, headline, read_earlier, table
     from .bench import bench as measure
+    from .checkpoint import model_name
+    from .published import accuracy_against_speed, at_published_size
+    from .speed import Settings
 
     settings = Settings(
         task=args.task,
@@ -401,12 +404,28 @@ def bench(args: argparse.Namespace) -> None:
         size=tuple(args.size * 2 if len(args.size) == 1 else args.size) if args.size else SIZES[args.task],
         dtype=args.dtype,
         compile=args.compile,
+        fuse=args.fuse,
         channels_last=not args.contiguous,
         device=str(_device(args.device)),
         threads=args.threads or torch.get_num_threads(),
         rounds=args.rounds,
     )
-    result = measure(args.models, settings, _progress)
+    earlier = read_earlier(args.against, settings) if args.against else {}
+    names = [model_name(model) for model in args.models]
+    if args.against and not set(names) & set(earlier):
+        raise ValueError(f"{args.against} has none of {', '.join(names)}")
+    if args.plot:
+        from .report import write_figure  # before the work, in case that matplotlib is missing
+
+        plotted = at_published_size(names, settings.task, settings.size)
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+    result = measure(args.models, settings, _progress, earlier)
+    if args.plot:
+        write_figure(
+            accuracy_against_speed([row for row in result["rows"] if row["model"] in plotted], headline(result)), args.plot
+        )
+        if left := [name for name in names if name not in plotted]:
+            print(f"gmf bench: not in the plot, as no accuracy at this size is known: {', '.join(left)}", file=sys.stderr)
     if args.csv:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(result["rows"][0]))
