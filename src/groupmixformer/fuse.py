@@ -245,13 +245,19 @@ _FUSED: dict[type[nn.Module], Any] = {
 }
 
 
-def _fold(module: nn.Module, folded: Counter[str]) -> nn.Module:
+def _fold(module: nn.Module, done: dict[nn.Module, nn.Module], folded: Counter[str]) -> nn.Module:
+    """Return the module or what takes its place, the same wherever it is used."""
+    if module in done:
+        return done[module]
+    done[module] = module
     for kind, fused in _FUSED.items():
         if isinstance(module, kind):
             folded[kind.__name__] += 1
-            return fused(module)
-    for name, child in module.named_children():
-        setattr(module, name, _fold(child, folded))
+            done[module] = fused(module)
+            return done[module]
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _fold(child, done, folded)
     return module
 
 
@@ -277,7 +283,7 @@ def fuse(model: nn.Module) -> Any:
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where nothing can be folded: call model.eval() first")
     folded: Counter[str] = Counter()
-    fused = _fold(copy.deepcopy(model), folded)
+    fused = _fold(copy.deepcopy(model), {}, folded)
     if not folded:
         raise ValueError(f"{type(model).__name__} holds no GroupMixFormer or GroupMixAttention, or one that is fused already")
     fused.folded = dict(folded)  # type: ignore[assignment]

@@ -65,6 +65,61 @@ def _check_map(x: Tensor, dim: int) -> None:
         raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
 
 
+def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+@contextmanager
+def _statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked -= 1
+
+
+def _checkpoint(modules: Sequence[nn.Module], x: Tensor, preserve_rng_state: bool = True) -> Tensor:
+    """Run `modules` in turn without keeping their activations; recomputing them moves no running statistics again."""
+    if torch.compiler.is_compiling():  # the compiler recomputes no update of a buffer, and takes no context
+        return checkpoint(_run, modules, x)
+    return checkpoint(
+        _run,
+        modules,
+        x,
+        use_reentrant=False,
+        preserve_rng_state=preserve_rng_state,
+        context_fn=lambda: (nullcontext(), _statistics_kept(modules)),
+    )
+
+
+def _run_lean(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Run `modules`, which cost little, in turn; of a large `x` the backward pass keeps `x` alone and runs them again.
+
+    It stops at the last thing that is missing, so that a linear layer at the end, of which the input is, does not run again.
+    """
+    # The bookkeeping takes a quarter of a millisecond, behind which a large tensor hides.
+    if (
+        not torch.compiler.is_compiling()  # compilers choose for themselves
+        and not torch.jit.is_tracing()
+        and isinstance(x, Tensor)  # no proxy of torch.fx
+        and x.numel() >= (2**17 if x.device.type == "cpu" else 2**21)
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        # Synchronised BN would talk to the other processes twice.
+        and not any(isinstance(m, nn.SyncBatchNorm) for module in modules for m in module.modules())
+    ):
+        return _checkpoint(modules, x, preserve_rng_state=False)
+    return _run(modules, x)
+
+
 class SeparableConv(nn.Sequential):
     """Depthwise k x k and pointwise convolution, BN, Hardswish. (B, D_in, H, W) -> (B, D_out, ceil(H/s), ceil(W/s))."""
 
@@ -205,7 +260,11 @@ class GroupMixAttention(nn.Module):
         segments = qkv.permute(4, 3, 0, 1, 2, 5).unbind(0)  # 5 x (3, B, H, W, C)
         proxies = []
         for i, aggregator in enumerate(self.aggregators):
-            proxies.append(aggregator(segments[i].flatten(0, 1).permute(0, 3, 1, 2)))  # (3B, C, H, W)
+            segment = segments[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
+            if torch.jit.is_scripting():
+                proxies.append(aggregator(segment))
+            else:
+                proxies.append(_run_lean([aggregator], segment))
         local = segments[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
         return proxies, local
 
@@ -219,7 +278,11 @@ class GroupMixAttention(nn.Module):
         mixed = []
         for qkv, (weight, bias) in zip(proxies, self.position.kernels()):  # noqa: B905 (TorchScript has no strict=)
             mixed.append(factorised_attention(qkv, weight, bias, self.scale))  # (B, N, C)
-        mixed.append(self.non_attention(local).flatten(2).transpose(1, 2))
+        if torch.jit.is_scripting():
+            local = self.non_attention(local)
+        else:
+            local = _run_lean([self.non_attention], local)  # (B, C, H, W)
+        mixed.append(local.flatten(2).transpose(1, 2))
         return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
 
     @torch.jit.unused
@@ -255,8 +318,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
-        x = self.act(self.fc1(x.permute(0, 2, 3, 1)))  # (B, H, W, hidden)
-        return self.fc2(x).permute(0, 3, 1, 2)
+        x = self.fc1(x.permute(0, 2, 3, 1))  # (B, H, W, hidden)
+        if torch.jit.is_scripting():
+            x = self.fc2(self.act(x))
+        else:
+            x = _run_lean([self.act, self.fc2], x)
+        return x.permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -307,27 +374,6 @@ class Stem(nn.Module):
         return self.act2(self.norm2(self.conv2(x)))
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    norms = [(m, m.momentum) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm, _ in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in norms:
-            norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked -= 1
-
-
-def _checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Run `block` without keeping its activations; recomputing them moves no running statistics a second time."""
-    if torch.compiler.is_compiling():  # the compiler recomputes no update of a buffer, and takes no context
-        return checkpoint(block, x)
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))
-
-
 class Stage(nn.Module):
     """Patch embedding, then blocks; no norm after them. (B, D_in, H, W) -> (B, D, ceil(H/s), ceil(W/s))."""
 
@@ -349,10 +395,13 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, ceil(H/s), ceil(W/s))."""
-        x = self.patch_embed(x)
+        if torch.jit.is_scripting():
+            x = self.patch_embed(x)
+        else:
+            x = _run_lean([self.patch_embed], x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = _checkpoint_block(block, x)
+                x = _checkpoint([block], x)
             else:
                 x = block(x)
         return x
