@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from groupmixformer import GroupMixFormer, attention_maps
+from groupmixformer import GroupMixFormer, attention_maps, fuse
 from groupmixformer.explain import GROUP_SIZES, by_group_size
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2, 1, 1.5, 3), "num_classes": 6}
@@ -74,6 +74,8 @@ def test_wrong_model(model):
     images = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"in training mode.*call model\.eval\(\)"):
         attention_maps(model.train(), images, (0, 0))
+    with pytest.raises(ValueError, match="got a fused model, expected the one that it was made from"):
+        attention_maps(fuse(model.eval()), images, (0, 0))
     with pytest.raises(ValueError, match="got a model ResNet, expected a GroupMixFormer"):
         attention_maps(timm.create_model("resnet10t").eval(), images, (0, 0))
 

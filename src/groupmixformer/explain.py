@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groupmixformer import GroupMixAttention, GroupMixFormer
+from .groupmixformer import Block, GroupMixAttention, GroupMixFormer
 
 GROUP_SIZES = (1, 1, 3, 3, 5, 5, 7, 7)  # of the eight heads: single tokens, then groups of k x k
 
@@ -64,6 +64,8 @@ def attention_maps(model: nn.Module, images: Tensor, query: Sequence[int], stage
     blocks = stages[stage].blocks
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f"got block {block}, expected 0 to {len(blocks) - 1} in stage {stage}")
+    if not isinstance(blocks[block], Block):
+        raise ValueError("got a fused model, expected the one that it was made from")
     y, x = query
     if not (0 <= y < images.shape[-2] and 0 <= x < images.shape[-1]):
         raise ValueError(f"got query ({y}, {x}), expected a pixel (y, x) inside {tuple(images.shape[-2:])}")

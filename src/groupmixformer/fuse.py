@@ -19,10 +19,15 @@ import copy
 from collections import Counter
 from typing import Any, Self
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torchvision.ops import FrozenBatchNorm2d
 
+from . import groupmixformer as network
 from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _check_images, _check_map
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
@@ -43,25 +48,27 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
     """Apply a linear layer and an activation, in one step of oneDNN where that is faster. (..., D_in) -> (..., D_out)."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if (
         _HAS_ONEDNN
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and not (x.requires_grad and torch.is_grad_enabled())  # it has no backward pass
+        and x.numel() * weight.shape[0] >= _LARGE
+        and not differentiable  # it has no backward pass
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
         and not torch.compiler.is_exporting()
-        and x.numel() * weight.shape[0] >= _LARGE
     ):
         if torch.compiler.is_compiling():  # Inductor would take MKL's product, and stumbles over oneDNN's own operator
             return _onednn_linear(x, weight, bias, activation)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+        if not (forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(x)):  # nor derivatives of another kind
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return _ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return what a BN in eval mode multiplies by and what it adds, in float64."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d)
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
@@ -78,13 +85,17 @@ def _conv_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
     return folded
 
 
+def _linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer
+
+
 def _linear_with_norm(pointwise: nn.Module, norm: nn.Module) -> nn.Linear:
     """Return a pointwise convolution, with the BN after it folded in, as a linear layer."""
     conv = _conv_with_norm(pointwise, norm)
     assert conv.bias is not None
-    linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
-    linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1)), nn.Parameter(conv.bias)
-    return linear
+    return _linear_layer(conv.weight.flatten(1), conv.bias)
 
 
 def _after_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
@@ -155,9 +166,7 @@ class FusedAttention(Fused):
         factor, shift = _scale_and_shift(next(single.children()))
         weight[0] *= factor[:, None]
         bias[0] = bias[0] * factor + shift
-        self.qkv = attention.qkv
-        self.qkv.weight = nn.Parameter(weight.reshape(3 * D, D).to(like))
-        self.qkv.bias = nn.Parameter(bias.reshape(3 * D).to(like))
+        self.qkv = _linear_layer(weight.reshape(3 * D, D).to(like), bias.reshape(3 * D).to(like))
         self.depthwise, self.pointwise = nn.ParameterList(), nn.ModuleList()
         for group in groups:
             depthwise, pointwise, norm_of_group, _ = group.children()
@@ -205,13 +214,13 @@ class FusedBlock(Fused):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.cpe = block.cpe
-        self.cpe.weight.data[:, :, 1, 1] += 1  # the residual
+        self.cpe = copy.deepcopy(block.cpe)
+        self.cpe.weight[:, :, 1, 1] += 1  # the residual
         self.attn = FusedAttention(block.attn, block.norm1)
         self.eps = block.norm2.eps
-        self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
-        weight, bias = _after_norm(self.fc1.weight, self.fc1.bias, block.norm2)
-        self.fc1.weight.data, self.fc1.bias.data = weight.to(self.fc1.weight), bias.to(self.fc1.weight)
+        weight, bias = _after_norm(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2)
+        self.fc1 = _linear_layer(weight.to(block.mlp.fc1.weight), bias.to(block.mlp.fc1.weight))
+        self.fc2 = block.mlp.fc2
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
@@ -245,20 +254,41 @@ _FUSED: dict[type[nn.Module], Any] = {
 }
 
 
-def _fold(module: nn.Module, done: dict[nn.Module, nn.Module], folded: Counter[str]) -> nn.Module:
+# What a module that is folded may consist of: an adapter or another norm in its place would be lost.
+_OWN = {
+    *_FUSED,
+    *(network.NonAttention, network.ConvRelativePosition, network.Mlp),
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
+    *(nn.Hardswish, nn.GELU, nn.Identity, timm.layers.DropPath, nn.Sequential, nn.ModuleList),
+}
+
+
+def _check_own(name: str, module: nn.Module) -> None:
+    for inner, part in module.named_modules(prefix=name):
+        if type(part) not in _OWN:
+            raise ValueError(
+                f"got a {type(part).__name__} as {inner}, which cannot be folded, expected the network's own modules: merge it "
+                "or take it out before fusing"
+            )
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            raise ValueError(
+                f"got a hook on {inner or type(module).__name__}, which folding would lose: remove it before fusing"
+            )
+
+
+def _fold(name: str, module: nn.Module, done: dict[nn.Module, nn.Module], folded: Counter[str]) -> nn.Module:
     """Return the module or what takes its place, the same wherever it is used."""
-    if module in done:
-        return done[module]
-    done[module] = module
-    for kind, fused in _FUSED.items():
-        if isinstance(module, kind):
-            folded[kind.__name__] += 1
-            done[module] = fused(module)
-            return done[module]
-    for name, child in module._modules.items():
-        if child is not None:
-            module._modules[name] = _fold(child, done, folded)
-    return module
+    if module not in done:
+        done[module] = module
+        if type(module) in _FUSED:
+            _check_own(name, module)
+            folded[type(module).__name__] += 1
+            done[module] = _FUSED[type(module)](module)
+        else:
+            for inner, child in module._modules.items():
+                if child is not None:
+                    module._modules[inner] = _fold(f"{name}.{inner}".lstrip("."), child, done, folded)
+    return done[module]
 
 
 @torch.no_grad()
@@ -276,14 +306,15 @@ def fuse(model: nn.Module) -> Any:
         A copy whose parameters need no gradients. Its `folded` says how many modules of each kind were rewritten.
 
     Raises:
-        ValueError: If the model is in training mode, compiled, or holds nothing to fuse.
+        ValueError: If the model is in training mode, compiled, or holds nothing to fuse, or if what would be folded has hooks
+            or modules that are not the network's own, such as adapters.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules()):
         raise ValueError("got a compiled model: fuse the model that was compiled, and compile the result")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where nothing can be folded: call model.eval() first")
     folded: Counter[str] = Counter()
-    fused = _fold(copy.deepcopy(model), {}, folded)
+    fused = _fold("", copy.deepcopy(model), {}, folded)
     if not folded:
         raise ValueError(f"{type(model).__name__} holds no GroupMixFormer or GroupMixAttention, or one that is fused already")
     fused.folded = dict(folded)  # type: ignore[assignment]

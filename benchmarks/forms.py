@@ -1,0 +1,191 @@
+"""Every form of GroupMixFormer beside the way that the authors' release computes, and beside its peers, in turns.
+
+python benchmarks/forms.py [--sections forms variants training]   # needs birder; writes benchmarks/results/forms-DATE.json
+
+On one CPU thread at 224 x 224. birder's eager float32 stands for the release, which computes in the same way, and is what
+speed-ups are over. Each row of ours comes with its error: the relative difference of its logits from those of the same weights,
+eager in float64 (norms have random statistics, so that folding them changes something).
+
+- forms: small and its peers, batch 4, eager, fused, compiled, in float32 and bfloat16. Compiling takes a minute a row.
+- single: the same for small alone with one picture.
+- variants: the others that birder has, batches of 1 and 4, eager and fused.
+- training: a step, with memory measured in a process of its own, three times.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import birder
+import timm
+import torch
+from birder.model_registry import registry
+from torch import nn
+
+import groupmixformer
+from groupmixformer.bench import conditions
+from groupmixformer.published import published_top1
+from groupmixformer.report import write_file
+from groupmixformer.speed import Runner, Settings, matrix_speed, measure
+
+BIRDER = {"mobile": "mobile", "tiny": "t", "small": "s", "base": "b"}
+PEERS = ["coat_lite_small", "swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2", "davit_tiny", "gcvit_tiny"]
+FORMS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "fused": {"fuse": True},
+    "compiled": {"compile": "default"},
+    "fused, compiled": {"fuse": True, "compile": "default"},
+    "bf16": {"dtype": "bf16"},
+    "bf16, fused": {"dtype": "bf16", "fuse": True},
+    "bf16, compiled": {"dtype": "bf16", "compile": "default"},
+    "bf16, fused, compiled": {"dtype": "bf16", "fuse": True, "compile": "default"},
+}
+Builds = dict[str, Callable[[], Runner]]
+
+
+class Checked(Runner):
+    """A form of ours that knows how far its logits are from the plain network's in float64."""
+
+    def __init__(self, network: nn.Module, settings: Settings) -> None:
+        self.exact = copy.deepcopy(network).double().eval()
+        super().__init__(network, settings)
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        with torch.no_grad():
+            expected = self.exact(self.inputs.double())
+            self.error = ((self.forward(self.inputs).double() - expected).norm() / expected.norm()).item()
+        del self.exact
+
+
+def ours(variant: str, settings: Settings, checkpointing: bool = False) -> Runner:
+    torch.manual_seed(0)
+    model = timm.create_model(f"groupmixformer_{variant}")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    model.set_grad_checkpointing(checkpointing)
+    return (Runner if settings.train else Checked)(model, settings)
+
+
+def release(variant: str, settings: Settings) -> Runner:
+    """As birder builds it: in contiguous memory."""
+    return Runner(registry.net_factory(f"groupmixformer_{BIRDER[variant]}", 1000, 3, size=(224, 224)), settings)
+
+
+def peer(name: str, settings: Settings) -> Runner:
+    return Runner(timm.create_model(name), settings)
+
+
+def run(builds: Builds, settings: Settings) -> list[dict[str, Any]]:
+    """Measure, and add errors and accuracies."""
+    runners = {}
+
+    def kept(label: str) -> Runner:
+        runners[label] = builds[label]()
+        return runners[label]
+
+    rows = measure({label: partial(kept, label) for label in builds}, settings, lambda items, *_: items)
+    for row in rows:
+        name = row["model"].split(",")[0]
+        row["error"] = getattr(runners[row["model"]], "error", None)
+        row["published_top1"] = published_top1(name)
+        error = "" if row["error"] is None else f", error {row['error']:.1e}"
+        print(f"  {row['model']:48} {row['milliseconds']:8.1f} ms {row['speed_up']:6.2f}x{error}", flush=True)
+    return rows
+
+
+def forms(settings: Settings, peers: list[str]) -> list[dict[str, Any]]:
+    plain = Settings(**{**vars(settings), "channels_last": False})
+    builds: Builds = {"birder_small, eager": partial(release, "small", plain)}
+    builds["birder_small, bf16"] = partial(release, "small", Settings(**{**vars(plain), "dtype": "bf16"}))
+    for form, changes in FORMS.items():
+        builds[f"groupmixformer_small, {form}"] = partial(ours, "small", Settings(**{**vars(settings), **changes}))
+    for name in peers:
+        for form in ("eager", "compiled", "bf16, compiled"):
+            builds[f"{name}, {form}"] = partial(peer, name, Settings(**{**vars(settings), **FORMS[form]}))
+    return run(builds, settings)
+
+
+def variants(settings: Settings) -> list[dict[str, Any]]:
+    rows = []
+    for variant in BIRDER:
+        plain = Settings(**{**vars(settings), "channels_last": False})
+        builds: Builds = {f"birder_{variant}, eager": partial(release, variant, plain)}
+        for form in ("eager", "fused", "bf16, fused"):
+            builds[f"groupmixformer_{variant}, {form}"] = partial(ours, variant, Settings(**{**vars(settings), **FORMS[form]}))
+        rows += run(builds, settings)
+    return rows
+
+
+def peak_memory(build: Callable[[], Runner], settings: Settings) -> float | None:
+    """MiB of one step, in a process in which nothing else has left its traces."""
+    (row,) = measure({"step": build}, Settings(**{**vars(settings), "rounds": 1, "seconds": 0.0}))
+    return row["peak_memory"]
+
+
+def training(settings: Settings) -> list[dict[str, Any]]:
+    rows = []
+    for variant in BIRDER:
+        plain = Settings(**{**vars(settings), "channels_last": False})
+        builds: Builds = {
+            f"birder_{variant}": partial(release, variant, plain),
+            f"groupmixformer_{variant}": partial(ours, variant, settings),
+            f"groupmixformer_{variant}, checkpointing": partial(ours, variant, settings, True),
+        }
+        found = run(builds, settings)
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            for row in found:
+                peaks = [pool.submit(peak_memory, builds[row["model"]], settings).result() for _ in range(3)]
+                row["peak_memory"] = statistics.median(peaks) if None not in peaks else None
+                row["memory_ratio"] = row["peak_memory"] / found[0]["peak_memory"] if None not in peaks else None
+                print(f"  {row['model']:48} {row['peak_memory']:8.0f} MiB {row['memory_ratio']:6.2f}", flush=True)
+        rows += found
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["forms", "single", "variants", "training"]
+    parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all, about an hour")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    four = Settings(batch_size=4, rounds=args.rounds)
+    one = Settings(batch_size=1, rounds=args.rounds)
+    train = Settings(batch_size=4, rounds=args.rounds, train=True)
+    work = {
+        "forms": [("batch 4", lambda: forms(four, PEERS))],
+        "single": [("batch 1", lambda: forms(one, []))],
+        "variants": [("batch 1", lambda: variants(one)), ("batch 4", lambda: variants(four))],
+        "training": [("batch 4", lambda: training(train))],
+    }
+    found = conditions(four)
+    found["versions"] |= {"groupmixformer": groupmixformer.__version__, "birder": birder.__version__}
+    path = args.out / f"forms-{found['date']}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    same = {key: earlier.get(key) for key in found} == found  # sections of one day on one machine share a file
+    result = {**found, "sections": earlier["sections"] if same else {}}
+    result["matrix_product"] = {dtype: matrix_speed(Settings(dtype=dtype)) for dtype in ("fp32", "bf16")}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for section in args.sections:
+        for conditions_of, function in work[section]:
+            print(f"{section}, {conditions_of}", flush=True)
+            result["sections"][f"{section}, {conditions_of}"] = function()
+            write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
