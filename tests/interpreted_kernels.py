@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, groupmixformer, kernels
 
+slow = pytest.mark.slow
 OPERATIONS = ["aggregate_groups", "context", "combine"]
 
 
@@ -74,14 +75,16 @@ def test_the_kernels_serve():
 
 
 # One pixel and several blocks of channels; several runs of tiles, and sides and a width that fill none.
-@pytest.mark.parametrize("shape", [(1, 1, 1, 20), (2, 3, 9, 6), pytest.param((2, 17, 13, 40), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((1, 1, 1, 20), marks=slow), (2, 3, 9, 6), pytest.param((2, 17, 13, 40), marks=slow)], ids=str
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_float32(name, shape):
     tensors = leaves(name, *shape, torch.float32)
     assert_near(results(name, tensors), results(name, [tensor.double() for tensor in tensors], plain=True), 1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), pytest.param(torch.bfloat16, 8e-3, marks=slow)])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_low_precision(name, dtype, tolerance):
     tensors = leaves(name, 1, 3, 4, 16, dtype)
@@ -91,7 +94,7 @@ def test_low_precision(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 60000), (torch.bfloat16, 10000)])
-@pytest.mark.parametrize("tokens", [1, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [1, pytest.param(20000, marks=slow)])
 def test_large_keys(dtype, largest, tokens):
     k = torch.where(torch.rand(1, 1, tokens, 8) < 0.5, -largest, largest).to(dtype).requires_grad_()
     v = (100 * torch.randn(1, 1, tokens, 8)).to(dtype).requires_grad_()
@@ -128,7 +131,7 @@ def plainly(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=slow), False])
 def test_network(randomise, plainly, monkeypatch, training):
     model = randomise(GroupMixFormer(embed_dims=(40, 40), depths=(1, 1), mlp_ratios=(2, 2), num_classes=5)).train(training)
     images, labels = torch.randn(1, 3, 37, 45), torch.tensor([2])
@@ -152,6 +155,7 @@ def test_network(randomise, plainly, monkeypatch, training):
     torch.testing.assert_close(got_buffers, expected_buffers)
 
 
+@slow
 def test_graphs_keep_the_operators_of_pytorch(randomise, plainly):
     attention = randomise(GroupMixAttention(20)).eval()
     x = torch.randn(1, 20, 3, 2)
@@ -169,7 +173,7 @@ def test_graphs_keep_the_operators_of_pytorch(randomise, plainly):
         torch.testing.assert_close(form(x), expected)
 
 
-@pytest.mark.slow
+@slow
 def test_autocast(randomise, plainly):
     attention = randomise(GroupMixAttention(20)).train()
     x = torch.randn(1, 20, 3, 2)

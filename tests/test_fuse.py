@@ -72,7 +72,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("name", ["test", "mobile", pytest.param("small", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["test", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobile", "small"))])
 def test_golden_values(golden, name, dtype, tolerance):
     values = golden(name)
     fused = fuse(values.model().to(dtype))
@@ -122,7 +122,6 @@ def test_golden_values_frozen_by_inductor(golden, monkeypatch, large):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("groupmixformer_mobile", (33, 47)),
         *(pytest.param(name, (47, 33), marks=pytest.mark.slow) for name in VARIANTS),
         pytest.param("groupmixformer_mobile", (65, 97), marks=pytest.mark.slow),
     ],
@@ -265,6 +264,7 @@ def test_derivatives_in_a_direction(shallow, images, monkeypatch, large):
 OTHER_SHAPES = ((1, 3, 40, 99), (3, 3, 64, 33))
 
 
+@pytest.mark.slow
 @needs_onednn
 def test_an_exported_graph_holds_operators_of_pytorch_alone(shallow, images, all_large):
     auto = torch.export.Dim.AUTO
@@ -287,7 +287,8 @@ def test_a_traced_graph_holds_operators_of_pytorch_alone(model, images, all_larg
 
 
 @either_product
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_graph(shallow, images, monkeypatch, dynamic, large):
     monkeypatch.setattr(MODULE, "_LARGE", large)
     form = compiled(fuse(shallow), dynamic)

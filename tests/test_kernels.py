@@ -171,8 +171,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dtype", "C"),
     [
-        (80, torch.float32, 64),
         (90, torch.bfloat16, 16),
+        pytest.param(80, torch.float32, 64, marks=slow),
         pytest.param(80, torch.float16, 16, marks=slow),
         pytest.param(80, torch.bfloat16, 64, marks=slow),
         pytest.param(90, torch.float16, 64, marks=slow),
