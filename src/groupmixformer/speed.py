@@ -86,7 +86,7 @@ def clock_name(settings: Settings) -> str:
     return "processor time" if _clock(settings) is time.process_time else "wall time"
 
 
-def _seconds(call: Callable[[], object], settings: Settings, at_least: float) -> float:
+def seconds_of(call: Callable[[], object], settings: Settings, at_least: float) -> float:
     """Return the seconds of a call, as the mean of as many as fill the time."""
     if settings.device == "cpu":
         clock = _clock(settings)
@@ -198,7 +198,7 @@ def matrix_speed(settings: Settings) -> float:
     """Measure the multiply-adds per second of one large matrix product: the best of several."""
     side = 2048 if settings.device == "cpu" else 8192
     a, b = (torch.randn(side, side, device=settings.device, dtype=TYPES[settings.dtype]) for _ in range(2))
-    return max(side**3 / _seconds(lambda: a @ b, settings, 0.0) for _ in range(6))
+    return max(side**3 / seconds_of(lambda: a @ b, settings, 0.0) for _ in range(6))
 
 
 def _kilobytes(field: str) -> int:
@@ -284,7 +284,7 @@ def measure(
         for turn in progress(range(1, settings.rounds + 1), "measuring"):
             share = turn / settings.rounds
             for label, runner in runners.items():
-                seconds[label].append(_seconds(runner.step, settings, settings.seconds))
+                seconds[label].append(seconds_of(runner.step, settings, settings.seconds))
                 single = waits[label]
                 if not runner.settings.train:
                     while len(single) < LATENCY_STEPS * share and sum(single) < LATENCY_SECONDS * share:
