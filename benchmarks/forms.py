@@ -6,7 +6,7 @@ On one CPU thread at 224 x 224. birder's eager float32 stands for the release, w
 speed-ups are over. Each row of ours comes with its error: the relative difference of its logits from those of the same weights,
 eager in float64 (norms have random statistics, so that folding them changes something).
 
-- forms: small and its peers, batch 4, eager, fused, compiled, in float32 and bfloat16. Compiling takes a minute a row.
+- forms: small and its peers, batch 4, eager, fused, compiled, in float32 and bfloat16. Compiling takes about a minute a row.
 - single: the same for small alone with one picture.
 - variants: the others that birder has, batches of 1 and 4, eager and fused.
 - training: a step, with memory measured in a process of its own, three times.
@@ -113,7 +113,7 @@ def forms(settings: Settings, peers: list[str]) -> list[dict[str, Any]]:
     for form, changes in FORMS.items():
         builds[f"groupmixformer_small, {form}"] = partial(ours, "small", Settings(**{**vars(settings), **changes}))
     for name in peers:
-        for form in ("eager", "compiled", "bf16, compiled"):
+        for form in ("eager", "compiled", "bf16"):
             builds[f"{name}, {form}"] = partial(peer, name, Settings(**{**vars(settings), **FORMS[form]}))
     return run(builds, settings)
 

@@ -161,7 +161,7 @@ def _cell(value: float | None, form: str, unit: str = "") -> str:
 def table(result: dict[str, Any]) -> str:
     """Lay out what `bench` found."""
     rows, settings = result["rows"], result["settings"]
-    waits = [f"{'p50 ms':>10}{'p99 ms':>10}{'n':>5}"] if not settings["train"] else []
+    waits = [f"{'p50 ms':>10}{'p99 ms':>10}{'n':>5}"] if any(row["latency_steps"] for row in rows) else []
     changes = [f"{'change':>9}"] if any(row["change"] for row in rows) else []
     titles = (
         f"{'model':32}{'images/s':>10}{'ms':>10}{'quartiles':>18}{'speed-up':>10}{'memory':>12}{'MACs':>10}{'of floor':>10}"

@@ -177,10 +177,10 @@ class Runner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def single(self) -> float:
-        """Return the seconds on the wall that the first picture alone takes."""
+    def latency(self) -> float:
+        """Return the seconds on the wall of a step."""
         start = time.perf_counter()
-        self.forward(self.inputs[:1])
+        self.step()
         if self.settings.device != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() - start
@@ -190,8 +190,6 @@ class Runner:
         # The option of torch.compile comes too late: the weights have become inputs of the graph by then.
         with inductor.patch(freezing=not self.settings.train and self.settings.device == "cpu"):
             self.step()
-            if not self.settings.train and self.settings.batch_size > 1:
-                self.single()
 
 
 def matrix_speed(settings: Settings) -> float:
@@ -261,8 +259,8 @@ def measure(
 
     Returns:
         For each a row: model (the label), fused, images_per_second and milliseconds of a step (medians), milliseconds_low and
-        _high (the quartiles), speed_up over the first one, latency_p50 and _p99 of a single picture in milliseconds over
-        latency_steps (inference alone), peak_memory of a step in MiB, parameters.
+        _high (the quartiles), speed_up over the first one, latency_p50 and _p99 in milliseconds over latency_steps (inference on
+        single pictures alone), peak_memory of a step in MiB, parameters.
 
     Raises:
         ValueError: If one cannot be run.
@@ -286,9 +284,9 @@ def measure(
             for label, runner in runners.items():
                 seconds[label].append(seconds_of(runner.step, settings, settings.seconds))
                 single = waits[label]
-                if not runner.settings.train:
+                if not runner.settings.train and runner.settings.batch_size == 1:
                     while len(single) < LATENCY_STEPS * share and sum(single) < LATENCY_SECONDS * share:
-                        single.append(runner.single())
+                        single.append(runner.latency())
     rows: list[dict[str, Any]] = []
     for label, runner in runners.items():
         times, single = sorted(seconds[label]), sorted(waits[label])
