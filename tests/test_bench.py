@@ -90,11 +90,10 @@ class Recorder(nn.Module):
 def test_models_take_turns_and_are_warm(monkeypatch):
     monkeypatch.setattr(speed, "LATENCY_STEPS", 4)
     monkeypatch.setattr(speed, "LATENCY_SECONDS", 60.0)
-    calls, settings = [], Settings(batch_size=3, **FAST)
+    calls, settings = [], Settings(**FAST)
     rows = measure({name: lambda name=name: Runner(Recorder(name, calls), settings) for name in "ab"}, settings)
-    # A step and a single picture to warm up, a step for the memory; then in every round a step and half the single pictures.
-    warm = [(name, pictures) for name in "ab" for pictures in (3, 1, 3)]
-    assert calls == warm + [(name, pictures) for name in "ab" for pictures in (3, 1, 1)] * 2
+    # A step to warm up and one for the memory; then in every round a step and half of those for the latency.
+    assert calls == [(name, 1) for name in "aabb"] + [(name, 1) for name in "aaabbb"] * 2
     assert [(row["model"], row["latency_steps"], row["latency_p99"]) for row in rows] == [("a", 4, None), ("b", 4, None)]
 
 
@@ -111,7 +110,7 @@ def test_forms_of_one_network_are_set_side_by_side():
 
 
 def test_latency_is_of_one_picture_and_has_its_percentiles(monkeypatch):
-    settings = Settings(size=(32, 32), batch_size=2, rounds=3, seconds=0.0)
+    settings = Settings(size=(32, 32), rounds=3, seconds=0.0)
     monkeypatch.setattr(speed, "LATENCY_SECONDS", 60.0)
     (row,) = bench(["test_resnet"], settings)["rows"]
     assert row["latency_steps"] == speed.LATENCY_STEPS
@@ -123,9 +122,10 @@ def test_latency_is_of_one_picture_and_has_its_percentiles(monkeypatch):
     line = table(result).splitlines()[2].split()
     assert line[-2:] == ["-", "1"]
     assert "latency of a single picture by wall clock over n steps" in table(result)
-    training = bench(["test_resnet"], dataclasses.replace(settings, train=True, size=(64, 64)))
-    assert training["rows"][0]["latency_p50"] is training["rows"][0]["latency_steps"] is None
-    assert "p50" not in table(training)
+    for other in ({"train": True, "size": (64, 64), "batch_size": 2}, {"batch_size": 2}):
+        result = bench(["test_resnet"], dataclasses.replace(settings, **other))
+        assert result["rows"][0]["latency_p50"] is result["rows"][0]["latency_steps"] is None
+        assert "p50" not in table(result)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])

@@ -259,8 +259,8 @@ def measure(
 
     Returns:
         For each a row: model (the label), fused, images_per_second and milliseconds of a step (medians), milliseconds_low and
-        _high (the quartiles), speed_up over the first one, latency_p50 and _p99 in milliseconds over latency_steps (inference on
-        single pictures alone), peak_memory of a step in MiB, parameters.
+        _high (the quartiles), speed_up over the first one, latency_p50 and _p99 in milliseconds over latency_steps (inference
+        on single pictures alone), peak_memory of a step in MiB, parameters.
 
     Raises:
         ValueError: If one cannot be run.
