@@ -22,7 +22,7 @@ LAYERS = [
     {"classification", "detection", "segmentation"},
     {"training"},
     {"report"},
-    {"scenes", "bench"},
+    {"scenes", "bench", "export"},
     {"commands"},
     {"cli"},
 ]

@@ -166,6 +166,22 @@ def _parser() -> Parser:
     )
     added.add_argument("--against", type=Path, metavar="FILE", help="an earlier result, saved with --json, to compare with")
 
+    added = command(commands.export, "export", "gmf export runs/quickstart --format onnx --out digits.onnx")
+    added.add_argument("run", metavar="RUN", help="folder of a run, checkpoint file, or folder that gmf convert wrote")
+    added.add_argument(
+        "--format",
+        required=True,
+        choices=("onnx", "pt2", "aoti", "openvino"),
+        help="docs/export.md tells them apart",
+    )
+    added.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="file to write: .onnx, .pt2 (pt2, aoti) or .xml (OpenVINO, with a .bin)",
+    )
+    added.add_argument("--features", action="store_true", help="a classifier's maps of strides 4, 8, 16 and 32, not the logits")
+
     added = command(commands.convert, "convert", "gmf convert groupmixformer_small.pth --out small")
     added.add_argument("file", metavar="FILE", help="a released .pth or any checkpoint that load_checkpoint reads")
     added.add_argument("--out", required=True, help="folder to write")
@@ -219,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extras = dict.fromkeys(("datasets", "webdataset", "fsspec", "pyarrow"), "data")
         extras |= {"faster_coco_eval": "detection", "segmentation_models_pytorch": "segmentation"}
+        extras |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export") | {"openvino": "openvino"}
         extra = extras.get((error.name or "").split(".")[0], "train")
         print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[{extra}]'", file=sys.stderr)
         return 1

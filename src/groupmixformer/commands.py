@@ -438,6 +438,52 @@ def bench(args: argparse.Namespace) -> None:
     _show(result, args.json, table(result))
 
 
+def _to_export(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the network of a run as it is exported, and what is written beside it."""
+    from .checkpoint import load_checkpoint, task_of
+    from .export import Exported
+
+    task = task_of(args.run)
+    if task == "detection":
+        raise ValueError(
+            f"{args.run}: holds a detector, which is not exported yet, expected a classifier (or, with --features, its maps) "
+            "or a segmenter"
+        )
+    if task == "segmentation":
+        if args.features:
+            raise UsageError(f"--features is for classification, and {args.run} holds a model for {task}")
+        from .segmentation import load_segmenter
+
+        segmenter, stored = load_segmenter(args.run)
+        pools = any(getattr(module, "output_size", 1) not in (1, (1, 1)) for module in segmenter.modules())
+        if args.format == "openvino" or (args.format == "onnx" and pools):  # UPerNet averages over grids of fixed size
+            what = "a decoder that pools to a grid, such as UPerNet's" if args.format == "onnx" else "a segmenter"
+            raise ValueError(f"{args.run}: {args.format} cannot carry {what} for all sizes: export it with --format pt2")
+        about = {"input_size": (3, segmenter.image_size, segmenter.image_size), "classes": stored["class_names"]}
+        return Exported(segmenter).eval(), about | {"mean": segmenter.mean, "std": segmenter.std}
+    model: Any = load_checkpoint(args.run)
+    about = {key: value for key, value in _data_config(model).items() if key in ("input_size", "mean", "std")}
+    if args.features:
+        about["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
+    return Exported(model, args.features).eval(), about | {"classes": [] if args.features else _class_names(model)}
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a model for another program, and compare the file with the model."""
+    from .export import FORMATS, real_picture
+    from .export import export as write_export
+
+    suffix = FORMATS[args.format].suffix
+    if Path(args.out).suffix != suffix:
+        raise UsageError(f"--out {args.out}: expected a name that ends in {suffix} for {args.format}")
+    network, about = _to_export(args)
+    about["progress"] = lambda line: print(f"gmf export: {line}", file=sys.stderr)
+    result = write_export(network, args.format, args.out, real_picture(Path(args.run)), **about)
+    text = f"{args.out}: {FORMATS[args.format].title}, {result['bytes'] / 1e6:.1f} MB, largest relative difference "
+    text += ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
+    _show({"run": args.run, **result}, args.json, text)
+
+
 def convert(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a folder that timm and transformers read."""
     from .checkpoint import load_checkpoint, save_checkpoint

@@ -51,13 +51,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if (
         _HAS_ONEDNN
+        and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
+        and not torch.compiler.is_exporting()  # before the size, or it becomes a limit of the exported program
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() * weight.shape[0] >= _LARGE
         and not differentiable  # it has no backward pass
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
-        and not torch.compiler.is_exporting()
     ):
         if torch.compiler.is_compiling():  # Inductor would take MKL's product, and stumbles over oneDNN's own operator
             return _onednn_linear(x, weight, bias, activation)

@@ -1,0 +1,299 @@
+"""Exported files: the same function in the program they are for, for any size; wrong ones do not survive."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_cli import error, output
+from test_groupmixformer import STAGES
+
+from groupmixformer import GroupMixFormer
+from groupmixformer.backbone import Backbone
+from groupmixformer.checkpoint import save_checkpoint, save_network
+from groupmixformer.export import FORMATS, TOLERANCE, Exported, export
+from groupmixformer.segmentation import Segmenter
+
+SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 3}  # quick to export
+NAMES = ["rose", "lily & co", "Löwenzahn"]
+COLORS = {"mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.5]}
+KEYS = ("classes", "mean", "std", "input_size", "layout", "outputs", "version")
+OTHER_SHAPES = ((1, 3, 32, 32), (5, 3, 33, 70), (1, 3, 65, 200))
+
+
+@pytest.fixture(scope="module")
+def model(randomise):
+    return randomise(GroupMixFormer(**SHALLOW)).eval()
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(model, folder, NAMES, {"input_size": (3, 64, 64), **COLORS})
+    return folder
+
+
+@pytest.fixture
+def about():
+    """What is written beside a network of `SHALLOW`, and the picture to compare on."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    return {"picture": Image.fromarray(pixels), "input_size": (3, 64, 64), "classes": NAMES, **COLORS}
+
+
+@pytest.fixture
+def write_segmenter(randomise):
+    """Give a function that writes a segmenter to a folder as a run does."""
+
+    def write(decoder, folder):
+        arguments = {"embed_dims": [20] * 4, "depths": [1] * 4, "mlp_ratios": [2] * 4}
+        backbone = Backbone("groupmixformer_mobile", arguments)
+        channels = 32 if decoder == "upernet" else 128  # else FPN norms single values at 32 x 32
+        segmenter = randomise(Segmenter(backbone, 3, decoder, 64, channels=channels)).eval()
+        network = {"backbone": dataclasses.asdict(backbone), "num_classes": 3, "decoder": decoder, "image_size": 64}
+        config = {
+            "task": "segmentation",
+            "class_names": NAMES,
+            "class_ids": [0, 1, 2],
+            "network": {**network, "channels": channels},
+        }
+        save_network(segmenter, folder, config)
+        return segmenter
+
+    return write
+
+
+def read_metadata(format, path):
+    """Read the metadata as somebody who has none of our code."""
+    if format == "onnx":
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    if format == "pt2":
+        found = dict.fromkeys(KEYS, "")
+        torch.export.load(path, extra_files=found)
+        return found
+    if format == "aoti":
+        return torch._inductor.aoti_load_package(str(path)).get_metadata()
+    import openvino
+
+    stored = openvino.Core().read_model(path)
+    return {key: stored.get_rt_info(["groupmixformer", key]).value for key in KEYS}
+
+
+def assert_same_function(format, path, network, shapes=OTHER_SHAPES):
+    """Compare at sizes that the export did not."""
+    run = FORMATS[format].load(path)
+    for shape in shapes:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            for got, expected in zip(run(images), network(images), strict=True):
+                assert (got - expected).abs().max() < TOLERANCE * expected.abs().max(), shape
+
+
+@pytest.mark.parametrize(
+    "format", ["onnx", "pt2", pytest.param("aoti", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow)]
+)
+def test_the_command(model, run, tmp_path, capsys, format):
+    path = tmp_path / "new" / f"file{FORMATS[format].suffix}"
+    said = output(capsys, "export", run, "--format", format, "--out", path, "--json")
+    result = json.loads(said.out)
+    assert result["bytes"] == sum(file.stat().st_size for file in path.parent.iterdir())
+    assert set(result["errors"]) == {"64x64", "32x32", "97x129", "160x224"}
+    assert max(result["errors"].values()) < TOLERANCE
+    assert "gmf export: comparing at 97 x 129" in said.err
+    assert "Traceback" not in said.err
+    metadata = read_metadata(format, path)
+    assert json.loads(metadata["classes"]) == NAMES
+    assert {key: json.loads(metadata[key]) for key in COLORS} == COLORS
+    assert json.loads(metadata["input_size"]) == [3, 64, 64]
+    assert "(batch, channels, height, width)" in metadata["layout"]
+    assert metadata["version"]
+    assert_same_function(format, path, Exported(model))
+
+
+def test_onnx_names_what_is_free_and_its_opset(run, tmp_path, capsys):
+    import onnx
+
+    path = tmp_path / "maps.onnx"
+    result = json.loads(output(capsys, "export", run, "--format", "onnx", "--features", "--out", path, "--json").out)
+    stored = onnx.load(path)
+    onnx.checker.check_model(stored)
+    assert [entry.version for entry in stored.opset_import if entry.domain == ""] == [result["opset"]]
+    sides = [side.dim_param or side.dim_value for side in stored.graph.input[0].type.tensor_type.shape.dim]
+    assert sides == ["batch", 3, "height", "width"]
+    assert [put.name for put in stored.graph.output] == ["stride4"]
+    assert [file.name for file in tmp_path.iterdir()] == ["maps.onnx"]
+
+
+SLOW_CASES = [("mobile", "onnx", False), ("stages", "onnx", True), ("stages", "pt2", True), ("stages", "openvino", True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "format", "features"), SLOW_CASES)
+def test_whole_networks(randomise, about, tmp_path, name, format, features):
+    made = GroupMixFormer(**STAGES, num_classes=3) if name == "stages" else timm.create_model("groupmixformer_mobile")
+    network = Exported(randomise(made), features).eval()
+    path = tmp_path / f"file{FORMATS[format].suffix}"
+    names = ["a", "b", "c", "d"] if features else ["logits"]
+    result = export(network, format, path, names=names, **about)
+    assert max(result["errors"].values()) < TOLERANCE
+    assert_same_function(format, path, network)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decoder", "format"), [("upernet", "pt2"), ("fpn", "pt2"), ("fpn", "onnx")])
+def test_segmenters(write_segmenter, tmp_path, capsys, decoder, format):
+    segmenter = write_segmenter(decoder, tmp_path / "run")
+    path = tmp_path / f"file{FORMATS[format].suffix}"
+    assert json.loads(output(capsys, "export", tmp_path / "run", "--format", format, "--out", path, "--json").out)["file"]
+    assert_same_function(format, path, Exported(segmenter), [(1, 3, 65, 100)])
+    assert json.loads(read_metadata(format, path)["classes"]) == NAMES
+
+
+@pytest.mark.slow
+def test_other_channels(randomise, about, tmp_path):
+    network = Exported(randomise(GroupMixFormer(**SHALLOW, in_chans=2))).eval()
+    about |= {"input_size": (2, 40, 40), "mean": [0.5, 0.5], "std": [0.5, 0.5]}
+    export(network, "pt2", tmp_path / "two.pt2", **about)
+    assert_same_function("pt2", tmp_path / "two.pt2", network, [(1, 2, 50, 50)])
+
+
+# Files that must not survive
+
+
+def shifted(write):
+    """Write another network than the one that is compared with, as a wrong exporter would."""
+
+    def wrong(network, *arguments):
+        network.network.head.fc.bias += 0.01
+        write(network, *arguments)
+
+    return wrong
+
+
+def damaged(write):
+    """Write no program."""
+    return lambda network, images, names, metadata, path: path.write_bytes(b"no program")
+
+
+def full(write):
+    """Fail as on a disk without space."""
+
+    def fail(network, images, names, metadata, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    return fail
+
+
+def unable(write):
+    """Fail as an exporter does that lacks an operator."""
+
+    def fail(*arguments):
+        raise RuntimeError("no operator\nfor this")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (shifted, "differs from the model by"),
+        (damaged, "does not run, so it is removed"),
+        (full, "No space left on device"),
+        (unable, "pt2 cannot carry this network (RuntimeError: no operator)"),
+    ],
+)
+def test_a_wrong_file_is_removed_and_an_earlier_one_kept(run, tmp_path, capsys, monkeypatch, breaks, message):
+    monkeypatch.setitem(FORMATS, "pt2", dataclasses.replace(FORMATS["pt2"], write=breaks(FORMATS["pt2"].write)))
+    path = tmp_path / "file.pt2"
+    for earlier in (False, True):
+        if earlier:
+            path.write_text("earlier")
+        said = output(capsys, "export", run, "--format", "pt2", "--out", path, code=1)
+        *progress, last = said.err.splitlines()
+        assert last.startswith("gmf: error: ") and message in last
+        assert all(line.startswith("gmf export: ") for line in progress)
+        assert said.out == ""
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["earlier"] * earlier
+        if breaks is shifted:
+            break  # once is enough: it takes seconds
+
+
+def test_nan_is_no_agreement(about, tmp_path, monkeypatch, model):
+    nothing = dataclasses.replace(
+        FORMATS["pt2"],
+        write=lambda network, images, names, metadata, path: path.touch(),
+        load=lambda path: lambda images: [torch.full((len(images), 3), torch.nan)],
+    )
+    monkeypatch.setitem(FORMATS, "pt2", nothing)
+    with pytest.raises(ValueError, match="differs from the model by inf"):
+        export(Exported(model).eval(), "pt2", tmp_path / "file.pt2", **about)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "code"),
+    [
+        (["--format", "onxx", "--out", "x.onnx"], "did you mean onnx?", 2),
+        (["--format", "onnx"], "required: --out", 2),
+        (["--format", "onnx", "--out", "x.pt2"], "expected a name that ends in .onnx", 2),
+        (["--format", "openvino", "--out", "x.onnx"], "expected a name that ends in .xml", 2),
+    ],
+)
+def test_wrong_usage(run, capsys, argv, message, code):
+    assert message in error(capsys, "export", run, *argv, code=code)
+
+
+def test_a_missing_checkpoint(capsys, tmp_path):
+    message = error(capsys, "export", tmp_path / "none", "--format", "onnx", "--out", tmp_path / "x.onnx", code=1)
+    assert "no such checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("package", "format", "extra"),
+    [("onnx", "onnx", "export"), ("onnxscript", "onnx", "export"), ("onnxruntime", "onnx", "export"), ("openvino",) * 3],
+)
+def test_a_missing_package_is_named_with_its_extra(run, tmp_path, capsys, monkeypatch, package, format, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    out = tmp_path / f"x{FORMATS[format].suffix}"
+    message = error(capsys, "export", run, "--format", format, "--out", out, code=1)
+    assert message == f"gmf: error: this needs {package}: pip install 'groupmixformer[{extra}]'"
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    message = error(capsys, "export", run, "--format", "pt2", "--out", tmp_path / "file" / "x.pt2", code=1)
+    assert str(tmp_path / "file") in message
+
+
+def test_detectors_are_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "detection"}))
+    message = error(capsys, "export", tmp_path, "--format", "onnx", "--out", tmp_path / "x.onnx", code=1)
+    assert "holds a detector, which is not exported" in message
+
+
+@pytest.mark.parametrize(("decoder", "format"), [("upernet", "onnx"), ("fpn", "openvino")])
+def test_segmenters_that_a_format_cannot_carry(write_segmenter, tmp_path, capsys, decoder, format):
+    write_segmenter(decoder, tmp_path / "run")
+    out = tmp_path / f"x{FORMATS[format].suffix}"
+    message = error(capsys, "export", tmp_path / "run", "--format", format, "--out", out, code=1)
+    assert f"{format} cannot carry" in message and "--format pt2" in message
+
+
+def test_features_are_for_classifiers(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "segmentation"}))
+    argv = ["export", tmp_path, "--format", "onnx", "--features", "--out", tmp_path / "x.onnx"]
+    assert "--features is for classification" in error(capsys, *argv, code=2)
+
+
+def test_a_model_in_training_mode_is_refused(about, tmp_path, model):
+    with pytest.raises(ValueError, match="in training mode"):
+        export(Exported(model), "pt2", tmp_path / "x.pt2", **about)
+    assert not list(tmp_path.iterdir())
