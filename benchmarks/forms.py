@@ -118,9 +118,9 @@ def forms(settings: Settings, peers: list[str]) -> list[dict[str, Any]]:
     return run(builds, settings)
 
 
-def variants(settings: Settings) -> list[dict[str, Any]]:
+def variants(settings: Settings, chosen: list[str]) -> list[dict[str, Any]]:
     rows = []
-    for variant in BIRDER:
+    for variant in chosen:
         plain = Settings(**{**vars(settings), "channels_last": False})
         builds: Builds = {f"birder_{variant}, eager": partial(release, variant, plain)}
         for form in ("eager", "fused", "bf16, fused"):
@@ -135,9 +135,9 @@ def peak_memory(build: Callable[[], Runner], settings: Settings) -> float | None
     return row["peak_memory"]
 
 
-def training(settings: Settings) -> list[dict[str, Any]]:
+def training(settings: Settings, chosen: list[str]) -> list[dict[str, Any]]:
     rows = []
-    for variant in BIRDER:
+    for variant in chosen:
         plain = Settings(**{**vars(settings), "channels_last": False})
         builds: Builds = {
             f"birder_{variant}": partial(release, variant, plain),
@@ -159,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["forms", "single", "variants", "training"]
     parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all, about an hour")
+    parser.add_argument("--variants", nargs="+", choices=BIRDER, default=list(BIRDER), help="of variants and training")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -169,8 +170,8 @@ def main() -> None:
     work = {
         "forms": [("batch 4", lambda: forms(four, PEERS))],
         "single": [("batch 1", lambda: forms(one, []))],
-        "variants": [("batch 1", lambda: variants(one)), ("batch 4", lambda: variants(four))],
-        "training": [("batch 4", lambda: training(train))],
+        "variants": [("batch 1", lambda: variants(one, args.variants)), ("batch 4", lambda: variants(four, args.variants))],
+        "training": [("batch 4", lambda: training(train, args.variants))],
     }
     found = conditions(four)
     found["versions"] |= {"groupmixformer": groupmixformer.__version__, "birder": birder.__version__}
