@@ -356,6 +356,7 @@ def scaling():
     return script
 
 
+@pytest.mark.slow
 def test_time_and_memory_are_measured_against_the_side(scaling, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "too_large", lambda done, side, rounds: "large" if side > 64 else None)
     scaling.main(["--sides", "96", "64", "--rounds", "1", "--out", str(tmp_path)])

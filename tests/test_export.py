@@ -95,7 +95,13 @@ def assert_same_function(format, path, network, shapes=OTHER_SHAPES):
 
 
 @pytest.mark.parametrize(
-    "format", ["onnx", "pt2", pytest.param("aoti", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow)]
+    "format",
+    [
+        "onnx",
+        pytest.param("pt2", marks=pytest.mark.slow),
+        pytest.param("aoti", marks=pytest.mark.slow),
+        pytest.param("openvino", marks=pytest.mark.slow),
+    ],
 )
 def test_the_command(model, run, tmp_path, capsys, format):
     path = tmp_path / "new" / f"file{FORMATS[format].suffix}"

@@ -278,6 +278,7 @@ def test_an_exported_graph_holds_operators_of_pytorch_alone(shallow, images, all
         assert_equal([program.module()(views)], [shallow(views)])
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_a_traced_graph_holds_operators_of_pytorch_alone(model, images, all_large):
@@ -560,6 +561,7 @@ def test_classifier_and_pooling(randomise, images, num_classes, global_pool):
 # Inside other networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture", ["mask_rcnn", *(pytest.param(a, marks=pytest.mark.slow) for a in ("retinanet", "faster_rcnn"))]
 )

@@ -29,6 +29,7 @@ def interpreted(marked):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_under_the_interpreter():
     interpreted("not slow")
 
@@ -171,7 +172,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dtype", "C"),
     [
-        (90, torch.bfloat16, 16),
+        pytest.param(90, torch.bfloat16, 16, marks=slow),
         pytest.param(80, torch.float32, 64, marks=slow),
         pytest.param(80, torch.float16, 16, marks=slow),
         pytest.param(80, torch.bfloat16, 64, marks=slow),
