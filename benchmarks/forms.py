@@ -96,7 +96,7 @@ def run(builds: Builds, settings: Settings) -> list[dict[str, Any]]:
         runners[label] = builds[label]()
         return runners[label]
 
-    rows = measure({label: partial(kept, label) for label in builds}, settings, lambda items, *_: items)
+    rows = measure({label: partial(kept, label) for label in builds}, settings)
     for row in rows:
         name = row["model"].split(",")[0]
         row["error"] = getattr(runners[row["model"]], "error", None)

@@ -77,7 +77,10 @@ def exponent(rows: list[dict[str, Any]], key: str) -> float | None:
     return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
 
 
-def draw(curves: dict[tuple[str, str], list[dict[str, Any]]], title: str) -> Figure:
+Curves = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def draw(curves: Curves, title: str) -> Figure:
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     figure.suptitle(title, fontsize=9)
     panels = {"milliseconds": "milliseconds of a step", "peak_memory": "peak memory of a step (MiB)"}
@@ -98,6 +101,23 @@ def draw(curves: dict[tuple[str, str], list[dict[str, Any]]], title: str) -> Fig
     return figure
 
 
+def write(out: Path, settings: Settings, curves: Curves, skipped: list[dict[str, Any]]) -> None:
+    found = conditions(settings)
+    found["versions"]["groupmixformer"] = groupmixformer.__version__
+    growth = [
+        {"model": label, "mode": mode, **{key: exponent(rows, key) for key in ("milliseconds", "peak_memory")}}
+        for (label, mode), rows in curves.items()
+    ]
+    result = {**found, "rows": list(itertools.chain(*curves.values())), "exponents_in_tokens": growth, "skipped": skipped}
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / f"scaling-{found['date']}.json", (json.dumps(result, indent=2) + "\n").encode())
+    title = (
+        f"Batch 1, fp32, {found['date']}; {found['machine']}, {found['clock']}; torch {torch.__version__}; "
+        "exponents are fitted to the last four sides"
+    )
+    write_figure(draw(curves, title), out / f"scaling-{found['date']}.svg")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_name, default=model_name("mobile"))
@@ -106,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     networks = {args.model: (args.model, True), f"{VIT}, fused": (VIT, True), f"{VIT}, explicit": (VIT, False)}
-    curves: dict[tuple[str, str], list[dict[str, Any]]] = {(label, mode): [] for label in networks for mode in MODES}
+    curves: Curves = {(label, mode): [] for label in networks for mode in MODES}
     skipped = []
     for side, mode in itertools.product(sorted(args.sides), MODES):
         settings = Settings(train=mode == "training", size=(side, side), rounds=args.rounds)
@@ -122,20 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             curves[row["model"], mode].append({"mode": mode, "side": side, **row, "macs": macs})
             memory = "unknown" if row["peak_memory"] is None else f"{row['peak_memory']:.0f} MiB"
             print(f"{row['model']}, {mode}, {side}: {row['milliseconds']:.1f} ms, {memory}", flush=True)
-    found = conditions(settings)
-    found["versions"]["groupmixformer"] = groupmixformer.__version__
-    growth = [
-        {"model": label, "mode": mode, **{key: exponent(rows, key) for key in ("milliseconds", "peak_memory")}}
-        for (label, mode), rows in curves.items()
-    ]
-    result = {**found, "rows": list(itertools.chain(*curves.values())), "exponents_in_tokens": growth, "skipped": skipped}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_file(args.out / f"scaling-{found['date']}.json", (json.dumps(result, indent=2) + "\n").encode())
-    title = (
-        f"Batch 1, fp32, {found['date']}; {found['machine']}, {found['clock']}; torch {torch.__version__}; "
-        "exponents are fitted to the last four sides"
-    )
-    write_figure(draw(curves, title), args.out / f"scaling-{found['date']}.svg")
+        write(args.out, settings, curves, skipped)  # a run that is stopped keeps what it has
 
 
 if __name__ == "__main__":

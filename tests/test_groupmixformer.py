@@ -456,6 +456,14 @@ def test_large_maps_keep_less_and_get_the_same_gradients(randomise, monkeypatch,
     assert checkpointing or bytes_kept < 0.7 * all_bytes
 
 
+def test_large_maps_under_torch_func(randomise):
+    model = randomise(GroupMixFormer(embed_dims=(20,), depths=(1,), mlp_ratios=(4,), num_classes=6)).eval()
+    images, parameters = torch.randn(4, 3, 192, 192), dict(model.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (images,)).square().sum())(parameters)
+    expected = torch.autograd.grad(model(images).square().sum(), list(parameters.values()))
+    torch.testing.assert_close(list(found.values()), list(expected))
+
+
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_optimizer_groups(layer_decay):
     model = create(num_classes=6)

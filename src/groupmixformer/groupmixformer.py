@@ -113,6 +113,7 @@ def _run_lean(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         and x.numel() >= (2**17 if x.device.type == "cpu" else 2**21)
         and x.requires_grad
         and torch.is_grad_enabled()
+        and torch._C._functorch.maybe_current_level() is None  # torch.func has no place for what recomputes
         # Synchronised BN would talk to the other processes twice.
         and not any(isinstance(m, nn.SyncBatchNorm) for module in modules for m in module.modules())
     ):
