@@ -17,7 +17,7 @@ LAYERS = [
     {"sources", "samples", "backbone", "speed"},
     {"streaming", "coco", "semantic"},
     {"data", "drawing"},
-    {"shards", "loading"},
+    {"shards", "loading", "inference"},
     {"task"},
     {"classification", "detection", "segmentation"},
     {"training"},

@@ -25,27 +25,6 @@ def _progress(items: Any, what: str, total: int | None = None) -> Any:
     return tqdm(items, what, total, disable=None, leave=False)
 
 
-def _data_config(model: Any, image_size: int | None = None, test_size: bool = False, **crop: Any) -> dict[str, Any]:
-    """Size, crop and colours of the model's input by timm's rules: what is asked for, or else what is stored with the model."""
-    from timm.data.config import resolve_data_config
-
-    asked = {"img_size": image_size, "in_chans": model.pretrained_cfg["input_size"][0], **crop}
-    config: dict[str, Any] = resolve_data_config(asked, model.pretrained_cfg, use_test_size=test_size)
-    return config
-
-
-def _class_names(model: Any) -> list[str]:
-    """Names stored with the model; ImageNet's where there are 1,000 classes; numbers otherwise."""
-    cfg = model.pretrained_cfg
-    names = list(cfg.get("label_names") or [])
-    if not names and model.num_classes == 1000:
-        from timm.data import ImageNetInfo
-
-        imagenet = ImageNetInfo()
-        return [imagenet.index_to_description(index) for index in range(1000)]
-    return names or [str(index) for index in range(model.num_classes)]
-
-
 def _device(name: str) -> Any:
     import torch
 
@@ -92,10 +71,11 @@ def _finish(folder: Path, images: Any, seconds: float, device: str) -> dict[str,
     from .checkpoint import load_model
     from .data import eval_loader
     from .evaluation import evaluate
+    from .inference import data_config
     from .report import save_examples, write_report
 
     model = load_model(folder).to(_device(device))
-    config = _data_config(model)
+    config = data_config(model)
     evaluation = evaluate(model, eval_loader(images.held_out, config))
     report = write_report(folder, model.cpu(), images.held_out, images.class_names, evaluation, config)
     examples = save_examples(folder, images.held_out, images.class_names)
@@ -227,7 +207,12 @@ def _data_of(run: str) -> tuple[str, str]:
     return stored.data, stored.root
 
 
-def _scenes(args: argparse.Namespace, task: str, precision: str) -> Any:
+def _open(args: argparse.Namespace, task: str, precision: str = "fp32") -> Any:
+    """Return the model of a run, ready to look at pictures: its `predict` takes one."""
+    if task == "classification":
+        from .inference import Classes
+
+        return Classes(args.run, _device(args.device), args.image_size, args.top or 5)
     from .scenes import Objects, Segments
 
     settings = (args.run, _device(args.device), args.image_size, _precision(precision))
@@ -237,7 +222,7 @@ def _scenes(args: argparse.Namespace, task: str, precision: str) -> Any:
 
 
 def _evaluate_scenes(args: argparse.Namespace, task: str) -> None:
-    scenes = _scenes(args, task, args.precision)
+    scenes = _open(args, task, args.precision)
     data, split = args.data or _data_of(args.run)[0], args.split or "val"
     measured = scenes.evaluate(scenes.open(data, split), args.workers, _progress)
     for problem in measured.skipped:
@@ -259,6 +244,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from .data import eval_loader, open_images
     from .evaluation import evaluate as evaluate_model
     from .evaluation import per_class, reliability
+    from .inference import data_config
 
     if args.plot:
         from .report import reliability_diagram, write_figure  # before the work, in case that matplotlib is missing
@@ -272,7 +258,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.test_size and not any(model.pretrained_cfg.get(key) for key in ("test_input_size", "test_crop_pct")):
         print(f"gmf eval: {args.run} stores no size or crop for tests: its usual ones are used", file=sys.stderr)
     crop = {"crop_pct": args.crop_pct, "crop_mode": args.crop_mode, "interpolation": args.interpolation}
-    config = _data_config(model, args.image_size, args.test_size, **crop)
+    config = data_config(model, args.image_size, args.test_size, **crop)
     batch_size = args.batch_size or 64
     loader = eval_loader(images.held_out, config, batch_size, args.workers)
     evaluation = evaluate_model(model, _progress(loader, "evaluating"), _precision(args.precision))
@@ -314,11 +300,12 @@ def evaluate(args: argparse.Namespace) -> None:
     _show(result, args.json, "\n".join(lines))
 
 
-def _predict_scenes(args: argparse.Namespace, task: str) -> None:
+def predict(args: argparse.Namespace) -> None:
+    """Classify pictures, or find objects or segments in them."""
     from .pictures import find_images, read_image
-    from .scenes import write_prediction, write_results
 
-    scenes, out = _scenes(args, task, "fp32"), Path(args.out or "predictions")
+    task = _task(args)
+    model, out = _open(args, task), Path(args.out or "predictions")
     images: list[dict[str, Any]] = []
     coco: list[dict[str, Any]] = []
     skipped: list[str] = []
@@ -332,56 +319,24 @@ def _predict_scenes(args: argparse.Namespace, task: str) -> None:
             skipped.append(str(path))
             print(f"gmf predict: skipped {error}", file=sys.stderr)
             continue
-        found = scenes.predict(picture, str(path), 0.5 if args.score is None else args.score)
-        files = write_prediction(out, path, found, taken)
+        found = model.predict(picture, str(path), 0.5 if args.score is None else args.score)
+        images.append({"image": str(path), **found.result})
+        lines.append(f"{path}: {found.text}")
         coco += found.results
-        images.append({"image": str(path), **found.result, "files": files})
-        lines.append(f"{path}: {found.text}  ({', '.join(files)})")
+        if found.files:
+            from .scenes import write_prediction
+
+            images[-1]["files"] = write_prediction(out, path, found, taken)
+            lines[-1] += f"  ({', '.join(images[-1]['files'])})"
     if not images:
         raise ValueError(f"none of {len(paths)} images could be read")
     result: dict[str, Any] = {"run": args.run, "task": task, "images": images, "skipped": skipped}
     if task == "detection":
+        from .scenes import write_results
+
         result["coco_results"] = write_results(out, coco)
         lines.append(f"COCO results: {result['coco_results']}")
     _show(result, args.json, "\n".join(lines))
-
-
-def predict(args: argparse.Namespace) -> None:
-    """Classify pictures, or find objects or segments in them."""
-    task = _task(args)
-    if task != "classification":
-        _predict_scenes(args, task)
-        return
-    import torch
-
-    from .checkpoint import load_model
-    from .data import eval_transform
-    from .evaluation import predict as predict_logits
-    from .pictures import find_images, read_image
-
-    model = load_model(args.run).to(_device(args.device))
-    transform, names = eval_transform(_data_config(model, args.image_size)), _class_names(model)
-    results: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    paths = find_images(args.images)
-    for path in _progress(paths, "classifying", len(paths)):
-        try:
-            picture = transform(read_image(path))
-        except ValueError as error:
-            skipped.append(str(path))
-            print(f"gmf predict: skipped {error}", file=sys.stderr)
-            continue
-        probabilities = next(predict_logits(model, [picture[None]])).softmax(dim=1)[0]
-        top = torch.topk(probabilities, min(args.top or 5, len(probabilities)))
-        classes = [
-            {"class": names[index], "index": index, "probability": probability}
-            for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
-        results.append({"image": str(path), "classes": classes})
-    if not results:
-        raise ValueError(f"none of {len(paths)} images could be read")
-    lines = [f"{r['image']}: " + ", ".join(f"{c['class']} {c['probability']:.1%}" for c in r["classes"]) for r in results]
-    _show({"run": args.run, "images": results, "skipped": skipped}, args.json, "\n".join(lines))
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -442,6 +397,7 @@ def _to_export(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the network of a run as it is exported, and what is written beside it."""
     from .checkpoint import load_checkpoint, task_of
     from .export import Exported
+    from .inference import class_names, data_config
 
     task = task_of(args.run)
     if task == "detection":
@@ -462,10 +418,10 @@ def _to_export(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         about = {"input_size": (3, segmenter.image_size, segmenter.image_size), "classes": stored["class_names"]}
         return Exported(segmenter).eval(), about | {"mean": segmenter.mean, "std": segmenter.std}
     model: Any = load_checkpoint(args.run)
-    about = {key: value for key, value in _data_config(model).items() if key in ("input_size", "mean", "std")}
+    about = {key: value for key, value in data_config(model).items() if key in ("input_size", "mean", "std")}
     if args.features:
         about["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
-    return Exported(model, args.features).eval(), about | {"classes": [] if args.features else _class_names(model)}
+    return Exported(model, args.features).eval(), about | {"classes": [] if args.features else class_names(model)}
 
 
 def export(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""Logits, accuracy and calibration of a classifier. No Lightning here, so that a prediction starts fast."""
+"""Accuracy and calibration of a classifier. No Lightning here, so that a prediction starts fast."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BINS = 15  # equal bins of confidence for the calibration error, the usual number since Guo et al. (2017)
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield logits (B, classes), in float32 on the CPU, of batches of images (B, 3, H, W)."""
-    device = next(model.parameters()).device
-    for images in batches:
-        yield model(images.to(device)).float().cpu()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from .drawing import draw_objects, draw_segments
+from .inference import Predicted
 from .report import BLUE, curves, write_file, write_page
 
 Progress = Callable[..., Iterable[Any]]
@@ -37,23 +38,6 @@ class Measured:
     text: str
     table: str
     skipped: list[str]
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What was found in a picture.
-
-    Attributes:
-        result: For a JSON object.
-        text: In a line.
-        files: Contents by the ending of their name: the drawn picture, and for segments the mask.
-        results: For boxes and masks, COCO's results.
-    """
-
-    result: dict[str, Any]
-    text: str
-    files: dict[str, bytes]
-    results: list[dict[str, Any]]
 
 
 def _png(picture: Image.Image) -> bytes:
@@ -115,7 +99,7 @@ class _Scenes(ABC):
         """Measure on every picture once."""
 
     @abstractmethod
-    def predict(self, picture: Image.Image, name: str, score: float) -> Predicted:
+    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
         """Look at a picture (RGB); the score from which objects are drawn matters for detection alone."""
 
     @abstractmethod
@@ -218,7 +202,7 @@ class Objects(_Scenes):
         main = f"{list(self.kinds)[-1]}_AP"
         return Measured(result, "\n".join(lines), _ranked(classes, main), skipped)
 
-    def predict(self, picture: Image.Image, name: str, score: float) -> Predicted:
+    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
         """Find objects; those of at least `score` are drawn and listed, all are in COCO's results."""
         from .coco import to_results, to_tensor
 
@@ -322,7 +306,7 @@ class Segments(_Scenes):
         result = {**measured, "images": seen, **rates, **self.how, "ignored_label": IGNORE, "per_class": classes}
         return Measured(result, text, _ranked(classes, "IoU"), skipped)
 
-    def predict(self, picture: Image.Image, name: str, score: float) -> Predicted:
+    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
         """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
         labels = self._labels(self.model.prepare(picture), (picture.height, picture.width))
         ids = np.asarray(self.config["class_ids"], dtype=np.uint8)
