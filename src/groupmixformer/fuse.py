@@ -185,7 +185,7 @@ class FusedAttention(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H, W, D)."""
-        B, H, W, D = x.shape
+        (B, H, W, _), D = x.shape, self.dim
         C, N = D // 5, H * W
         if self.eps is not None:
             x = F.layer_norm(x, (D,), None, None, self.eps)
@@ -226,7 +226,7 @@ class FusedBlock(Fused):
         """Return (B, D, H, W)."""
         x = self.cpe(x).permute(0, 2, 3, 1)  # (B, H, W, D)
         x = x + self.attn(x)
-        hidden = F.layer_norm(x, x.shape[-1:], None, None, self.eps)
+        hidden = F.layer_norm(x, (self.attn.dim,), None, None, self.eps)
         hidden = _linear(hidden, self.fc1.weight, self.fc1.bias, "gelu")  # (B, H, W, hidden)
         x = x + _linear(hidden, self.fc2.weight, self.fc2.bias)
         return x.permute(0, 3, 1, 2)
