@@ -782,3 +782,17 @@ def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, froze
     assert kept == (norms if frozen else set())
     learnt = [name for name, value in trained.named_parameters() if "bn" in name and not torch.equal(value, value.round())]
     assert learnt  # their weights, which begin as 1 and 0, learn all the same
+
+
+@pytest.mark.parametrize("architecture", ["faster_rcnn", "mask_rcnn"])
+def test_what_is_found_does_not_depend_on_the_picture_before(architecture, randomise):
+    """torchvision would take the strides of its maps from the first picture, here one that is half filling."""
+    settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16, "objects": 5}
+    pictures = torch.rand(3, 50, 131), torch.rand(3, 96, 96)
+    found = []
+    for order in (pictures, pictures[::-1]):
+        detector = randomise(Detector(Backbone("test_convnext", {}), **settings)).eval()
+        with torch.no_grad():
+            boxes = [detector([picture])[0]["boxes"] for picture in order]
+        found.append(boxes if order is pictures else boxes[::-1])
+    torch.testing.assert_close(found[0], found[1])

@@ -15,7 +15,9 @@ from test_groupmixformer import STAGES
 from groupmixformer import GroupMixFormer
 from groupmixformer.backbone import Backbone
 from groupmixformer.checkpoint import save_checkpoint, save_network
+from groupmixformer.detection import Detector
 from groupmixformer.export import FORMATS, TOLERANCE, Exported, export
+from groupmixformer.export_detector import unlike
 from groupmixformer.segmentation import Segmenter
 
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 3}  # quick to export
@@ -279,12 +281,6 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
     assert str(tmp_path / "file") in message
 
 
-def test_detectors_are_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"task": "detection"}))
-    message = error(capsys, "export", tmp_path, "--format", "onnx", "--out", tmp_path / "x.onnx", code=1)
-    assert "holds a detector, which is not exported" in message
-
-
 @pytest.mark.parametrize(("decoder", "format"), [("upernet", "onnx"), ("fpn", "openvino")])
 def test_segmenters_that_a_format_cannot_carry(write_segmenter, tmp_path, capsys, decoder, format):
     write_segmenter(decoder, tmp_path / "run")
@@ -303,3 +299,72 @@ def test_a_model_in_training_mode_is_refused(about, tmp_path, model):
     with pytest.raises(ValueError, match="in training mode"):
         export(Exported(model), "pt2", tmp_path / "x.pt2", **about)
     assert not list(tmp_path.iterdir())
+
+
+# Detectors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["retinanet", "mask_rcnn"])
+def test_detectors(architecture, randomise, tmp_path, capsys):
+    backbone = Backbone("groupmixformer_mobile", {"embed_dims": [20] * 4, "depths": [1] * 4, "mlp_ratios": [2] * 4})
+    network = {"num_classes": 3, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16, "objects": 20}
+    detector = randomise(Detector(backbone, **network)).eval()
+    config = {"task": "detection", "class_names": NAMES, "category_ids": [1, 2, 3]}
+    save_network(detector, tmp_path / "run", config | {"network": {"backbone": dataclasses.asdict(backbone), **network}})
+    out = tmp_path / "detector.onnx"
+    result = json.loads(output(capsys, "export", tmp_path / "run", "--format", "onnx", "--out", out, "--json").out)
+    assert result["objects"] > 100 and result["strays"] <= 5
+    assert read_metadata("onnx", out)["classes"] == json.dumps(NAMES)
+
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out)
+    for size in ((50, 131), (140, 64)):  # others than the export compared at
+        image = torch.rand(3, *size)
+        with torch.no_grad():
+            expected = detector([image])[0]
+        found = [torch.from_numpy(output) for output in session.run(None, {"image": image.numpy()})]
+        names = [item.name for item in session.get_outputs()]
+        apart = unlike(found, [expected[name] for name in names], 0.05, network["objects"])
+        assert len(apart) > 10 and (apart <= 1e-3).float().mean() >= 0.9
+
+
+def objects(*boxes, score=0.9, labels=None):
+    count = len(boxes)
+    return torch.tensor(boxes).reshape(-1, 4).float(), torch.tensor(labels or [1] * count), torch.full((count,), score)
+
+
+ONE, OTHER = (0, 0, 50, 100), (50, 0, 100, 100)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "difference"),
+    [
+        (objects(ONE, OTHER), objects(OTHER, ONE), [0.0] * 4),  # in another order
+        (objects((0, 1, 50, 100)), objects(ONE), [0.01] * 2),
+        (objects(ONE, score=0.7), objects(ONE), [0.2] * 2),
+        (objects(ONE), objects(ONE, OTHER), [0.0, 0.0, 0.5]),  # the nearest is the other
+        (objects(ONE), objects(ONE, labels=[2]), [torch.inf] * 2),
+        (objects(ONE), objects(), [torch.inf]),
+        (objects(ONE, score=0.0505), objects(), []),  # may be missing, as its score is hardly above the least
+        (objects(), objects(), []),
+    ],
+)
+def test_objects_are_compared_with_the_nearest_of_their_class(got, expected, difference):
+    assert unlike(got, expected, 0.05, 100).tolist() == pytest.approx(difference)
+
+
+def test_masks_are_compared_too():
+    mask = torch.zeros(1, 1, 100, 100)
+    other = mask.clone()
+    other[..., :10, :10] = 1
+    assert unlike((*objects(ONE), mask), (*objects(ONE), other), 0.05, 100).tolist() == pytest.approx([0.01, 0.01])
+
+
+@pytest.mark.parametrize("format", ["pt2", "aoti", "openvino"])
+def test_what_cannot_carry_a_detector_says_so(tmp_path, capsys, format):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "detection"}))
+    out = tmp_path / f"x{FORMATS[format].suffix}"
+    message = error(capsys, "export", tmp_path, "--format", format, "--out", out, code=1)
+    assert f"{format} cannot carry a detector: export it with --format onnx" in message

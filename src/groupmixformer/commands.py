@@ -5,7 +5,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -393,18 +393,25 @@ def bench(args: argparse.Namespace) -> None:
     _show(result, args.json, table(result))
 
 
-def _to_export(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _export_detector(args: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    if args.features:
+        raise UsageError(f"--features is for classification, and {args.run} holds a model for detection")
+    if args.format != "onnx":
+        raise ValueError(f"{args.run}: {args.format} cannot carry a detector: export it with --format onnx")
+    from .detection import load_detector
+    from .export import real_picture
+    from .export_detector import export_detector
+
+    detector, stored = load_detector(args.run)
+    return export_detector(detector, args.out, real_picture(Path(args.run)), stored["class_names"], progress)
+
+
+def _to_export(args: argparse.Namespace, task: str) -> tuple[Any, dict[str, Any]]:
     """Return the network of a run as it is exported, and what is written beside it."""
-    from .checkpoint import load_checkpoint, task_of
+    from .checkpoint import load_checkpoint
     from .export import Exported
     from .inference import class_names, data_config
 
-    task = task_of(args.run)
-    if task == "detection":
-        raise ValueError(
-            f"{args.run}: holds a detector, which is not exported yet, expected a classifier (or, with --features, its maps) "
-            "or a segmenter"
-        )
     if task == "segmentation":
         if args.features:
             raise UsageError(f"--features is for classification, and {args.run} holds a model for {task}")
@@ -426,16 +433,27 @@ def _to_export(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def export(args: argparse.Namespace) -> None:
     """Write a model for another program, and compare the file with the model."""
+    from .checkpoint import task_of
     from .export import FORMATS, real_picture
     from .export import export as write_export
 
     suffix = FORMATS[args.format].suffix
     if Path(args.out).suffix != suffix:
         raise UsageError(f"--out {args.out}: expected a name that ends in {suffix} for {args.format}")
-    network, about = _to_export(args)
-    about["progress"] = lambda line: print(f"gmf export: {line}", file=sys.stderr)
-    result = write_export(network, args.format, args.out, real_picture(Path(args.run)), **about)
-    text = f"{args.out}: {FORMATS[args.format].title}, {result['bytes'] / 1e6:.1f} MB, largest relative difference "
+
+    def progress(line: str) -> None:
+        print(f"gmf export: {line}", file=sys.stderr)
+
+    task = task_of(args.run)
+    if task == "detection":
+        result = _export_detector(args, progress)
+        what = f"ONNX, opset {result['opset']}, {result['bytes'] / 1e6:.1f} MB, {result['objects']} objects compared, "
+        what += f"{result['strays']} without a counterpart"
+    else:
+        network, about = _to_export(args, task)
+        result = write_export(network, args.format, args.out, real_picture(Path(args.run)), progress=progress, **about)
+        what = f"{FORMATS[args.format].title}, {result['bytes'] / 1e6:.1f} MB"
+    text = f"{args.out}: {what}, largest relative difference "
     text += ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
     _show({"run": args.run, **result}, args.json, text)
 

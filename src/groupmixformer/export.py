@@ -180,12 +180,13 @@ def _difference(got: Outputs, expected: Outputs) -> float:
     return worst
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Leave out what the exporters say about their own code."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -251,7 +252,7 @@ def export(
         "version": importlib.metadata.version(NAME),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder, quietly():
         written = Path(folder, path.name)
         progress(f"writing {target.title}")
         fused = fuse(network)
@@ -260,7 +261,7 @@ def export(
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{format} cannot carry this network ({_one_line(error)})") from error
+            raise ValueError(f"{format} cannot carry this network ({one_line(error)})") from error
         errors = {}
         try:
             run = target.load(written)
@@ -270,7 +271,7 @@ def export(
                 pairs = [(run(images), network(images)) for images in (pixels, torch.randn(3, channels, *size))]
                 errors[f"{size[0]}x{size[1]}"] = max(_difference(got, expected) for got, expected in pairs)
         except Exception as error:
-            raise ValueError(f"{path}: the written file does not run, so it is removed ({_one_line(error)})") from error
+            raise ValueError(f"{path}: the written file does not run, so it is removed ({one_line(error)})") from error
         if max(errors.values()) > TOLERANCE:
             found = ", ".join(f"{error:.1e} at {size}" for size, error in errors.items())
             raise ValueError(f"{path}: the file differs from the model by {found}, above {TOLERANCE:g}, so it is removed")
