@@ -203,7 +203,9 @@ class Explainer(ABC):
         with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):  # the same file from the same picture
             figure.savefig(drawn, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
         np.savez_compressed(packed, **arrays)
-        return Predicted(result, self._text(result), {f".{form}": drawn.getvalue(), ".npz": packed.getvalue()}, [])
+        # The names differ from that of the picture, which may lie in the same folder.
+        files = {f"-explained.{form}": drawn.getvalue(), "-explained.npz": packed.getvalue()}
+        return Predicted(result, self._text(result), files, [])
 
     @staticmethod
     def _text(result: dict[str, Any]) -> str:
@@ -213,7 +215,7 @@ class Explainer(ABC):
             )
         text = f"{result['class']} {result['probability']:.1%}"
         if not result["relevant"]:
-            return f"{text}, for which nothing speaks in stage {result['relevance_stage']}: its relevance is zero"
+            return f"{text}, for which nothing speaks in stage {result['relevance_stage']}: its relevance is zero, another --stage may show more"
         row, column = result["queries"][0]
         return f"{text}, most relevant at {row},{column}" if result["queries_from"] == "relevance" else text
 
@@ -251,7 +253,7 @@ class OfClasses(Explainer):
         index = int(logits.argmax()) if self.wanted is None else self.wanted
         name, probability = self.classes.class_names[index], logits[0].float().softmax(dim=0)[index].item()
         about = {"class": name, "index": index, "probability": probability}
-        return Chosen(about, f"relevance for\n{name} ({probability:.1%})", found[0].float().cpu().numpy())
+        return Chosen(about, f"relevance, stage {stage}:\n{name} ({probability:.1%})", found[0].float().cpu().numpy())
 
 
 class _OfScenes(Explainer):
@@ -332,7 +334,7 @@ class OfObjects(_OfScenes):
         values = self._weigh(found["scores"][number], features, view, stage)
         height, width = view.factors
         seen = [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
-        return Chosen(about, f"relevance for object {number},\n{name} ({probability:.1%})", values, seen)
+        return Chosen(about, f"relevance, stage {stage}:\nobject {number}, {name} ({probability:.1%})", values, seen)
 
 
 class OfSegments(_OfScenes):
@@ -368,7 +370,7 @@ class OfSegments(_OfScenes):
         probability = probabilities[index][segment].mean().item() if share else 0.0
         about = {"class": name, "index": index, "probability": probability, "share": share}
         values = self._weigh(logits[0, index][segment].sum(), features, view, stage)
-        return Chosen(about, f"relevance for {name}\n({probability:.1%} on {share:.1%})", values)
+        return Chosen(about, f"relevance, stage {stage}:\n{name} ({probability:.1%})", values)
 
 
 def open_explainer(
