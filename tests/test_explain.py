@@ -207,3 +207,5 @@ def test_what_has_no_relevance_says_so(model):
         class_relevance(model.eval(), images, stage=4)
     with pytest.raises(ValueError, match="cannot be shown"):
         class_relevance(timm.create_model("test_vit").eval(), images)
+    with pytest.raises(ValueError, match="Sequential has no feature maps whose relevance could be shown"):
+        class_relevance(nn.Sequential(nn.Flatten()).eval(), images)

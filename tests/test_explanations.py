@@ -304,7 +304,7 @@ def test_a_picture_without_objects_has_attention_alone(folder, tmp_path, capsys)
     explainer.model.network.roi_heads.score_thresh = 1.0
     found = explainer.explain(Image.open(folder / "wide.png"))
     assert found.result["queries_from"] == "centre" and not found.result["relevant"] and found.result["objects"] == 0
-    assert found.text.startswith("nothing found")
+    assert found.text == "nothing found, so there is no relevance"
     assert set(found.files) == {"-explained.png", "-explained.npz"}
     explainer.wanted = 0
     with pytest.raises(ValueError, match="got object 0, and 0 were found"):

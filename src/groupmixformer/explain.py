@@ -158,9 +158,21 @@ def overlays(model: nn.Module, image: Tensor, query: Sequence[int], stage: int |
     return by_group_size(maps.float(), size)[0].cpu()
 
 
-def stages_of(reductions: Sequence[int]) -> dict[int, int]:
-    """Return by stage, of strides 4, 8, 16 ..., the place of its features among those of these strides."""
-    return {(stride // 4).bit_length() - 1: i for i, stride in enumerate(reductions) if stride >= 4}
+def stages_of(network: Any) -> dict[int, int]:
+    """Return the place of the features of each stage, 0 for stride 4, 1 for 8 and so on, among those of a model of timm.
+
+    Args:
+        network: A classifier, or the features of one.
+
+    Raises:
+        ValueError: If it does not tell of any.
+    """
+    info = getattr(network, "feature_info", [])
+    strides = [each["reduction"] for each in info] if isinstance(info, list) else info.reduction()
+    places = {(stride // 4).bit_length() - 1: i for i, stride in enumerate(strides) if stride >= 4}
+    if not places:
+        raise ValueError(f"{type(network).__name__} has no feature maps whose relevance could be shown")
+    return places
 
 
 def relevance(score: Tensor, features: Tensor, size: Sequence[int], shown: Sequence[int] | None = None) -> Tensor:
@@ -213,9 +225,8 @@ def class_relevance(
     network: Any = model
     if network.training:
         raise ValueError("got a model in training mode, expected one in eval mode: call model.eval()")
-    places = stages_of([info["reduction"] for info in network.feature_info])
-    size = images.shape[-2:]
-    stage = suited_stage(size, places) if stage is None and places else stage
+    places, size = stages_of(network), images.shape[-2:]
+    stage = suited_stage(size, places) if stage is None else stage
     if stage not in places:
         raise ValueError(f"got stage {stage}, expected one of {', '.join(map(str, places))}")
     with torch.enable_grad():

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms import MaybeToTensor
@@ -152,12 +153,10 @@ class Explainer(ABC):
         chosen = self.choose(picture, view, last, queries[0] if queries else None)
         speaks = chosen.relevance is not None and bool(chosen.relevance.any())
         origin = "given" if queries else "relevance" if speaks else "centre"
-        if not points:
+        if not queries:
+            at = int(np.argmax(chosen.relevance)) if speaks and chosen.relevance is not None else None
             middle = (view.size[0] // 2, view.size[1] // 2)
-            points = [middle]
-            if speaks:
-                row, column = np.unravel_index(np.argmax(chosen.relevance), view.size)  # type: ignore[arg-type]
-                points = [(int(row), int(column))]
+            points = [middle if at is None else divmod(at, view.size[1])]
             queries = [view.unseen(points[0])]
         result: dict[str, Any] = {
             **chosen.about,
@@ -191,14 +190,7 @@ class Explainer(ABC):
                 }
         result["stages"] = list(strengths)
 
-        rows: list[Row] = []
-        for query, point in zip(queries, points, strict=True):
-            for stage, overlaid in strengths.items():
-                name = f"query {query[0]}, {query[1]}\nstage {stage}"
-                rows.append(Row(shown(view.pixels), name, point, strengths=overlaid[len(rows) // len(strengths)].numpy()))
-        first, *others = rows or [Row(shown(view.pixels))]  # without maps, of another backbone, a query shows nothing
-        rows = [replace(first, box=chosen.box, relevance=chosen.relevance), *others]
-        figure = overlay_figure(rows, "query marked" if strengths else "picture", chosen.title)
+        figure = self._draw(view, queries, points, chosen, strengths)
         drawn, packed = io.BytesIO(), io.BytesIO()
         with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):  # the same file from the same picture
             figure.savefig(drawn, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
@@ -208,14 +200,28 @@ class Explainer(ABC):
         return Predicted(result, self._text(result), files, [])
 
     @staticmethod
+    def _draw(
+        view: View, queries: Sequence[Point], points: Sequence[Point], chosen: Chosen, strengths: dict[int, Tensor]
+    ) -> Figure:
+        """Draw a row for each query and stage; the first has the relevance."""
+        picture = shown(view.pixels)
+        rows = [
+            Row(picture, f"query {query[0]}, {query[1]}\nstage {stage}", point, strengths=overlaid[i].numpy())
+            for i, (query, point) in enumerate(zip(queries, points, strict=True))
+            for stage, overlaid in strengths.items()
+        ]
+        first, *others = rows or [Row(picture)]  # without maps, of another backbone, a query shows nothing
+        rows = [replace(first, box=chosen.box, relevance=chosen.relevance), *others]
+        return overlay_figure(rows, "query marked" if strengths else "picture", chosen.title)
+
+    @staticmethod
     def _text(result: dict[str, Any]) -> str:
         if "class" not in result:
-            return (
-                "nothing found: no relevance; looked from the centre" if result["queries_from"] == "centre" else "nothing found"
-            )
+            return "nothing found, so there is no relevance"
         text = f"{result['class']} {result['probability']:.1%}"
         if not result["relevant"]:
-            return f"{text}, for which nothing speaks in stage {result['relevance_stage']}: its relevance is zero, another --stage may show more"
+            stage = result["relevance_stage"]
+            return f"{text}, for which nothing speaks in stage {stage}: its relevance is zero, another --stage may show more"
         row, column = result["queries"][0]
         return f"{text}, most relevant at {row},{column}" if result["queries_from"] == "relevance" else text
 
@@ -227,7 +233,7 @@ class OfClasses(Explainer):
         self.classes = Classes(run, device, image_size)
         model = self.classes.model
         self.backbone = model if isinstance(model, GroupMixFormer) else None
-        self.stages = stages_of([info["reduction"] for info in model.feature_info])
+        self.stages = stages_of(model)
         self.wanted = None if wanted is None else _index(self.classes.class_names, wanted)
 
     def see(self, picture: Image.Image) -> View:
@@ -266,7 +272,7 @@ class _OfScenes(Explainer):
         self.backbone = network if isinstance(network, GroupMixFormer) else None
         if getattr(body, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(f"{self.model.backbone.name} gives features as {body.output_fmt}, expected NCHW: not explained")
-        self.stages = stages_of(body.feature_info.reduction())
+        self.stages = stages_of(body)
 
     def _run(self, pictures: Any) -> tuple[Any, list[Tensor]]:
         """Return what the network gives, and the features of its backbone that it was computed from."""
