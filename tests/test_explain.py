@@ -184,6 +184,8 @@ def test_relevance_is_not_negative_and_zero_stays_zero():
     features = torch.rand(1, 3, 4, 4).requires_grad_()
     size = (30, 41)
     assert relevance(features[:, :, 0, 0].sum(), features, size)[0, 0, 0] == 1
+    mixed = relevance(features[:, :, 0, 0].sum() - features[:, :, 3, 3].sum(), features, size)[0]
+    assert (mixed[0, 0], mixed[-1, -1], mixed.min()) == (1, 0, 0)
     nothing = relevance(-features.sum(), features, size)
     assert nothing.shape == (1, *size) and not nothing.any()
     assert relevance(features[:, :, 0, 0].sum(), features, size, (20, 21)).shape == (1, 20, 21)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from groupmixformer import GroupMixFormer, attention_maps
+from groupmixformer import GroupMixFormer, attention_maps, explanations
 from groupmixformer.backbone import Backbone
 from groupmixformer.checkpoint import save_checkpoint, save_network
 from groupmixformer.cli import main
 from groupmixformer.detection import Detector
-from groupmixformer.explain import class_relevance
+from groupmixformer.explain import class_relevance, overlays
 from groupmixformer.explanations import View, open_explainer
 from groupmixformer.figures import Row, overlay_figure
 from groupmixformer.segmentation import Segmenter
@@ -97,7 +97,7 @@ def arrays(path):
 # Where pixels go
 
 
-@pytest.mark.parametrize("size", [(90, 150), (141, 99), (33, 32)])
+@pytest.mark.parametrize("size", [(90, 150), (141, 99), pytest.param((33, 32), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["center", "squash", "border", "border, all", "wide", "detector", "segmenter"])
 def test_queries_follow_the_picture(explainer, tmp_path, randomise, how, size):
     """A white square is found where its middle is said to be, and that is mapped back to it."""
@@ -169,6 +169,31 @@ def test_several_pictures_in_one_call(folder, explainer, tmp_path, capsys):
         assert (image["relevance_stage"], image["relevant"]) == (2, True)
 
 
+def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monkeypatch):
+    drawn = []
+
+    def draw(rows, *titles):
+        drawn.append((rows, titles))
+        return overlay_figure(rows, *titles)
+
+    monkeypatch.setattr(explanations, "overlay_figure", draw)
+    classes = explainer("classifier")
+    picture = Image.open(folder / "wide.png")
+    found = classes.explain(picture, [(60, 70), (50, 50)], [2, 1])
+    view = classes.see(picture)
+    ((rows, titles),) = drawn
+    name, probability = found.result["class"], found.result["probability"]
+    assert titles == ("query marked", f"relevance, stage 2:\n{name} ({probability:.1%})")
+    expected = [(query, stage) for query in ((60, 70), (50, 50)) for stage in (1, 2)]
+    assert [row.name for row in rows] == [f"query {y}, {x}\nstage {stage}" for (y, x), stage in expected]
+    assert [row.relevance is not None for row in rows] == [True, False, False, False]
+    for row, (query, stage) in zip(rows, expected, strict=True):
+        assert row.point == view.seen(query)
+        np.testing.assert_array_equal(row.picture, view.pixels / np.float32(255))
+        strengths = overlays(classes.classes.model, view.images[0], view.seen(query), stage)
+        np.testing.assert_allclose(row.strengths, strengths, rtol=1e-4, atol=1e-6)
+
+
 def test_without_a_query_the_most_relevant_pixel_is_taken(folder, tmp_path, capsys):
     result = output(capsys, "explain", folder / "classifier", folder / "wide.png", "--out", tmp_path)
     stored = arrays(tmp_path / "wide-explained.npz")
@@ -187,7 +212,7 @@ def test_a_class_by_name_or_number(folder, wanted):
     assert (about["class"], about["index"]) == ("a house", 2)
 
 
-@pytest.mark.parametrize(("form", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("form", "start"), [("svg", b"<?xml"), pytest.param("pdf", b"%PDF", marks=pytest.mark.slow)])
 def test_figures_in_other_forms(folder, tmp_path, capsys, form, start):
     given = ["explain", folder / "classifier", folder / "wide.png", "--format", form, "--stage", "0", "2", "--out"]
     output(capsys, *given, tmp_path)
@@ -281,12 +306,14 @@ def test_the_object_nearest_to_a_query_is_taken(folder, objects):
         around = [i for i, box in enumerate(boxes) if box[0] <= x + 0.5 <= box[2] and box[1] <= y + 0.5 <= box[3]]
         areas = {i: (boxes[i][2] - boxes[i][0]) * (boxes[i][3] - boxes[i][1]) for i in around}
         assert around and about["object"] == min(areas, key=areas.get)
-    nearest = explainer.choose(picture, view, 3, (5, 5)).about["object"]  # of a corner without any
-    assert nearest == min(range(len(boxes)), key=lambda i: np.hypot(*np.maximum(0, np.subtract(boxes[i][:2], 5.5))))
+    for row, column in ((5, 5), (250, 5), (250, 314), (5, 314)):  # near corners
+        x, y = column + 0.5, row + 0.5
+        away = [np.hypot(max(left - x, x - right, 0), max(top - y, y - bottom, 0)) for left, top, right, bottom in boxes]
+        assert explainer.choose(picture, view, 3, (row, column)).about["object"] == np.argmin(away) and min(away) > 0
 
 
 @pytest.mark.parametrize("size", [(90, 150), pytest.param((140, 101), marks=pytest.mark.slow)])
-def test_objects_are_explained_on_the_picture(folder, tmp_path, capsys, size):
+def test_objects_are_explained_on_the_picture(folder, explainer, tmp_path, capsys, size):
     photo(*size).save(tmp_path / "a.png")
     result = output(capsys, "explain", folder / "detector", tmp_path / "a.png", "--object", "1", "--out", tmp_path, "--json")
     (image,) = json.loads(result.out)["images"]
@@ -295,6 +322,12 @@ def test_objects_are_explained_on_the_picture(folder, tmp_path, capsys, size):
     height, width = stored["picture"].shape[:2]
     assert stored["relevance"].shape == (height, width) and height / width == pytest.approx(size[0] / size[1], rel=0.02)
     assert stored["maps_stage2"].shape == (1, 8, -(-height // 32) * 2, -(-width // 32) * 2)  # with the filling
+    chosen = explainer("detector").choose(photo(*size), explainer("detector").see(photo(*size)), 3, None)
+    np.testing.assert_allclose(
+        chosen.box,
+        np.array(chosen.about["box"]) * [width / size[1], height / size[0], width / size[1], height / size[0]],
+        rtol=1e-5,
+    )
     original = np.asarray(photo(*size).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(stored["picture"] - original).mean() < 3
 
