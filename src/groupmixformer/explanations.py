@@ -20,7 +20,6 @@ from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 
 from .checkpoint import task_of
-from .coco import to_tensor
 from .explain import GROUP_SIZES, attend, by_group_size, class_relevance, relevance, stages_of, suited_stage
 from .figures import Row, overlay_figure, shown
 from .groupmixformer import GroupMixFormer
@@ -309,12 +308,16 @@ class OfObjects(_OfScenes):
 
     def see(self, picture: Image.Image) -> View:
         """Resize the picture as torchvision does."""
+        from .coco import to_tensor
+
         transform = self.model.network.transform
         seen, _ = transform([to_tensor(picture).to(self.scenes.device)])
         return self._view(picture, seen.tensors, seen.image_sizes[0], transform.image_mean, transform.image_std)
 
     def choose(self, picture: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
         """Weigh the score of the object."""
+        from .coco import to_tensor
+
         (found,), features = self._run([to_tensor(picture).to(self.scenes.device).requires_grad_()])
         boxes, scores = found["boxes"].detach().cpu(), found["scores"].detach().cpu()
         if self.wanted is not None:
