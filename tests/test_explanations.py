@@ -266,8 +266,9 @@ def objects(explainer):
     """What the detector finds in a picture of its own size: forty small boxes."""
     picture = photo(256, 320)
     pixels = torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1).float()
+    model = explainer("detector").model  # loaded outside of what follows, whose tensors have no gradients
     with torch.inference_mode():
-        (found,) = explainer("detector").model([pixels])
+        (found,) = model([pixels])
     assert len(found["boxes"]) == 40
     return picture, {name: value.numpy() for name, value in found.items()}
 
