@@ -18,7 +18,7 @@ from groupmixformer.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = ("data.md", "detect.md", "evaluate.md", "export.md", "segment.md", "train.md")  # they train
+SLOW = ("data.md", "detect.md", "evaluate.md", "explain.md", "export.md", "segment.md", "train.md")  # they take long
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "groupmixformer"
 LAYERS = [
     {"kernels"},
     {"groupmixformer"},
-    {"checkpoint", "explain", "fuse", "recipe", "evaluation", "pictures", "seeding", "published"},
+    {"checkpoint", "explain", "fuse", "recipe", "evaluation", "pictures", "seeding", "published", "figures"},
     {"sources", "samples", "backbone", "speed"},
     {"streaming", "coco", "semantic"},
     {"data", "drawing"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {"scenes", "bench", "export"},
-    {"export_detector"},
+    {"export_detector", "explanations"},
     {"commands"},
     {"cli"},
 ]

@@ -66,6 +66,13 @@ def _figure(text: str) -> Path:
     return path
 
 
+def _pixel(text: str) -> tuple[int, int]:
+    row, _, column = text.partition(",")
+    if not (row.isdecimal() and column.isdecimal()):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a pixel's row and column, such as 120,80")
+    return int(row), int(column)
+
+
 def _parser() -> Parser:
     parser = Parser(prog="gmf", description="GroupMixFormer: train, evaluate and use vision models with Group-Mix Attention.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -133,6 +140,42 @@ def _parser() -> Parser:
     added.add_argument("--out", help="for detection and segmentation: folder of the drawn pictures (default: predictions)")
     added.add_argument("--score", type=_share, help="for detection: least score of an object that is drawn (default: 0.5)")
     looks(added)
+
+    added = command(commands.explain, "explain", "gmf explain runs/quickstart photo.jpg --query 120,80 40,200 --stage 1 2")
+    uses_run(added)
+    added.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
+    added.add_argument(
+        "--query",
+        type=_pixel,
+        nargs="+",
+        action="extend",
+        metavar="Y,X",
+        help="pixels of the picture whose attention is shown; by default the most relevant one",
+    )
+    added.add_argument(
+        "--stage",
+        type=int,
+        choices=range(4),
+        nargs="+",
+        action="extend",
+        metavar="N",
+        help="stages 0 to 3 of the attention, the last also of the relevance; by default the deepest that suit the size",
+    )
+    added.add_argument(
+        "--class",
+        dest="wanted_class",
+        metavar="CLASS",
+        help="name or number of the class to explain; by default the likeliest, for segments that at the query or the largest",
+    )
+    added.add_argument(
+        "--object",
+        dest="wanted_object",
+        type=_number(0),
+        metavar="N",
+        help="for detection: the object to explain, 0 the best; by default the nearest to the query, or the best",
+    )
+    added.add_argument("--out", default="explanations", help="folder of the figures and arrays (default: %(default)s)")
+    added.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the figures (default: %(default)s)")
 
     added = command(commands.bench, "bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4")
     added.add_argument(

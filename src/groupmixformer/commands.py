@@ -339,6 +339,46 @@ def predict(args: argparse.Namespace) -> None:
     _show(result, args.json, "\n".join(lines))
 
 
+def explain(args: argparse.Namespace) -> None:
+    """Show what positions of pictures attend to, and what speaks for a class, an object or a segment."""
+    from .checkpoint import task_of
+
+    task = task_of(args.run)
+    for option, value, tasks in (
+        ("--class", args.wanted_class, ("classification", "segmentation")),
+        ("--object", args.wanted_object, ("detection",)),
+    ):
+        if value is not None and task not in tasks:
+            raise UsageError(f"{option} is for {' and '.join(tasks)}, and {args.run} holds a model for {task}")
+    from .explanations import open_explainer
+    from .pictures import find_images, read_image
+    from .scenes import write_prediction
+
+    explainer = open_explainer(args.run, _device(args.device), args.image_size, args.wanted_class, args.wanted_object)
+    images: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    lines: list[str] = []
+    taken: set[str] = set()
+    paths = find_images(args.images)
+    for path in _progress(paths, "explaining", len(paths)):
+        try:
+            picture = read_image(path)
+        except ValueError as error:
+            skipped.append(str(path))
+            print(f"gmf explain: skipped {error}", file=sys.stderr)
+            continue
+        try:
+            found = explainer.explain(picture, args.query or (), args.stage or (), args.format)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        figure, arrays = write_prediction(Path(args.out), path, found, taken)
+        images.append({"image": str(path), **found.result, "figure": figure, "arrays": arrays})
+        lines.append(f"{path}: {found.text}  ({figure}, {arrays})")
+    if not images:
+        raise ValueError(f"none of {len(paths)} images could be read")
+    _show({"run": args.run, "task": task, "images": images, "skipped": skipped}, args.json, "\n".join(lines))
+
+
 def bench(args: argparse.Namespace) -> None:
     """Measure speed and memory of models side by side."""
     import csv

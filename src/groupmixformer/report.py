@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from .data import eval_transform
 from .evaluation import Evaluation, reliability
-from .explain import attention_maps, by_group_size
+from .explain import attention_maps, by_group_size, suited_stage
+from .figures import ORANGE, Row, overlay_figure
 from .groupmixformer import GroupMixFormer
 from .training import read_metrics
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette: told apart by the colour-blind too
+BLUE = "#0072B2"  # of Okabe and Ito's palette, as ORANGE: told apart by the colour-blind too
 
 
 def curves(folder: Path, metric: str, name: str) -> Figure:
@@ -106,25 +107,16 @@ def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: d
     transform = eval_transform(config)
     inputs = torch.stack([transform(picture) for picture in pictures])
     height, width = inputs.shape[-2:]
-    stage = next(s for s in (2, 1, 0) if min(height, width) // (4 * 2**s) >= 4 or s == 0)
+    stage = suited_stage((height, width), range(min(3, len(model.stages))))
     with torch.inference_mode():
         maps = by_group_size(attention_maps(model, inputs, (height // 2, width // 2), stage), (height, width))
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    shown = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    figure = Figure(figsize=(8, 1.7 * len(pictures)), layout="constrained")
-    axes = figure.subplots(len(pictures), 5, squeeze=False)
-    titles = ("input, query marked", "single tokens", "3 x 3 groups", "5 x 5 groups", "7 x 7 groups")
-    for row, picture, strengths in zip(axes, shown, maps.numpy(), strict=True):
-        row[0].imshow(picture)
-        row[0].plot(width // 2, height // 2, marker="x", color=ORANGE, markersize=10, markeredgewidth=2)
-        for axis, strength in zip(row[1:], strengths, strict=True):
-            axis.imshow(picture.mean(axis=2), cmap="gray")
-            axis.imshow(strength, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
-        for axis in row:
-            axis.axis("off")
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
-    return figure
+    seen = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    rows = [
+        Row(picture, point=(height // 2, width // 2), strengths=strengths)
+        for picture, strengths in zip(seen, maps.numpy(), strict=True)
+    ]
+    return overlay_figure(rows, "query marked")
 
 
 def _drawn(figure: Figure, form: str = "png") -> bytes:
