@@ -170,9 +170,9 @@ def train(args: argparse.Namespace) -> None:
     _show(result, args.json, text)
 
 
-# Options of gmf eval and gmf predict that mean something to some tasks only.
+# Options of gmf eval, predict and serve that mean something to some tasks only.
 OPTIONS = {
-    "classification": ("test_size", "crop_pct", "crop_mode", "interpolation", "plot", "batch_size", "root", "top"),
+    "classification": ("test_size", "crop_pct", "crop_mode", "interpolation", "plot", "batch_size", "root", "top", "max_batch"),
     "detection": ("split", "out", "score"),
     "segmentation": ("split", "out", "slide", "scales", "flip"),
 }
@@ -337,6 +337,31 @@ def predict(args: argparse.Namespace) -> None:
         result["coco_results"] = write_results(out, coco)
         lines.append(f"COCO results: {result['coco_results']}")
     _show(result, args.json, "\n".join(lines))
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer over HTTP: POST a picture, get JSON."""
+    from .fuse import fuse
+    from .groupmixformer import GroupMixFormer
+    from .serve import Limits, application, listen, server, service
+
+    task = _task(args)
+    listening, address = listen(args.host, args.port)
+    with listening:
+        model = _open(args, task)
+        fused = args.fuse and any(isinstance(module, GroupMixFormer) for module in model.model.modules())
+        if fused:
+            model.model = fuse(model.model)
+        limits = Limits(args.max_batch or Limits.batch, args.queue, args.max_megabytes)
+        serving = service(model, task, limits, 0.5 if args.score is None else args.score)
+        serving.warm_up()
+        name = Path(args.run).resolve().name
+        print(
+            f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST a picture to /predict",
+            file=sys.stderr,
+            flush=True,
+        )
+        server(application(serving, name, task)).run([listening])
 
 
 def bench(args: argparse.Namespace) -> None:
