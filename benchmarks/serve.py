@@ -3,9 +3,9 @@
 python benchmarks/serve.py [--clients 1 4 16] [--seconds 20]   # writes benchmarks/results/serve-DATE.json
 
 The server is a process of its own, as users start it; each client of this process sends a JPEG, waits for the answer and sends
-the next. `calls`, measured first and last, are those of a program without a server: decode, transform, model, in a loop, with the
-fused model that the server has and as many threads. Weights are random: speed does not depend on them. Processor time (of the
-server alone; Linux) moves less than the rest where other programs run.
+the next. `calls`, measured first and last, are those of a program without a server: decode, transform, model, in a loop, with
+the fused model that the server has and as many threads. Weights are random: speed does not depend on them. Processor time (of
+the server alone; Linux) moves less than the rest where other programs run.
 """
 
 import argparse

@@ -146,6 +146,12 @@ def _parser() -> Parser:
     looks(added)
     added.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True, help="the inference form (default: yes)")
 
+    added = command(commands.demo, "demo", "gmf demo runs/quickstart")
+    added.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, checkpoint file, or folder of gmf convert")
+    added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
+    added.add_argument("--port", type=_number(0), default=7860, help="0 takes one that is free (default: %(default)s)")
+    added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+
     added = command(commands.bench, "bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4")
     added.add_argument(
         "models", metavar="MODEL", nargs="*", default=["mobile", "tiny", "small"], help="variants, models of timm"

@@ -356,12 +356,35 @@ def serve(args: argparse.Namespace) -> None:
         serving = service(model, task, limits, 0.5 if args.score is None else args.score)
         serving.warm_up()
         name = Path(args.run).resolve().name
+        if args.json:
+            print(json.dumps({"address": address, "model": name, "task": task}), flush=True)
         print(
             f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST a picture to /predict",
             file=sys.stderr,
             flush=True,
         )
         server(application(serving, name, task)).run([listening])
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Open a local page: drop a picture, see what is found, click a point and see what it attends to."""
+    from .checkpoint import task_of
+    from .demo import Page, application
+    from .serve import listen, server
+
+    listening, address = listen(args.host, args.port)
+    with listening:
+        runs, examples = {}, []
+        for run in args.runs:
+            usual = {"top": None, "image_size": None, "slide": False, "scales": None, "flip": False}
+            task = task_of(run)
+            runs[run] = (_open(argparse.Namespace(run=run, device=args.device, **usual), task), task)
+            examples += sorted(str(path) for path in Path(run, "examples").glob("*.png"))
+        app = application(Page(runs), examples)
+        if args.json:
+            print(json.dumps({"address": address, "runs": args.runs}), flush=True)
+        print(f"gmf demo: open {address} in a browser; Ctrl-C ends it", file=sys.stderr, flush=True)
+        server(app, patience=1).run([listening])  # a page that is open keeps its connection
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -74,6 +74,7 @@ class Classes:
     Attributes:
         model: In eval mode.
         class_names: In the order of its logits.
+        config: Size, crop and colours of the model's input.
         transform: From a picture (RGB) to the model's input (C, H, W).
     """
 
@@ -81,7 +82,8 @@ class Classes:
         self.model: Any = load_model(run).to(device)
         self.device, self.top = device, top
         self.class_names = class_names(self.model)
-        self.transform: Any = eval_transform(data_config(self.model, image_size))
+        self.config = data_config(self.model, image_size)
+        self.transform: Any = eval_transform(self.config)
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

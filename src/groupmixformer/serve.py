@@ -290,6 +290,14 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     return opened, f"http://{shown}:{opened.getsockname()[1]}"
 
 
-def server(app: FastAPI) -> uvicorn.Server:
-    """Return what serves until SIGTERM or Ctrl-C, and then answers what was taken in: ``server(app).run([socket])``."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+def server(app: FastAPI, patience: int | None = None) -> uvicorn.Server:
+    """Return what serves until SIGTERM or Ctrl-C, and then answers what was taken in: ``server(app).run([socket])``.
+
+    Args:
+        app: The routes.
+        patience: Seconds after which connections are cut, without a word, when it is stopped; none by default.
+    """
+    config = uvicorn.Config(
+        app, log_level="critical" if patience else "warning", access_log=False, timeout_graceful_shutdown=patience
+    )
+    return uvicorn.Server(config)
