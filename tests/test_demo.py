@@ -212,7 +212,7 @@ def started(run, segments, tmp_path):
                 assert process.poll() is None, log.read_text()
             yield address[0], notes
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert process.wait(60) == 130
             assert re.fullmatch(r"gmf demo: open \S+ in a browser; Ctrl-C ends it\ngmf: interrupted\n", log.read_text())
         finally:
             process.kill()

@@ -368,6 +368,8 @@ def serve(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Open a local page: drop a picture, see what is found, click a point and see what it attends to."""
+    from PIL import Image
+
     from .checkpoint import task_of
     from .demo import Page, application
     from .serve import listen, server
@@ -379,6 +381,7 @@ def demo(args: argparse.Namespace) -> None:
             usual = {"top": None, "image_size": None, "slide": False, "scales": None, "flip": False}
             task = task_of(run)
             runs[run] = (_open(argparse.Namespace(run=run, device=args.device, **usual), task), task)
+            runs[run][0].predict(Image.new("RGB", (64, 64)))  # the first picture takes longer
             examples += sorted(str(path) for path in Path(run, "examples").glob("*.png"))
         app = application(Page(runs), examples)
         if args.json:

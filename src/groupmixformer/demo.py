@@ -205,7 +205,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         page: What it does.
         examples: Files of pictures to try.
     """
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_RUN_HISTORY": "False"}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     import gradio as gr
 
     names = list(page.runs)
@@ -257,7 +257,9 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         stages = [(f"{stage + 1}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
         start = first_stage(page.runs[names[0]][0])
         stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
-        maps = gr.Gallery(label="Strength of attention to each position", columns=4, buttons=[], preview=False, elem_id="maps")
+        maps = gr.Gallery(
+            label="Strength of attention to each position", columns=4, height=260, buttons=[], preview=False, elem_id="maps"
+        )
 
         found, one = [shown, label, drawn, said, point, maps], {"concurrency_id": "model", "api_visibility": "private"}
         gr.on([file.change, run.change], see, [run, file], found, **one)
