@@ -22,7 +22,7 @@ LAYERS = [
     {"classification", "detection", "segmentation"},
     {"training"},
     {"report"},
-    {"scenes", "bench", "export"},
+    {"scenes", "bench", "export", "serve", "demo"},
     {"export_detector", "explanations"},
     {"commands"},
     {"cli"},

@@ -176,6 +176,23 @@ def _parser() -> Parser:
     )
     added.add_argument("--out", default="explanations", help="folder of the figures and arrays (default: %(default)s)")
     added.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the figures (default: %(default)s)")
+    added = command(commands.serve, "serve", "gmf serve runs/quickstart --port 8000")
+    uses_run(added)
+    added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
+    added.add_argument("--port", type=_number(0), default=8000, help="0 takes one that is free (default: %(default)s)")
+    added.add_argument("--max-batch", type=_number(1), help="for classification: pictures looked at together (default: 16)")
+    added.add_argument("--queue", type=_number(1), default=64, help="requests taken in at once (default: %(default)s)")
+    added.add_argument("--max-megabytes", type=_number(1), default=20, help="size of a request (default: %(default)s)")
+    added.add_argument("--top", type=_number(1), help="for classification: classes to name (default: 5)")
+    added.add_argument("--score", type=_share, help="for detection: least score of an object that is listed (default: 0.5)")
+    looks(added)
+    added.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True, help="the inference form (default: yes)")
+
+    added = command(commands.demo, "demo", "gmf demo runs/quickstart")
+    added.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, checkpoint file, or folder of gmf convert")
+    added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
+    added.add_argument("--port", type=_number(0), default=7860, help="0 takes one that is free (default: %(default)s)")
+    added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
 
     added = command(commands.bench, "bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4")
     added.add_argument(
@@ -278,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extras = dict.fromkeys(("datasets", "webdataset", "fsspec", "pyarrow"), "data")
         extras |= {"faster_coco_eval": "detection", "segmentation_models_pytorch": "segmentation"}
+        extras |= dict.fromkeys(("fastapi", "uvicorn", "starlette", "python_multipart"), "serve") | {"gradio": "demo"}
         extras |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export") | {"openvino": "openvino"}
         extra = extras.get((error.name or "").split(".")[0], "train")
         print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[{extra}]'", file=sys.stderr)

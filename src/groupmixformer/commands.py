@@ -170,9 +170,9 @@ def train(args: argparse.Namespace) -> None:
     _show(result, args.json, text)
 
 
-# Options of gmf eval and gmf predict that mean something to some tasks only.
+# Options of gmf eval, predict and serve that mean something to some tasks only.
 OPTIONS = {
-    "classification": ("test_size", "crop_pct", "crop_mode", "interpolation", "plot", "batch_size", "root", "top"),
+    "classification": ("test_size", "crop_pct", "crop_mode", "interpolation", "plot", "batch_size", "root", "top", "max_batch"),
     "detection": ("split", "out", "score"),
     "segmentation": ("split", "out", "slide", "scales", "flip"),
 }
@@ -377,6 +377,57 @@ def explain(args: argparse.Namespace) -> None:
     if not images:
         raise ValueError(f"none of {len(paths)} images could be read")
     _show({"run": args.run, "task": task, "images": images, "skipped": skipped}, args.json, "\n".join(lines))
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer over HTTP: POST a picture, get JSON."""
+    from .fuse import fuse
+    from .groupmixformer import GroupMixFormer
+    from .serve import Limits, application, listen, server, service
+
+    task = _task(args)
+    listening, address = listen(args.host, args.port)
+    with listening:
+        model = _open(args, task)
+        fused = args.fuse and any(isinstance(module, GroupMixFormer) for module in model.model.modules())
+        if fused:
+            model.model = fuse(model.model)
+        limits = Limits(args.max_batch or Limits.batch, args.queue, args.max_megabytes)
+        serving = service(model, task, limits, 0.5 if args.score is None else args.score)
+        serving.warm_up()
+        name = Path(args.run).resolve().name
+        if args.json:
+            print(json.dumps({"address": address, "model": name, "task": task}), flush=True)
+        print(
+            f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST a picture to /predict",
+            file=sys.stderr,
+            flush=True,
+        )
+        server(application(serving, name, task)).run([listening])
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Open a local page: drop a picture, see what is found, click a point and see what it attends to."""
+    from PIL import Image
+
+    from .checkpoint import task_of
+    from .demo import Page, application
+    from .serve import listen, server
+
+    listening, address = listen(args.host, args.port)
+    with listening:
+        runs, examples = {}, []
+        for run in args.runs:
+            usual = {"top": None, "image_size": None, "slide": False, "scales": None, "flip": False}
+            task = task_of(run)
+            runs[run] = (_open(argparse.Namespace(run=run, device=args.device, **usual), task), task)
+            runs[run][0].predict(Image.new("RGB", (64, 64)))  # the first picture takes longer
+            examples += sorted(str(path) for path in Path(run, "examples").glob("*.png"))
+        app = application(Page(runs), examples)
+        if args.json:
+            print(json.dumps({"address": address, "runs": args.runs}), flush=True)
+        print(f"gmf demo: open {address} in a browser; Ctrl-C ends it", file=sys.stderr, flush=True)
+        server(app, patience=1).run([listening])  # a page that is open keeps its connection
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -47,6 +47,21 @@ def class_names(model: Any) -> list[str]:
     return names or [str(index) for index in range(model.num_classes)]
 
 
+def most_pixels(model: Any, task: str) -> int:
+    """Return how many pixels a stranger's picture may have: 64 million, or fewer if a network fills planes of its size.
+
+    A segmenter fills one for each class and Mask R-CNN one for each object, which take 4 GB together at most.
+
+    Args:
+        model: A classifier, detector or segmenter, ready to look at pictures.
+        task: Of the model.
+    """
+    planes = len(model.class_names) if task == "segmentation" else 0
+    if task == "detection" and model.model.masks:
+        planes = model.model.network.roi_heads.detections_per_img
+    return min(64_000_000, 1_000_000_000 // max(1, planes))
+
+
 class Classes:
     """A classifier.
 
@@ -59,6 +74,7 @@ class Classes:
     Attributes:
         model: In eval mode.
         class_names: In the order of its logits.
+        config: Size, crop and colours of the model's input.
         transform: From a picture (RGB) to the model's input (C, H, W).
     """
 
@@ -66,7 +82,8 @@ class Classes:
         self.model: Any = load_model(run).to(device)
         self.device, self.top = device, top
         self.class_names = class_names(self.model)
-        self.transform: Any = eval_transform(data_config(self.model, image_size))
+        self.config = data_config(self.model, image_size)
+        self.transform: Any = eval_transform(self.config)
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Pictures: finding, reading and converting to RGB what is found in real data sets."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+# What strangers may send: the kinds above alone, as Pillow starts a program to read some others; and no ribbons, which become
+# huge where their shorter side is resized to that of the model's input.
+UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+UPLOAD_RATIO = 50
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
@@ -45,12 +52,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(file: IO[bytes] | bytes | Path, name: str) -> Image.Image:
+def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = None) -> Image.Image:
     """Read a picture as RGB.
 
     Args:
         file: An open file, its bytes or its path.
         name: What to call it in an error.
+        most_pixels: Of a stranger's picture, which may also have fewer formats, and no side over 50 times the other.
 
     Raises:
         ValueError: If it cannot be read, is truncated, or has so many pixels (above 179 million) that it may be an attack.
@@ -58,7 +66,12 @@ def decode(file: IO[bytes] | bytes | Path, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            opened = io.BytesIO(file) if isinstance(file, bytes) else file
+            with Image.open(opened, formats=UPLOAD_FORMATS if most_pixels else None) as image:
+                ribbon = max(image.size) > UPLOAD_RATIO * min(image.size)
+                if most_pixels and (ribbon or math.prod(image.size) > most_pixels):
+                    limits = f"at most {most_pixels / 1e6:.3g} million and no side over {UPLOAD_RATIO} times the other"
+                    raise ValueError(f"{image.width} x {image.height} pixels, expected {limits}")
                 return to_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file") from None

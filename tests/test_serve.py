@@ -1,0 +1,343 @@
+"""The service: right answers to many at once, limits that hold, and a server that outlives what is sent to it."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from groupmixformer import GroupMixFormer, serve
+from groupmixformer.backbone import Backbone
+from groupmixformer.checkpoint import save_checkpoint, save_network
+from groupmixformer.cli import main
+from groupmixformer.inference import Classes, most_pixels
+from groupmixformer.pictures import decode
+from groupmixformer.scenes import Objects, Segments
+from groupmixformer.serve import Limits, application, listen, server, service
+
+TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
+NAMES = ["ash", "birch", "cedar", "date", "elm", "fir", "gorse", "holly"]
+CPU = torch.device("cpu")
+PNG = {"Content-Type": "image/png"}
+
+
+def picture(seed, size=(48, 40), form="PNG"):
+    """The content of a file with coloured blocks, another for each seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, randomise):
+    """The folder of a classifier."""
+    folder = tmp_path_factory.mktemp("classifier")
+    save_checkpoint(randomise(GroupMixFormer(num_classes=8, **TINY)), folder, NAMES, {"input_size": (3, 32, 32)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes(run):
+    return Classes(run, CPU)
+
+
+@contextlib.contextmanager
+def serving(model, task="classification", limits=None):
+    """A server in a thread: its address."""
+    made = model if isinstance(model, serve.Service) else service(model, task, limits or Limits())
+    made.warm_up()
+    listening, address = listen("127.0.0.1", 0)
+    running = server(application(made, "tested", task))
+    thread = threading.Thread(target=running.run, args=([listening],))
+    thread.start()
+    try:
+        yield address
+    finally:
+        running.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(classes):
+    with serving(classes) as found:
+        yield found
+
+
+def held(classes, limits):
+    """A service whose model waits until it is let go."""
+    usual, gate = service(classes, "classification", limits), threading.Event()
+    gate.set()
+
+    def look(images):
+        assert gate.wait(20)
+        return usual._look(images)
+
+    return serve.Service(usual._prepare, look, limits), gate
+
+
+def metric(address, name):
+    found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{address}/metrics").text, re.M)
+    return float(found[1]) if found else 0.0
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def same(answer, expected):
+    assert [c["class"] for c in answer["classes"]] == [c["class"] for c in expected["classes"]]
+    probabilities = [[c["probability"] for c in one["classes"]] for one in (answer, expected)]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_an_answer_is_what_the_model_says(address, classes, form):
+    content = picture(1, form=form)
+    expected = classes.predict(decode(content, "")).result
+    answers = [
+        httpx.post(f"{address}/predict", content=content, headers={"Content-Type": f"image/{form.lower()}"}),
+        httpx.post(f"{address}/predict", content=content, headers={"Content-Type": "application/octet-stream"}),
+        httpx.post(f"{address}/predict", files={"file": ("a b.png", content)}),
+        httpx.post(f"{address}/predict", content=iter([content[:100], content[100:]]), headers=PNG),  # of unknown length
+    ]
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        same(found, expected)
+        assert (found["model"], found["task"]) == ("tested", "classification")
+        assert 0 < found["milliseconds"] < 20_000
+
+
+def test_everybody_gets_the_answer_to_their_own_picture(classes):
+    contents = [picture(seed) for seed in range(48)]
+    expected = [classes.predict(decode(content, "")).result for content in contents]
+    assert len({tuple(c["probability"] for c in one["classes"]) for one in expected}) == 48
+    made, gate = held(classes, Limits(batch=6))
+    with serving(made) as address, ThreadPoolExecutor(16) as clients, httpx.Client() as client:
+        gate.clear()
+        answers = [clients.submit(client.post, f"{address}/predict", content=content, headers=PNG) for content in contents]
+        until(lambda: metric(address, "gmf_queue_length") == 16)
+        gate.set()
+        for answer, truth in zip(answers, expected, strict=True):
+            same(answer.result().json(), truth)
+        pictures, batches = metric(address, "gmf_batch_pictures_sum"), metric(address, "gmf_batch_pictures_count")
+        assert pictures == 48
+        assert 48 / 6 <= batches <= 24
+        assert metric(address, 'gmf_batch_pictures_bucket{le="8"}') == batches  # none is over the limit of 6
+        assert metric(address, 'gmf_requests_total{status="200"}') == metric(address, "gmf_request_seconds_count") == 48
+
+
+def test_one_client_does_not_wait_for_others(address, monkeypatch):
+    monkeypatch.setattr(serve, "GATHER_SECONDS", 10.0)
+    with httpx.Client() as client:
+        for seed in range(3):
+            assert client.post(f"{address}/predict", content=picture(seed), headers=PNG).json()["milliseconds"] < 5000
+
+
+def test_a_full_queue_turns_away(classes):
+    made, gate = held(classes, Limits(queue=3))
+    with serving(made) as address, ThreadPoolExecutor(3) as clients:
+        gate.clear()
+        waiting = [clients.submit(httpx.post, f"{address}/predict", content=picture(i), headers=PNG) for i in range(3)]
+        until(lambda: metric(address, "gmf_queue_length") == 3)
+        answer = httpx.post(f"{address}/predict", content=picture(3), headers=PNG)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json() == {"error": "3 requests are waiting already: try again later"}
+        gate.set()
+        assert [one.result().status_code for one in waiting] == [200] * 3
+        assert httpx.post(f"{address}/predict", content=picture(3), headers=PNG).status_code == 200
+        assert metric(address, 'gmf_requests_total{status="503"}') == 1
+        assert metric(address, "gmf_queue_length") == 0
+
+
+def test_stopping_answers_what_was_taken_in(classes):
+    made, gate = held(classes, Limits())
+    with ThreadPoolExecutor(4) as clients:
+        with serving(made) as address:
+            gate.clear()
+            waiting = [clients.submit(httpx.post, f"{address}/predict", content=picture(i), headers=PNG) for i in range(4)]
+            until(lambda: metric(address, "gmf_queue_length") == 4)
+            threading.Timer(0.5, gate.set).start()
+        assert [one.result().status_code for one in waiting] == [200] * 4
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/health")
+
+
+def test_a_large_body_is_refused_before_it_is_read(classes):
+    with serving(classes, limits=Limits(megabytes=1)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:  # announced, and not sent
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 99000000\r\n\r\n")
+            assert client.makefile("rb").readline().startswith(b"HTTP/1.1 413")
+        parts = (bytes(100_000) for _ in range(11))  # not announced
+        answer = httpx.post(f"{address}/predict", content=parts, headers=PNG)
+        assert (answer.status_code, answer.json()) == (413, {"error": "the request is over 1 MB"})
+        assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+
+
+def test_a_slow_client_does_not_hold_its_place(classes, monkeypatch):
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
+    with serving(classes, limits=Limits(queue=1)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc")
+            assert client.makefile("rb").readline().startswith(b"HTTP/1.1 408")
+        with socket.create_connection((host, int(port)), timeout=20) as client:  # goes away in the middle
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc")
+        until(lambda: metric(address, "gmf_queue_length") == 0)
+        assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "picture: not a readable picture: no known format"),
+        (b"<svg></svg>", "picture: not a readable picture: no known format"),
+        (picture(0, (400, 300))[:500], "picture: not a readable picture: "),
+        (
+            picture(0, (500, 1)),
+            "picture: not a readable picture: 500 x 1 pixels, expected at most 64 million and no side over 50 ",
+        ),
+        (picture(0, (9000, 7200), "GIF"), "picture: not a readable picture: 9000 x 7200 pixels, expected at most 64 million"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "picture: not a readable picture: no known format"),
+    ],
+    ids=["empty", "text", "truncated", "ribbon", "huge", "postscript"],
+)
+def test_a_broken_picture_is_refused_in_a_line(address, content, line):
+    for answer in (
+        httpx.post(f"{address}/predict", content=content, headers=PNG),
+        httpx.post(f"{address}/predict", files={"file": ("a.png", content)}),
+    ):
+        assert answer.status_code == 400
+        assert answer.json()["error"].startswith(line)
+        assert "\n" not in answer.json()["error"]
+    assert httpx.get(f"{address}/health").json() == {"ready": True, "model": "tested", "task": "classification"}
+    assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+
+
+def test_wrong_requests_are_told_what_is_expected(address):
+    answer = httpx.post(f"{address}/predict", data={"url": "x"})
+    assert answer.status_code == 415
+    assert "got Content-Type application/x-www-form-urlencoded, expected a picture as the body" in answer.json()["error"]
+    assert httpx.post(f"{address}/predict", content=b"").status_code == 415
+    answer = httpx.post(f"{address}/predict", files={"file": (None, "text")})
+    assert (answer.status_code, answer.json()["error"][:25]) == (400, "got a form without a file")
+    answer = httpx.post(f"{address}/predict", content=b"x", headers={"Content-Type": "multipart/form-data"})
+    assert answer.status_code == 400 and answer.json()["error"]
+    assert httpx.get(f"{address}/predict").status_code == 405
+    assert httpx.get(f"{address}/docs").status_code == 404  # it would load scripts from elsewhere
+
+
+def test_the_server_outlives_a_model_that_fails(classes, caplog):
+    usual = service(classes, "classification", Limits())
+    broken = []
+
+    def look(images):
+        if broken:
+            raise RuntimeError(broken.pop())
+        return usual._look(images)
+
+    with serving(serve.Service(usual._prepare, look, Limits())) as address:
+        broken.append("out of memory\nand more")
+        answer = httpx.post(f"{address}/predict", content=picture(0), headers=PNG)
+        assert (answer.status_code, answer.json()) == (500, {"error": "the model failed: RuntimeError"})
+        assert caplog.messages[-1] == "gmf serve: the model failed: RuntimeError: out of memory"
+        assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory, randomise):
+    from groupmixformer.segmentation import Segmenter
+
+    folder, backbone = tmp_path_factory.mktemp("segmenter"), Backbone("groupmixformer_mobile", TINY)
+    settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 128}
+    network = {"backbone": dataclasses.asdict(backbone), **settings}
+    config = {"task": "segmentation", "class_names": NAMES[:3], "class_ids": [0, 1, 2], "colors": [[9, 9, 9]] * 3}
+    save_network(randomise(Segmenter(backbone, **settings)), folder, {**config, "network": network})
+    return Segments(folder, CPU, None, None)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    from groupmixformer.detection import Detector
+
+    folder, backbone = tmp_path_factory.mktemp("detector"), Backbone("groupmixformer_mobile", TINY)
+    settings = {"num_classes": 2, "architecture": "faster_rcnn", "image_size": 64, "max_size": 96, "width": 16}
+    network = {"backbone": dataclasses.asdict(backbone), **settings}
+    torch.manual_seed(0)
+    config = {"task": "detection", "class_names": NAMES[:2], "category_ids": [1, 2], "network": network}
+    save_network(Detector(backbone, **settings), folder, config)
+    return Objects(folder, CPU, None, None)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("segments", "segmentation"), ("objects", "detection")])
+def test_other_tasks_are_served_one_at_a_time(kind, task, request):
+    model = request.getfixturevalue(kind)
+    contents = [picture(seed, (64, 70)) for seed in range(4)]
+    made = service(model, task, Limits(), score=0.2)
+    with serving(made, task) as address, ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda c: httpx.post(f"{address}/predict", content=c, headers=PNG), contents))
+        for answer, content in zip(answers, contents, strict=True):
+            expected = model.predict(decode(content, ""), score=0.2).result
+            assert expected[next(iter(expected))], "nothing was found, which tests nothing"
+            assert {key: value for key, value in answer.json().items() if key in expected} == expected
+        assert metric(address, "gmf_batch_pictures_sum") == metric(address, "gmf_batch_pictures_count") == 4
+        answer = httpx.post(f"{address}/predict", content=b"broken", headers=PNG)
+        assert (answer.status_code, answer.json()["error"]) == (400, "picture: not a readable picture: no known format")
+
+
+def test_large_pictures_are_refused_where_planes_of_their_size_are_filled(classes, segments, objects):
+    assert most_pixels(classes, "classification") == most_pixels(objects, "detection") == 64_000_000
+    assert most_pixels(segments, "segmentation") == 64_000_000
+    many = dataclasses.make_dataclass("Many", [("class_names", list)])(["name"] * 150)
+    assert most_pixels(many, "segmentation") == 6_666_666
+
+
+def test_the_command_says_where_it_listens_and_what_is_wrong(run, capsys):
+    taken, address = listen("127.0.0.1", 0)
+    port = address.rpartition(":")[2]
+    with taken:
+        assert main(["serve", str(run), "--port", port]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"gmf: error: cannot listen on 127.0.0.1 port {port}: ") and line.count("\n") == 1
+    assert main(["serve", str(run), "--host", "nowhere.invalid", "--port", "0"]) == 1
+    assert main(["serve", str(run), "--slide"]) == 2
+    assert main(["serve", "nothing-here", "--port", "0"]) == 1
+    assert "nothing-here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_it_is_stopped(run, classes, stop):
+    command = [sys.executable, "-m", "groupmixformer.cli", "serve", str(run), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        try:
+            line = process.stderr.readline()
+            address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+            assert "classification, fused" in line
+            content = picture(5)
+            answer = httpx.post(f"{address}/predict", content=content, headers=PNG)
+            same(answer.json(), classes.predict(decode(content, "")).result)
+            process.send_signal(stop)
+            assert process.wait(20) == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[stop]
+            assert process.stderr.read() == ("gmf: interrupted\n" if stop == signal.SIGINT else "")
+        finally:
+            process.kill()
