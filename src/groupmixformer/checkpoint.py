@@ -271,6 +271,8 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
         variant, _ = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
         pretrained_cfg |= {key: config[key] for key in ("label_names", "label_descriptions") if key in config}
+        if len(pretrained_cfg.get("label_names") or ()) != arguments["num_classes"]:
+            pretrained_cfg.pop("label_names", None)  # transformers keeps those of a classifier that it replaces
         pretrained_cfg |= {"architecture": variant, "num_classes": arguments["num_classes"]}
         pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
     except Exception as error:  # a hostile file can hold anything
