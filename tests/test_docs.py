@@ -71,7 +71,7 @@ def _write_scenes(root):
 
 def _write_onnx():
     """Export a tiny classifier as photos.onnx; a variant would take a minute."""
-    model = GroupMixFormer((10, 20, 20, 30), (1, 1, 1, 1), (2, 2, 2, 2), num_classes=2)
+    model = GroupMixFormer(embed_dims=(10,), depths=(1,), mlp_ratios=(2,), num_classes=2)
     save_checkpoint(model, "runs/photos", ["zero", "one"], {"input_size": (3, 32, 32)})
     assert main(["export", "runs/photos", "--format", "onnx", "--out", "photos.onnx"]) == 0
 

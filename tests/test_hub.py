@@ -113,6 +113,25 @@ def test_data_of_the_hub_is_linked(run, data):
     assert card.data.eval_results[0].dataset_type == "uoft-cs/cifar10"
 
 
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ("hfids/scans/here", "hfids/scans/here"),
+        ("hfids//home/someone/scans", "hfids/scans"),
+        ("~/scans", "scans"),
+        ("wds/https://me:word@example.org/shards?key=1", "wds/https://example.org/shards"),
+        ("torch/cifar10", "torch/cifar10"),
+    ],
+)
+def test_data_of_this_machine_is_not_linked(run, tmp_path, monkeypatch, data, shown):
+    monkeypatch.chdir(tmp_path)
+    Path("scans/here").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"data": data}))
+    card = huggingface_hub.ModelCard(model_card(run, "me/digits"))
+    assert card.data.datasets is None
+    assert card.data.eval_results[0].dataset_type == shown
+
+
 def test_another_network_of_timm(tmp_path):
     resnet = timm.create_model("resnet10t", num_classes=3).eval()
     save_checkpoint(resnet, tmp_path / "run", label_names=list("xyz"))

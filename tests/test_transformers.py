@@ -29,6 +29,7 @@ def folder(randomise, tmp_path):
 # Classifiers
 
 
+@pytest.mark.slow  # half of it imports; test_checkpoint.py has a shorter one
 def test_pipeline_is_our_prediction(folder):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     answer = transformers.pipeline("image-classification", model=str(folder))([picture, picture.rotate(90)], top_k=3)

@@ -84,7 +84,7 @@ def _parser() -> Parser:
         return added
 
     def uses_run(added: Parser) -> None:
-        added.add_argument("run", metavar="RUN", help="folder of a run, checkpoint file, or folder that gmf convert wrote")
+        added.add_argument("run", metavar="RUN", help="folder of a run or of gmf convert, checkpoint file, or hf-hub:user/name")
         added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
         added.add_argument("--image-size", type=_number(1), help="side of the images; the model's own by default")
 

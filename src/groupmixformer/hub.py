@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -128,7 +129,10 @@ def _public(value: Any) -> Any:
         kind, slash, rest = value.partition("://")
         address = urlsplit(f"//{rest}")
         return f"{kind}{slash}{address.netloc.rpartition('@')[2]}{address.path}"
-    return Path(value).name if Path(value).expanduser().is_absolute() else value
+    kind, slash, rest = value.partition("/")
+    if kind not in ("hfds", "hfids", "wds", "torch"):
+        kind, slash, rest = "", "", value
+    return f"{kind}{slash}{Path(rest).name}" if rest.startswith(("/", "~")) or Path(rest).is_absolute() else value
 
 
 def _plain(value: Any) -> str:
@@ -205,8 +209,8 @@ def _metadata(known: _Known, repo_id: str, license: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     hub_task, columns = TASKS[known.task]
-    kind, _, dataset = str(known.recipe.get("data", "")).partition("/")
-    on_hub = dataset if kind in ("hfds", "hfids") else None
+    found = re.fullmatch(r"hfi?ds/([\w.-]+/[\w.-]+)", str(known.recipe.get("data", "")))
+    on_hub = found[1] if found and not Path(found[1]).exists() else None  # hfids/ reads folders of this machine too
     classifies = known.task == "classification"
     start = str(known.recipe.get("checkpoint") or "")
     results = [
