@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from groupmixformer import GroupMixFormer
+from groupmixformer.checkpoint import save_checkpoint
 from groupmixformer.cli import main
 from groupmixformer.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = ("data.md", "detect.md", "evaluate.md", "explain.md", "export.md", "segment.md", "train.md")  # they take long
+SLOW += ("lightning.md", "onnxruntime.md", "smp.md", "torchvision.md", "transformers.md")
 
 
 @pytest.fixture
@@ -66,6 +69,13 @@ def _write_scenes(root):
     (root / "regions" / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255}))
 
 
+def _write_onnx():
+    """Export a tiny classifier as photos.onnx; a variant would take a minute."""
+    model = GroupMixFormer(embed_dims=(10,), depths=(1,), mlp_ratios=(2,), num_classes=2)
+    save_checkpoint(model, "runs/photos", ["zero", "one"], {"input_size": (3, 32, 32)})
+    assert main(["export", "runs/photos", "--format", "onnx", "--out", "photos.onnx"]) == 0
+
+
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=page.name) for page in PAGES],
@@ -73,6 +83,8 @@ def _write_scenes(root):
 def test_code_blocks_run(page, workplace):
     blocks = re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S)
     assert blocks
+    if page.name == "onnxruntime.md":
+        _write_onnx()
     names = {}
     for language, block in blocks:
         if language == "python":

@@ -60,8 +60,22 @@ def _load_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return what an error says, without its line breaks."""
     return " ".join(str(error).split())
+
+
+def _local(path: str | Path) -> Path:
+    """Return where a checkpoint lies; one on a hub, ``hf-hub:user/name`` as timm has it, is fetched into the cache of files."""
+    if not str(path).startswith("hf-hub:"):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    repo_id, _, revision = str(path).removeprefix("hf-hub:").partition("@")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=["config.json", *WEIGHTS]))
+    except Exception as error:  # what the HTTP client raises is its own
+        raise OSError(f"{path}: cannot be fetched: {one_line(error)}") from error
 
 
 def _named_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -107,7 +121,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if asked:
             reason = f"it asks to run {asked[1] or asked[2]}, and only tensors are read from a checkpoint"
         else:
-            reason = f"it is damaged or of another kind ({type(error).__name__}: {_one_line(error).split('. ')[0]})"
+            reason = f"it is damaged or of another kind ({type(error).__name__}: {one_line(error).split('. ')[0]})"
         raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
     return _named_tensors(loaded, path)
 
@@ -173,7 +187,7 @@ def _check_tensors(state_dict: Mapping[str, Tensor], model: torch.nn.Module) -> 
         raise ValueError("; ".join(f"{kind} tensors: {_few(names)}" for kind, names in problems.items() if names))
 
 
-def _variant(arguments: Mapping[str, Any]) -> tuple[str, bool]:
+def variant_of(arguments: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the registered variant of these widths, depths and ratios, and whether there is one."""
     for name, stages in VARIANTS.items():
         if all(list(stages[key]) == list(arguments[key]) for key in stages):
@@ -203,7 +217,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def task_of(path: str | Path) -> str:
     """Return what the model in a folder was trained for, by its config.json; classification where that does not say."""
-    path = Path(path)
+    path = _local(path)
     return str(_read_config(path).get("task", "classification")) if path.is_dir() else "classification"
 
 
@@ -230,7 +244,8 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
 
     Args:
         path: A released checkpoint (also one saved in training), a file of this package, ``.safetensors``, or a folder
-            with ``model.safetensors`` such as a run or what `gmf convert` wrote.
+            with ``model.safetensors`` such as a run or what `gmf convert` wrote, or such a folder on a hub,
+            ``hf-hub:user/name`` or ``hf-hub:user/name@revision``.
 
     Returns:
         The model in eval mode on the CPU, in float32. Its ``pretrained_cfg`` holds the image size, mean, standard deviation and
@@ -238,10 +253,11 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
+        OSError: If it cannot be fetched from a hub.
         ValueError: If it is unreadable, asks for code to run, is of another network, or has missing, surplus or
             misshapen tensors, of which it names the first few.
     """
-    path = Path(path)
+    path = _local(path)
     _refuse_other_tasks(path)
     state_dict = read_state_dict(path)
     config = _read_config(path) if path.is_dir() else {}
@@ -252,14 +268,16 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
         _check_tensors(state_dict, model)
         model.to_empty(device="cpu")
         model.load_state_dict(state_dict)
-        variant, _ = _variant(arguments)
+        variant, _ = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
         pretrained_cfg |= {key: config[key] for key in ("label_names", "label_descriptions") if key in config}
+        if len(pretrained_cfg.get("label_names") or ()) != arguments["num_classes"]:
+            pretrained_cfg.pop("label_names", None)  # transformers keeps those of a classifier that it replaces
         pretrained_cfg |= {"architecture": variant, "num_classes": arguments["num_classes"]}
         pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
     except Exception as error:  # a hostile file can hold anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: cannot be loaded: {kind}{_one_line(error)}") from error
+        raise ValueError(f"{path}: cannot be loaded: {kind}{one_line(error)}") from error
     model.pretrained_cfg = model.default_cfg = pretrained_cfg
     return model.eval()
 
@@ -270,7 +288,7 @@ def load_model(path: str | Path) -> Any:
     Returns:
         The model in eval mode with its ``pretrained_cfg``.
     """
-    path = Path(path)
+    path = _local(path)
     _refuse_other_tasks(path)
     other = _read_config(path).get("architecture", "groupmixformer") if path.is_dir() else "groupmixformer"
     if other.startswith("groupmixformer"):
@@ -309,7 +327,7 @@ def save_checkpoint(
         model_args = {"img_size": data_config["input_size"][-1]}  # as a ViT needs to know
     if isinstance(model, GroupMixFormer):
         arguments = architecture(model.state_dict())
-        variant, exact = _variant(arguments)
+        variant, exact = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | pretrained_cfg | {"architecture": variant}
         model_args = None if exact else {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
@@ -369,7 +387,7 @@ def read_network(folder: str | Path, task: str) -> tuple[dict[str, Any], dict[st
         FileNotFoundError: If there is no such folder, or a file is missing in it.
         ValueError: If it holds something else or cannot be read.
     """
-    folder = Path(folder)
+    folder = _local(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected one of a run for {task}")
     if (found := task_of(folder)) != task:
@@ -382,5 +400,5 @@ def read_network(folder: str | Path, task: str) -> tuple[dict[str, Any], dict[st
     try:
         return config, safetensors.torch.load_file(folder / WEIGHTS[0])
     except Exception as error:  # a hostile file can make the reader raise anything
-        reason = f"it is damaged or of another kind ({type(error).__name__}: {_one_line(error).split('. ')[0]})"
+        reason = f"it is damaged or of another kind ({type(error).__name__}: {one_line(error).split('. ')[0]})"
         raise ValueError(f"{folder / WEIGHTS[0]}: not a readable checkpoint: {reason}") from error

@@ -91,7 +91,7 @@ def _parser() -> Parser:
         return added
 
     def uses_run(added: Parser) -> None:
-        added.add_argument("run", metavar="RUN", help="folder of a run, checkpoint file, or folder that gmf convert wrote")
+        added.add_argument("run", metavar="RUN", help="folder of a run or of gmf convert, checkpoint file, or hf-hub:user/name")
         added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
         added.add_argument("--image-size", type=_number(1), help="side of the images; the model's own by default")
 
@@ -247,6 +247,14 @@ def _parser() -> Parser:
     added.add_argument("--out", required=True, help="folder to write")
     added.add_argument("--class-names", help="text file with a class name a line")
     added.add_argument("--image-size", type=int, help="image size to store, such as 384 for large trained at 384")
+
+    added = command(commands.push, "push", "gmf push runs/quickstart me/digits --license mit --dry-run card")
+    added.add_argument("run", metavar="RUN", help="folder of a run, checkpoint file, or folder that gmf convert wrote")
+    added.add_argument("repo_id", metavar="REPO_ID", help="user/name; created if need be")
+    added.add_argument("--license", default="unknown", help="of the weights, such as mit or apache-2.0 (default: %(default)s)")
+    added.add_argument("--private", action="store_true", help="make a new repository private")
+    added.add_argument("--revision", help="branch to upload to (default: main)")
+    added.add_argument("--dry-run", metavar="DIR", help="write what would be uploaded to a new folder, and stop")
 
     added = command(commands.shards, "shards", "gmf shards photos --out shards")
     added.add_argument("folder", metavar="FOLDER", help="holds train/ and val/, each with one folder of pictures per class")

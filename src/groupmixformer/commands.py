@@ -568,6 +568,22 @@ def convert(args: argparse.Namespace) -> None:
     )
 
 
+def push(args: argparse.Namespace) -> None:
+    """Upload a model to the Hugging Face Hub, with a card."""
+    from .hub import push_to_hub, write_folder
+
+    if args.license == "unknown":
+        print("gmf push: the card says that the licence is not known: name that of the weights with --license", file=sys.stderr)
+    result = {"run": args.run, "repo_id": args.repo_id, "license": args.license}
+    if args.dry_run:
+        files = write_folder(args.run, args.dry_run, args.repo_id, args.license)
+        _show(result | {"folder": args.dry_run, "files": files}, args.json, f"{args.dry_run}: {', '.join(files)}; not uploaded")
+        return
+    url = push_to_hub(args.run, args.repo_id, license=args.license, private=args.private, revision=args.revision)
+    text = f'{url}\ntimm.create_model("hf-hub:{args.repo_id}", pretrained=True)  # after import groupmixformer'
+    _show(result | {"commit": url}, args.json, text)
+
+
 def shards(args: argparse.Namespace) -> None:
     """Turn a folder of pictures into WebDataset shards."""
     from .data import open_images
