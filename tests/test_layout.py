@@ -23,6 +23,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {"scenes", "bench", "export"},
+    {"quantize"},
     {"commands"},
     {"cli"},
 ]
