@@ -39,12 +39,12 @@ def untrained(randomise, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a small classifier that has learned the digits in a few seconds, to 90 % or more."""
+    """A folder with a small classifier that has learned the digits in seconds, to 90 % or more."""
     torch.manual_seed(0)
     model = GroupMixFormer(embed_dims=[40, 40], depths=[1, 1], mlp_ratios=[2, 2], num_classes=10)
     images, classes = digits("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(2):
+    for _ in range(4):
         for batch in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), classes[batch]).backward()
