@@ -188,7 +188,8 @@ class _Opened(nn.Module):
 
     def __init__(self, run: Callable[[Tensor], Outputs]) -> None:
         super().__init__()
-        self.run = lambda images: run(images)[0]  # no module: those of torch.export refuse eval()
+        # No module, as those of torch.export refuse eval().
+        self.run: Callable[[Tensor], Tensor] = lambda images: run(images)[0]
         self.device = nn.Parameter(torch.empty(0))  # tells where it runs: on the CPU
 
     def forward(self, images: Tensor) -> Tensor:
@@ -226,7 +227,12 @@ def _measure(
             found = evaluate(_Opened(run).eval(), held_out)
             expected = found.predicted if expected is None else expected
             agreement = (found.predicted == expected).double().mean().item()
-            row = {"form": form, "top1": found.metrics["top1"], "agreement": agreement, "images": found.metrics["images"]}
+            row: dict[str, Any] = {
+                "form": form,
+                "top1": found.metrics["top1"],
+                "agreement": agreement,
+                "images": found.metrics["images"],
+            }
             rows.append({**row, "bytes": size_on_disk(paths[form], target)})
         progress("timing")
         for key, batch in (("milliseconds", 1), (f"milliseconds_{BATCH}", BATCH)):
@@ -237,8 +243,8 @@ def _measure(
             for _ in range(settings.rounds):
                 for form, run in opened.items():
                     seconds[form].append(seconds_of(lambda: run(pictures), settings, settings.seconds))  # noqa: B023
-            for row in rows:
-                row[key] = 1000 * statistics.median(seconds[row["form"]])
+            for measured in rows:
+                measured[key] = 1000 * statistics.median(seconds[measured["form"]])
     return rows, found.problems
 
 
