@@ -23,7 +23,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {"scenes", "bench", "export", "serve", "demo"},
-    {"export_detector", "explanations"},
+    {"export_detector", "explanations", "quantize"},
     {"commands"},
     {"cli"},
 ]

@@ -241,6 +241,17 @@ def _parser() -> Parser:
         help="file to write: .onnx, .pt2 (pt2, aoti) or .xml (OpenVINO, with a .bin)",
     )
     added.add_argument("--features", action="store_true", help="a classifier's maps of strides 4, 8, 16 and 32, not the logits")
+    added.add_argument(
+        "--int8",
+        choices=("static", "weights", "dynamic"),
+        help="in 8-bit integers, measured beside float32: static for onnx and openvino, weights and dynamic for pt2",
+    )
+    added.add_argument(
+        "--calibrate",
+        metavar="FOLDER",
+        help="for static: pictures, in class folders or not; the run's training data by default",
+    )
+    added.add_argument("--data", help="to measure int8 on: data set, or a folder of class folders; the run's own by default")
 
     added = command(commands.convert, "convert", "gmf convert groupmixformer_small.pth --out small")
     added.add_argument("file", metavar="FILE", help="a released .pth or any checkpoint that load_checkpoint reads")
@@ -305,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extras |= {"faster_coco_eval": "detection", "segmentation_models_pytorch": "segmentation"}
         extras |= dict.fromkeys(("fastapi", "uvicorn", "starlette", "python_multipart"), "serve") | {"gradio": "demo"}
         extras |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export") | {"openvino": "openvino"}
+        extras |= dict.fromkeys(("nncf", "torchao"), "quantization")
         extra = extras.get((error.name or "").split(".")[0], "train")
         print(f"gmf: error: this needs {error.name}: pip install 'groupmixformer[{extra}]'", file=sys.stderr)
         return 1

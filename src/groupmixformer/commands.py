@@ -531,6 +531,12 @@ def export(args: argparse.Namespace) -> None:
     suffix = FORMATS[args.format].suffix
     if Path(args.out).suffix != suffix:
         raise UsageError(f"--out {args.out}: expected a name that ends in {suffix} for {args.format}")
+    if args.int8:
+        _export_int8(args)
+        return
+    for option in ("calibrate", "data"):
+        if getattr(args, option):
+            raise UsageError(f"--{option} is for --int8")
 
     def progress(line: str) -> None:
         print(f"gmf export: {line}", file=sys.stderr)
@@ -547,6 +553,56 @@ def export(args: argparse.Namespace) -> None:
     text = f"{args.out}: {what}, largest relative difference "
     text += ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
     _show({"run": args.run, **result}, args.json, text)
+
+
+def _export_int8(args: argparse.Namespace) -> None:
+    from .checkpoint import task_of
+    from .data import eval_loader, open_images
+    from .export import FORMATS, real_picture
+    from .inference import data_config
+    from .quantize import WAYS, from_data, from_folder, quantize, table
+
+    if args.format not in WAYS[args.int8]:
+        raise UsageError(f"--int8 {args.int8} is for --format {' and '.join(WAYS[args.int8])}, got {args.format}")
+    if args.calibrate and args.int8 != "static":
+        raise UsageError(f"--calibrate is for --int8 static: {args.int8} needs no pictures")
+    if args.features or task_of(args.run) != "classification":
+        raise UsageError("--int8 is for the logits of classifiers, whose accuracy it measures")
+    network, about = _to_export(args, "classification")
+    config = data_config(network.network)
+    own_data = args.int8 == "static" and not args.calibrate
+    if own_data and not Path(args.run, "recipe.yaml").is_file():
+        raise ValueError(f"{args.run}: has no recipe that names its training data: name a folder of pictures with --calibrate")
+    data, root = (args.data, "data") if args.data else _data_of(args.run)
+    images = open_images(data, root, need_train=False)
+    if len(images.class_names) != len(about["classes"]):
+        raise ValueError(
+            f"{data} has {len(images.class_names)} classes and the model {len(about['classes'])}, expected the same"
+        )
+    calibration, source = None, args.calibrate or ""
+    skipped: list[str] = []
+    if own_data:
+        source, root = _data_of(args.run)
+        calibration, skipped = from_data(open_images(source, root).train, config, source)
+    elif args.calibrate:
+        calibration, skipped = from_folder(source, config)
+    result = quantize(
+        network,
+        args.format,
+        args.int8,
+        args.out,
+        real_picture(Path(args.run)),
+        eval_loader(images.held_out, config),
+        calibration,
+        source,
+        about,
+        lambda line: print(f"gmf export: {line}", file=sys.stderr),
+    )
+    for problem in (*skipped, *result["skipped"]):
+        print(f"gmf export: skipped {problem}", file=sys.stderr)
+    text = f"{args.out}: {FORMATS[args.format].title}, int8 {args.int8}"
+    text += f", calibrated on {result['calibration']['pictures']} pictures of {source}" if source else ""
+    _show({"run": args.run, **result, "data": data}, args.json, f"{text}\n{table(result)}")
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -161,12 +161,13 @@ class FusedAttention(Fused):
         single, *groups = attention.aggregators.children()
         like = attention.qkv.weight
         weight, bias = _after_norm(like, attention.qkv.bias, norm)
-        # Rows by segment, then Q, K, V, then channel.
+        # Rows by segment, each a layer of its own, then Q, K, V, then channel.
         weight, bias = weight.view(3, 5, C, D).transpose(0, 1).clone(), bias.view(3, 5, C).transpose(0, 1).clone()
         factor, shift = _scale_and_shift(next(single.children()))
         weight[0] *= factor[:, None]
         bias[0] = bias[0] * factor + shift
-        self.qkv = _linear_layer(weight.reshape(3 * D, D).to(like), bias.reshape(3 * D).to(like))
+        segments = zip(weight.to(like), bias.to(like), strict=True)
+        self.qkv = nn.ModuleList(_linear_layer(w.reshape(3 * C, D), b.reshape(3 * C)) for w, b in segments)
         self.depthwise, self.pointwise = nn.ParameterList(), nn.ModuleList()
         for group in groups:
             depthwise, pointwise, norm_of_group, _ = group.children()
@@ -189,10 +190,11 @@ class FusedAttention(Fused):
         C, N = D // 5, H * W
         if self.eps is not None:
             x = F.layer_norm(x, (D,), None, None, self.eps)
-        rows = list(zip(self.qkv.weight.split(3 * C), self.qkv.bias.split(3 * C), strict=True))  # of the five segments
-        proxies = [_linear(x, *rows[0], "hardswish").view(B, N, 3, C)]
-        for i, (kernel, pointwise) in enumerate(zip(self.depthwise, self.pointwise, strict=True), start=1):
-            grouped = _linear(x, *rows[i]).permute(0, 3, 1, 2)  # (B, 3C, H, W)
+        layers: list[Any] = [*self.qkv]
+        single, *groups, last = layers
+        proxies = [_linear(x, single.weight, single.bias, "hardswish").view(B, N, 3, C)]
+        for qkv_of_group, kernel, pointwise in zip(groups, self.depthwise, self.pointwise, strict=True):
+            grouped = _linear(x, qkv_of_group.weight, qkv_of_group.bias).permute(0, 3, 1, 2)  # (B, 3C, H, W)
             grouped = F.conv2d(grouped, kernel, padding=kernel.shape[-1] // 2, groups=3 * C)
             grouped = grouped.permute(0, 2, 3, 1).reshape(B, N, 3, C)
             assert isinstance(pointwise, nn.Linear)
@@ -204,7 +206,7 @@ class FusedAttention(Fused):
         for (q, k, v), encoded in zip(qkv, position.split(C, dim=2), strict=True):
             context = (k.softmax(dim=1).transpose(1, 2) @ v) * self.scale  # (B, C, C)
             mixed.append(torch.addcmul(q @ context, q, encoded))  # (B, N, C)
-        local = self.non_attention(_linear(x, *rows[4]).permute(0, 3, 1, 2))  # (B, C, H, W)
+        local = self.non_attention(_linear(x, last.weight, last.bias).permute(0, 3, 1, 2))  # (B, C, H, W)
         mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
         return _linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
 
