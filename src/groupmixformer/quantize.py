@@ -28,13 +28,13 @@ from .export import (
     Exported,
     Outputs,
     _move,
-    one_line,
     _pixels,
     _program,
-    quietly,
     _save_openvino,
     _sizes,
     export,
+    one_line,
+    quietly,
     size_on_disk,
 )
 from .fuse import fuse
