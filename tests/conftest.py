@@ -23,6 +23,36 @@ from groupmixformer.groupmixformer import checkpoint_filter_fn
 # when workers of pytest-xdist or other programs share the cores.
 torch.set_num_threads(1)
 
+# Slow tests that repeat another one on a larger variant or in another form: minutes each, run before a release by
+# `pytest -m exhaustive`. The others are those that .ci/run has the time for.
+EXHAUSTIVE = (
+    "test_bench.py::test_compiled_models_are_measured[mobile-",
+    "test_evaluation.py::test_numbers_equal_timms_on_imagenet[384]",
+    "test_export.py::test_segmenters[fpn-pt2]",
+    "test_export.py::test_whole_networks[mobile-onnx",
+    "test_fuse.py::test_a_compiled_graph[True-8388608]",
+    "test_fuse.py::test_each_variant_is_the_same_function[groupmixformer_base",
+    "test_fuse.py::test_each_variant_is_the_same_function[groupmixformer_large",
+    "test_fuse.py::test_golden_values_compiled[compile-8388608]",
+    "test_fuse.py::test_golden_values_compiled[no graph break-8388608]",
+    "test_fuse.py::test_gradients_of_the_images[compiled-8388608]",
+    "test_kernels.py::test_more_kernels_under_the_interpreter",
+    "test_scale.py::test_a_run_killed_at_random",
+    "test_scale.py::test_processes_compute_what_one_does[two nodes]",
+    "test_training.py::test_losses_are_the_same_with[--strategy fsdp",
+    "test_variants.py::test_200_random_forward_passes",
+    "test_variants.py::test_a_released_checkpoint_of_each_variant_predicts[groupmixformer_base",
+    "test_variants.py::test_a_released_checkpoint_of_each_variant_predicts[groupmixformer_large",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.rpartition("tests/")[2].startswith(EXHAUSTIVE):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.exhaustive)
+
+
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"  # data and larger golden values beside a development checkout
 

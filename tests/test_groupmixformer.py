@@ -90,7 +90,7 @@ def export(model):
     [
         pytest.param(export, 2, id="export"),
         pytest.param(lambda model: torch.compile(model, fullgraph=True, backend="eager"), 1, id="no graph break"),
-        pytest.param(lambda model: torch.compile(model, fullgraph=True), 2, id="compile", marks=pytest.mark.slow),
+        pytest.param(lambda model: torch.compile(model, fullgraph=True), 1, id="compile", marks=pytest.mark.slow),
     ],
 )
 def test_golden_values_compiled(golden, compiled, sizes):
