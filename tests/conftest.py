@@ -23,6 +23,45 @@ from groupmixformer.groupmixformer import checkpoint_filter_fn
 # when workers of pytest-xdist or other programs share the cores.
 torch.set_num_threads(1)
 
+# What takes over three seconds and has a quicker sibling, or repeats what the quickstart shows; others are marked in place.
+SLOW = (
+    "test_bench.py::test_accuracy_is_drawn_against_speed",
+    "test_bench.py::test_detectors_and_segmenters_are_fused[detection]",
+    "test_bench.py::test_every_task_runs[segmentation-False]",
+    "test_bench.py::test_latency_is_of_one_picture",
+    "test_bench.py::test_memory_grows_with_the_batch",
+    "test_bench.py::test_others_are_not_fused",
+    "test_cli.py::test_data_sets_of_torchvision_and_hugging_face_train",
+    "test_cli.py::test_light_things_import_nothing_heavy[from",
+    "test_cli.py::test_light_things_import_nothing_heavy[import groupmixformer.evaluation",
+    "test_cli.py::test_models_lists_what_it_counts",
+    "test_cli.py::test_the_installed_command_leaves_stdout_to_the_result",
+    "test_cli.py::test_the_same_seed_gives_the_same_run",
+    "test_detection.py::test_a_detector_continues_with_all_weights_that_fit[mask_rcnn-groupmixformer_mobile]",
+    "test_detection.py::test_a_detector_trains_finds_and_is_loaded_as_it_was_saved[faster_rcnn",
+    "test_detection.py::test_a_detector_trains_finds_and_is_loaded_as_it_was_saved[mask_rcnn-swin",
+    "test_detection.py::test_a_detector_trains_finds_and_is_loaded_as_it_was_saved[retinanet",
+    "test_detection.py::test_a_stopped_run_ends_as_if_it_had_not_been[middle",
+    "test_docs.py::test_code_blocks_run[checkpoints.md]",
+    "test_docs.py::test_code_blocks_run[speed.md]",
+    "test_docs.py::test_code_blocks_run[timm.md]",
+    "test_explanations.py::test_several_pictures_in_one_call",
+    "test_explanations.py::test_the_object_nearest_to_a_query_is_taken",
+    "test_export.py::test_a_wrong_file_is_removed_and_an_earlier_one_kept[shifted",
+    "test_groupmixformer.py::test_golden_values_compiled[export]",
+    "test_groupmixformer.py::test_variant[groupmixformer_base]",
+    "test_groupmixformer.py::test_variant[groupmixformer_large",
+    "test_segmentation.py::test_a_segmenter_starts_from_another",
+    "test_segmentation.py::test_decoders_and_backbones[fpn-groupmixformer_mobile]",
+    "test_segmentation.py::test_decoders_and_backbones[upernet-swin",
+    "test_segmentation.py::test_each_way_to_look_gives_another_result",
+    "test_segmentation.py::test_gradient_checkpointing_changes_no_gradient[groupmixformer_mobile]",
+    "test_serve.py::test_other_tasks_are_served_one_at_a_time",
+    "test_streaming.py::test_folders_and_single_files_work_as_hugging_face_sets",
+    "test_training.py::test_finetuning_keeps_the_classifier_of_the_same_classes[plain-['zero', 'one']-True]",
+    "test_transformers.py::test_trainer_fine_tunes",
+)
+
 # Slow tests that repeat another one on a larger variant or in another form: minutes each, run before a release by
 # `pytest -m exhaustive`. The others are those that .ci/run has the time for.
 EXHAUSTIVE = (
@@ -37,6 +76,7 @@ EXHAUSTIVE = (
     "test_fuse.py::test_golden_values_compiled[no graph break-8388608]",
     "test_fuse.py::test_gradients_of_the_images[compiled-8388608]",
     "test_kernels.py::test_more_kernels_under_the_interpreter",
+    "test_quantize.py::test_the_command[pt2-dynamic]",
     "test_scale.py::test_a_run_killed_at_random",
     "test_scale.py::test_processes_compute_what_one_does[two nodes]",
     "test_training.py::test_losses_are_the_same_with[--strategy fsdp",
@@ -48,8 +88,10 @@ EXHAUSTIVE = (
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.nodeid.rpartition("tests/")[2].startswith(EXHAUSTIVE):
+        name = item.nodeid.rpartition("tests/")[2]
+        if name.startswith(SLOW + EXHAUSTIVE):
             item.add_marker(pytest.mark.slow)
+        if name.startswith(EXHAUSTIVE):
             item.add_marker(pytest.mark.exhaustive)
 
 

@@ -254,7 +254,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
                 label = gr.Label(label="Classes", elem_id="classes")
                 drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
                 said = gr.Markdown(elem_id="said")
-        stages = [(f"{stage + 1}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
+        stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
         start = first_stage(page.runs[names[0]][0])
         stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
         maps = gr.Gallery(
