@@ -1,6 +1,6 @@
 """timm's own published tests of models, on our variants.
 
-The variants differ in widths and depths alone, and the large ones take most of the time: GMF_TIMM=all runs all, not two of them.
+The variants differ in widths and depths alone, and the large ones take most of the time. GMF_TIMM=all runs all of them.
 """
 
 import os
