@@ -59,7 +59,7 @@ class Tab:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def until(self, script, seconds=60):
+    def until(self, script, seconds=240):
         """Wait for a JavaScript expression to become true, and give its value."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(script)):
@@ -99,7 +99,7 @@ def open_tab(address, folder):
     command = [CHROMIUM, *OPTIONS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
     with (folder / "chromium.log").open("w") as log, subprocess.Popen(command, stderr=log, stdout=log) as process:
         try:
-            port, deadline = folder / "profile" / "DevToolsActivePort", time.monotonic() + 60
+            port, deadline = folder / "profile" / "DevToolsActivePort", time.monotonic() + 240
             while not (port.exists() and port.read_text().count("\n")):
                 assert process.poll() is None and time.monotonic() < deadline, (folder / "chromium.log").read_text()
                 time.sleep(0.1)

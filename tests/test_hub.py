@@ -299,8 +299,8 @@ def test_a_real_run_over_http(photos, tmp_path):
     assert sorted(hub.files("me/photos")) == [".gitattributes", *FILES]
     expected = load_checkpoint(run)(IMAGES).detach()
     *logits, names = torch.load(tmp_path / "logits.pt")
-    assert torch.equal(logits[0], expected) and torch.equal(logits[1], expected)
-    torch.testing.assert_close(logits[2], expected)  # transformers leaves weights where the file has them, unaligned
+    for other in logits:  # another process may have its weights aligned otherwise in memory, and round otherwise
+        torch.testing.assert_close(other, expected)
     assert names == ["one", "zero"]
     assert predicted["images"][0]["classes"][0]["class"] in names
     card = huggingface_hub.ModelCard(hub.files("me/photos")["README.md"].decode())
