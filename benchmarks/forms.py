@@ -31,8 +31,8 @@ from torch import nn
 
 import groupmixformer
 from groupmixformer.bench import conditions
+from groupmixformer.files import write_file
 from groupmixformer.published import published_top1
-from groupmixformer.report import write_file
 from groupmixformer.speed import Runner, Settings, matrix_speed, measure
 
 BIRDER = {"mobile": "mobile", "tiny": "t", "small": "s", "base": "b"}

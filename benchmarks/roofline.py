@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import groupmixformer
 from groupmixformer.bench import conditions
 from groupmixformer.checkpoint import model_name
-from groupmixformer.report import write_file
+from groupmixformer.files import write_file
 from groupmixformer.speed import TYPES, Settings, matrix_speed, seconds_of, set_threads
 
 

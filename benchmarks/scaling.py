@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 import groupmixformer
 from groupmixformer.bench import conditions, count_macs, create_network
 from groupmixformer.checkpoint import model_name
-from groupmixformer.report import BLUE, ORANGE, write_figure, write_file
+from groupmixformer.figures import BLUE, ORANGE, write_figure
+from groupmixformer.files import write_file
 from groupmixformer.speed import Runner, Settings, measure
 
 VIT = "vit_tiny_patch16_224"

@@ -33,9 +33,9 @@ from PIL import Image
 import groupmixformer
 from groupmixformer.bench import conditions
 from groupmixformer.checkpoint import save_checkpoint
+from groupmixformer.files import write_file
 from groupmixformer.inference import Classes
 from groupmixformer.pictures import decode
-from groupmixformer.report import write_file
 from groupmixformer.speed import Settings
 
 

@@ -14,21 +14,21 @@ import timm
 import torch
 from chromium import CHROMIUM, open_tab
 from PIL import Image
-from torch import nn
 
 from groupmixformer import GroupMixFormer, attention_maps
 from groupmixformer.backbone import Backbone
 from groupmixformer.checkpoint import save_checkpoint, save_network
 from groupmixformer.cli import main
-from groupmixformer.demo import GROUPS, MARK, Crop, Page, application, first_stage
+from groupmixformer.demo import Page, application
 from groupmixformer.explain import by_group_size
+from groupmixformer.figures import GROUPS, ORANGE
 from groupmixformer.inference import Classes
 from groupmixformer.scenes import Segments
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
 NAMES = ["ash", "birch", "crane", "crane", "elm", "fir"]
 CPU = torch.device("cpu")
-ORANGE = tuple(int(MARK[i : i + 2], 16) for i in (1, 3, 5))
+MARK = tuple(int(ORANGE[i : i + 2], 16) for i in (1, 3, 5))
 
 
 @pytest.fixture(scope="module")
@@ -67,38 +67,6 @@ def picture(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("size", [(160, 100), (90, 300), (64, 64), (40, 20), (8, 8)])
-@pytest.mark.parametrize(
-    ("mode", "share"), [("center", 0.8), ("center", 1.0), ("squash", 0.9), ("border", 0.9), ("border", 1.0)]
-)
-def test_a_point_of_the_picture_is_found_in_the_models_input(run, size, mode, share):
-    from groupmixformer.data import eval_transform
-
-    model = Classes(run, CPU)
-    model.config |= {"crop_mode": mode, "crop_pct": share}
-    model.transform = eval_transform(model.config)
-    crop, dark = Crop.of(model, size), model.transform(Image.new("RGB", size))
-    inside = 0
-    for across, down in itertools.product((0.02, 0.3, 0.5, 0.7, 0.98), repeat=2):
-        pixels = np.zeros((size[1], size[0], 3), np.uint8)
-        x, y = int(across * size[0]), int(down * size[1])
-        pixels[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = 255  # a dot that survives being made smaller
-        light = (model.transform(Image.fromarray(pixels)) - dark).mean(dim=0)
-        found = crop.pixel((x + 0.5) / size[0], (y + 0.5) / size[1])
-        inside += found is not None
-        if min(size) < 20:
-            continue  # the dot is too large to tell
-        if found is None:
-            assert light[6:-6, 6:-6].abs().max() < 0.5  # at most a rest at the edge
-            continue
-        weights = light.clamp_min(0)
-        centre = [(weights.sum(dim=1 - axis) * torch.arange(64)).sum().item() / weights.sum().item() for axis in (0, 1)]
-        if all(6 < c < 57 for c in centre):  # away from the edge, which cuts dots off
-            assert found == pytest.approx(centre, abs=1.5)
-    assert inside == 25 or share < 1 or (mode == "center" and size[0] != size[1])
-    assert inside >= 3
-
-
 def test_the_page_shows_what_the_model_says(classes, picture):
     page = Page({"trees": (classes, "classification")})
     seen, expected = page.predict("trees", str(picture)), classes.predict(Image.open(picture)).result["classes"]
@@ -107,7 +75,7 @@ def test_the_page_shows_what_the_model_says(classes, picture):
         assert name in (one["class"], f"crane ({one['index']})")
     assert (seen.drawn, seen.shown.size) == (None, (640, 400))
     assert seen.milliseconds > 0
-    frame = np.argwhere((np.asarray(seen.shown) == ORANGE).all(axis=2))
+    frame = np.argwhere((np.asarray(seen.shown) == MARK).all(axis=2))
     # 64 of 80 resized rows are seen, and as many columns of 128.
     assert frame.min(axis=0) == pytest.approx([40, 160], abs=5) and frame.max(axis=0) == pytest.approx([360, 480], abs=5)
 
@@ -119,13 +87,13 @@ def test_no_frame_where_all_is_seen(run, picture):
 
     model.transform = eval_transform(model.config)
     shown = Page({"trees": (model, "classification")}).predict("trees", str(picture)).shown
-    assert not (np.asarray(shown) == ORANGE).all(axis=2).any()
+    assert not (np.asarray(shown) == MARK).all(axis=2).any()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_point_attends_to_what_the_maps_say(classes, picture, stage):
     page, point = Page({"trees": (classes, "classification")}), (0.6, 0.4)
-    query = Crop.of(classes, (640, 400)).pixel(*point)
+    query = classes.view(Image.open(picture)).seen((40, 96))  # of 100 rows and 160 columns
     pictures, names = zip(*page.attend("trees", str(picture), point, stage), strict=True)
     assert names == GROUPS
     image = classes.transform(Image.open(picture))
@@ -133,7 +101,7 @@ def test_a_point_attends_to_what_the_maps_say(classes, picture, stage):
         strengths = by_group_size(attention_maps(classes.model, image[None], query, stage), (64, 64))[0]
     for shown, strength in zip(pictures, strengths, strict=True):
         pixels = np.asarray(shown)
-        mark = np.argwhere((pixels == ORANGE).all(axis=2))
+        mark = np.argwhere((pixels == MARK).all(axis=2))
         assert (mark.min(axis=0) + mark.max(axis=0)) / 2 == pytest.approx([10 * q + 5 for q in query], abs=1)
         # Viridis becomes greener and redder with the strength, on grey of the picture.
         away = [q for q in itertools.product(range(64), repeat=2) if max(abs(q[0] - query[0]), abs(q[1] - query[1])) > 4]
@@ -163,11 +131,6 @@ def test_what_has_no_maps_says_so(classes, segments, picture):
     broken.write_bytes(picture.read_bytes()[:90])
     with pytest.raises(ValueError, match=r"^broken\.png: not a readable picture: "):
         page.predict("trees", str(broken))
-
-
-def test_the_first_stage_has_a_map_to_look_at(classes):
-    assert first_stage(classes) == 2
-    assert first_stage(nn.Identity()) == 0
 
 
 def test_the_command_says_what_is_wrong(capsys):

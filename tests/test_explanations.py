@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -17,8 +19,9 @@ from groupmixformer.checkpoint import save_checkpoint, save_network
 from groupmixformer.cli import main
 from groupmixformer.detection import Detector
 from groupmixformer.explain import class_relevance, overlays
-from groupmixformer.explanations import View, open_explainer
+from groupmixformer.explanations import open_explainer
 from groupmixformer.figures import Row, overlay_figure
+from groupmixformer.inference import View
 from groupmixformer.segmentation import Segmenter
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 1, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
@@ -131,9 +134,18 @@ def test_what_is_not_seen_is_refused(folder):
             view.seen(point)
     added = View(torch.zeros(1, 3, 50, 50), np.zeros((50, 50, 3), np.uint8), (30, 50), (1, 1), (10, 0))
     assert (added.seen((0, 0)), added.unseen((0, 7)), added.unseen((49, 7))) == ((10, 0), (0, 7), (29, 7))
+    assert (view.frame, added.frame) == ((100, 0, 300, 100), (0, 0, 50, 30))
 
 
 # Classes
+
+
+@pytest.mark.slow
+def test_a_classifier_is_explained_without_lightning(folder, tmp_path):
+    command = ["explain", str(folder / "classifier"), str(folder / "wide.png"), "--out", str(tmp_path)]
+    script = f"import sys; from groupmixformer.cli import main; assert main({command}) == 0; print('lightning' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 def test_several_pictures_in_one_call(folder, explainer, tmp_path, capsys):

@@ -5,15 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import EXHAUSTIVE, SLOW
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "groupmixformer"
 
 # A module may import modules of the rows above its own. Tasks never import each other.
 LAYERS = [
-    {"kernels"},
-    {"groupmixformer"},
-    {"checkpoint", "explain", "fuse", "recipe", "evaluation", "pictures", "seeding", "published", "figures"},
+    {"kernels", "files"},
+    {"groupmixformer", "figures"},
+    {"checkpoint", "explain", "fuse", "recipe", "evaluation", "pictures", "seeding", "published"},
     {"sources", "samples", "backbone", "speed", "hub"},
     {"streaming", "coco", "semantic"},
     {"data", "drawing"},
@@ -66,3 +67,10 @@ def test_the_readme_has_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert len(re.findall(r"^python3 -m venv \.venv .*gmf quickstart$", readme, re.M)) == 1
     assert len(re.findall(r"^python3 -m venv \.venv .*pytest$", readme, re.M)) == 1
+
+
+def test_slow_and_exhaustive_tests_exist():
+    for name in SLOW + EXHAUSTIVE:
+        file, _, test = name.partition("::")
+        functions = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
+        assert any(function.startswith(test.partition("[")[0]) for function in functions), name

@@ -176,6 +176,7 @@ def _parser() -> Parser:
     )
     added.add_argument("--out", default="explanations", help="folder of the figures and arrays (default: %(default)s)")
     added.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the figures (default: %(default)s)")
+
     added = command(commands.serve, "serve", "gmf serve runs/quickstart --port 8000")
     uses_run(added)
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
@@ -193,6 +194,7 @@ def _parser() -> Parser:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
     added.add_argument("--port", type=_number(0), default=7860, help="0 takes one that is free (default: %(default)s)")
     added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    added.set_defaults(image_size=None, top=None, slide=False, scales=None, flip=False)  # the page has one way to look
 
     added = command(commands.bench, "bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4")
     added.add_argument(

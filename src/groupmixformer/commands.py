@@ -5,7 +5,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,22 +207,22 @@ def _data_of(run: str) -> tuple[str, str]:
     return stored.data, stored.root
 
 
-def _open(args: argparse.Namespace, task: str, precision: str = "fp32") -> Any:
-    """Return the model of a run, ready to look at pictures: its `predict` takes one."""
+def _open(run: str, args: argparse.Namespace, task: str, precision: str = "fp32") -> Any:
+    """Return the model of a run, ready to look at pictures as `args` say: its `predict` takes one."""
     if task == "classification":
         from .inference import Classes
 
-        return Classes(args.run, _device(args.device), args.image_size, args.top or 5)
+        return Classes(run, _device(args.device), args.image_size, args.top or 5)
     from .scenes import Objects, Segments
 
-    settings = (args.run, _device(args.device), args.image_size, _precision(precision))
+    settings = (run, _device(args.device), args.image_size, _precision(precision))
     if task == "detection":
         return Objects(*settings)
     return Segments(*settings, slide=args.slide, scales=args.scales or [1.0], flip=args.flip)
 
 
 def _evaluate_scenes(args: argparse.Namespace, task: str) -> None:
-    scenes = _open(args, task, args.precision)
+    scenes = _open(args.run, args, task, args.precision)
     data, split = args.data or _data_of(args.run)[0], args.split or "val"
     measured = scenes.evaluate(scenes.open(data, split), args.workers, _progress)
     for problem in measured.skipped:
@@ -247,7 +247,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from .inference import data_config
 
     if args.plot:
-        from .report import reliability_diagram, write_figure  # before the work, in case that matplotlib is missing
+        from .figures import write_figure
+        from .report import reliability_diagram  # before the work, in case that matplotlib is missing
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.run).to(_device(args.device))
@@ -300,36 +301,42 @@ def evaluate(args: argparse.Namespace) -> None:
     _show(result, args.json, "\n".join(lines))
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Classify pictures, or find objects or segments in them."""
+def _pictures(args: argparse.Namespace, what: str, skipped: list[str]) -> Iterator[tuple[Path, Any]]:
+    """Read the pictures that are named, with their paths; those that cannot be read are reported and added to `skipped`."""
     from .pictures import find_images, read_image
 
+    paths = find_images(args.images)
+    for path in _progress(paths, what, len(paths)):
+        try:
+            picture = read_image(path)
+        except ValueError as error:
+            skipped.append(str(path))
+            print(f"gmf {args.command}: skipped {error}", file=sys.stderr)
+            continue
+        yield path, picture
+    if len(skipped) == len(paths):
+        raise ValueError(f"none of {len(paths)} images could be read")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Classify pictures, or find objects or segments in them."""
+    from .files import write_prediction
+
     task = _task(args)
-    model, out = _open(args, task), Path(args.out or "predictions")
+    model, out = _open(args.run, args, task), Path(args.out or "predictions")
     images: list[dict[str, Any]] = []
     coco: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
     taken: set[str] = set()
-    paths = find_images(args.images)
-    for path in _progress(paths, "looking", len(paths)):
-        try:
-            picture = read_image(path)
-        except ValueError as error:
-            skipped.append(str(path))
-            print(f"gmf predict: skipped {error}", file=sys.stderr)
-            continue
+    for path, picture in _pictures(args, "looking", skipped):
         found = model.predict(picture, str(path), 0.5 if args.score is None else args.score)
         images.append({"image": str(path), **found.result})
         lines.append(f"{path}: {found.text}")
         coco += found.results
         if found.files:
-            from .scenes import write_prediction
-
-            images[-1]["files"] = write_prediction(out, path, found, taken)
+            images[-1]["files"] = write_prediction(out, path, found.files, taken)
             lines[-1] += f"  ({', '.join(images[-1]['files'])})"
-    if not images:
-        raise ValueError(f"none of {len(paths)} images could be read")
     result: dict[str, Any] = {"run": args.run, "task": task, "images": images, "skipped": skipped}
     if task == "detection":
         from .scenes import write_results
@@ -351,31 +358,21 @@ def explain(args: argparse.Namespace) -> None:
         if value is not None and task not in tasks:
             raise UsageError(f"{option} is for {' and '.join(tasks)}, and {args.run} holds a model for {task}")
     from .explanations import open_explainer
-    from .pictures import find_images, read_image
-    from .scenes import write_prediction
+    from .files import write_prediction
 
     explainer = open_explainer(args.run, _device(args.device), args.image_size, args.wanted_class, args.wanted_object)
     images: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
     taken: set[str] = set()
-    paths = find_images(args.images)
-    for path in _progress(paths, "explaining", len(paths)):
-        try:
-            picture = read_image(path)
-        except ValueError as error:
-            skipped.append(str(path))
-            print(f"gmf explain: skipped {error}", file=sys.stderr)
-            continue
+    for path, picture in _pictures(args, "explaining", skipped):
         try:
             found = explainer.explain(picture, args.query or (), args.stage or (), args.format)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        figure, arrays = write_prediction(Path(args.out), path, found, taken)
+        figure, arrays = write_prediction(Path(args.out), path, found.files, taken)
         images.append({"image": str(path), **found.result, "figure": figure, "arrays": arrays})
         lines.append(f"{path}: {found.text}  ({figure}, {arrays})")
-    if not images:
-        raise ValueError(f"none of {len(paths)} images could be read")
     _show({"run": args.run, "task": task, "images": images, "skipped": skipped}, args.json, "\n".join(lines))
 
 
@@ -388,7 +385,7 @@ def serve(args: argparse.Namespace) -> None:
     task = _task(args)
     listening, address = listen(args.host, args.port)
     with listening:
-        model = _open(args, task)
+        model = _open(args.run, args, task)
         fused = args.fuse and any(isinstance(module, GroupMixFormer) for module in model.model.modules())
         if fused:
             model.model = fuse(model.model)
@@ -418,9 +415,8 @@ def demo(args: argparse.Namespace) -> None:
     with listening:
         runs, examples = {}, []
         for run in args.runs:
-            usual = {"top": None, "image_size": None, "slide": False, "scales": None, "flip": False}
             task = task_of(run)
-            runs[run] = (_open(argparse.Namespace(run=run, device=args.device, **usual), task), task)
+            runs[run] = (_open(run, args, task), task)
             runs[run][0].predict(Image.new("RGB", (64, 64)))  # the first picture takes longer
             examples += sorted(str(path) for path in Path(run, "examples").glob("*.png"))
         app = application(Page(runs), examples)
@@ -432,14 +428,12 @@ def demo(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Measure speed and memory of models side by side."""
-    import csv
-    import io
-
     import torch
 
     from .bench import SIZES, headline, read_earlier, table
     from .bench import bench as measure
     from .checkpoint import model_name
+    from .files import write_rows
     from .published import accuracy_against_speed, at_published_size
     from .speed import Settings
 
@@ -461,7 +455,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.against and not set(names) & set(earlier):
         raise ValueError(f"{args.against} has none of {', '.join(names)}")
     if args.plot:
-        from .report import write_figure  # before the work, in case that matplotlib is missing
+        from .figures import write_figure  # before the work, in case that matplotlib is missing
 
         plotted = at_published_size(names, settings.task, settings.size)
         args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -473,14 +467,8 @@ def bench(args: argparse.Namespace) -> None:
         if left := [name for name in names if name not in plotted]:
             print(f"gmf bench: not in the plot, as no accuracy at this size is known: {', '.join(left)}", file=sys.stderr)
     if args.csv:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(result["rows"][0]))
-        writer.writeheader()
-        writer.writerows(result["rows"])
         args.csv.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.csv.with_name(args.csv.name + ".part")
-        temporary.write_text(text.getvalue())
-        temporary.replace(args.csv)
+        write_rows(args.csv, result["rows"])
     _show(result, args.json, table(result))
 
 

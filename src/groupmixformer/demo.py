@@ -15,19 +15,17 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from fastapi import FastAPI
 from PIL import Image, ImageDraw
 
-from .explain import attention_maps, by_group_size
+from .explain import overlays, suited_stage
+from .figures import GROUPS, ORANGE
 from .groupmixformer import GroupMixFormer
 from .inference import most_pixels
 from .pictures import IMAGE_SUFFIXES, decode
 
 SIDE = 640  # longer side of a picture on the page
 MEGABYTES = 20  # of an uploaded file
-MARK = "#e69f00"  # orange, which the colour-blind tell from viridis
-GROUPS = ("single tokens", "3 x 3 groups", "5 x 5 groups", "7 x 7 groups")
 
 
 @dataclass(frozen=True)
@@ -52,57 +50,6 @@ class Seen:
 def _for_the_page(picture: Image.Image) -> Image.Image:
     factor = SIDE / max(picture.size)
     return picture.resize([max(1, round(side * factor)) for side in picture.size], Image.Resampling.BICUBIC)
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Where the model's input lies in a picture: a line for each axis, from pixels of the input to shares of the picture.
-
-    Attributes:
-        across: Slope and offset for columns.
-        down: The same for rows.
-        columns: First and last column that show the picture; padding is outside.
-        rows: The same for rows.
-    """
-
-    across: tuple[float, float]
-    down: tuple[float, float]
-    columns: tuple[int, int]
-    rows: tuple[int, int]
-
-    @classmethod
-    def of(cls, model: Any, size: tuple[int, int]) -> "Crop":
-        """Send a picture whose colours are its coordinates through the transform, so that whatever that does is known.
-
-        Args:
-            model: The classifier.
-            size: Width and height of the picture, which may be made smaller or larger.
-        """
-        x, y = ((np.arange(side) + 0.5) / side * 255 for side in size)
-        red, green = np.meshgrid(x, y)
-        colors = np.stack([red, green, np.full_like(red, 255)], axis=2).round().astype(np.uint8)
-        mean, std = (np.reshape(model.config[key], (3, 1, 1)) for key in ("mean", "std"))
-        red, green, inside = model.transform(Image.fromarray(colors)).numpy() * std + mean  # 3 x (H, W)
-        columns, rows = (np.flatnonzero((inside > 0.9).any(axis=axis)) for axis in (0, 1))
-        there = np.ix_(rows, columns)
-        across = np.polyfit(columns, red[there].mean(axis=0), 1)
-        down = np.polyfit(rows, green[there].mean(axis=1), 1)
-        return cls(tuple(across), tuple(down), (columns[0], columns[-1]), (rows[0], rows[-1]))
-
-    def pixel(self, across: float, down: float) -> tuple[int, int] | None:
-        """Return the input's pixel (row, column) at shares of the picture's width and height, if it is in there."""
-        row = round((down - self.down[1]) / self.down[0])
-        column = round((across - self.across[1]) / self.across[0])
-        inside = self.rows[0] <= row <= self.rows[1] and self.columns[0] <= column <= self.columns[1]
-        return (row, column) if inside else None
-
-    def frame(self) -> tuple[float, float, float, float]:
-        """Return left, top, right and bottom of what the model sees, as shares of the picture."""
-        (left, right), (top, bottom) = (
-            (line[0] * (first - 0.5) + line[1], line[0] * (last + 0.5) + line[1])
-            for line, (first, last) in ((self.across, self.columns), (self.down, self.rows))
-        )
-        return left, top, right, bottom
 
 
 class Page:
@@ -133,17 +80,16 @@ class Page:
         if task != "classification":
             drawn = Image.open(io.BytesIO(next(iter(found.files.values()))))
             return Seen(shown, None, drawn, found.text, milliseconds)
-        left, top, right, bottom = Crop.of(model, shown.size).frame()
-        if max(left, top, 1 - right, 1 - bottom) > 0.01:
-            box = (left * shown.width, top * shown.height, right * shown.width - 1, bottom * shown.height - 1)
-            ImageDraw.Draw(shown).rectangle(box, outline=MARK, width=2)
+        factor = shown.width / picture.width
+        left, top, right, bottom = (side * factor for side in model.view(picture).frame)
+        if max(left, top, shown.width - right, shown.height - bottom) > SIDE / 100:
+            ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=2)
         classes: dict[str, float] = {}
         for one in found.result["classes"]:  # ImageNet has two cranes
             name = f"{one['class']} ({one['index']})" if one["class"] in classes else one["class"]
             classes[name] = one["probability"]
         return Seen(shown, classes, None, "", milliseconds)
 
-    @torch.inference_mode()
     def attend(self, run: str, file: str, point: tuple[float, float], stage: int) -> list[tuple[Image.Image, str]]:
         """Show what a point attends to.
 
@@ -165,15 +111,13 @@ class Page:
             kind = type(model.model).__name__ if task == "classification" else f"a model for {task}"
             raise ValueError(f"{run} holds {kind}: attention is shown for classifiers with Group-Mix Attention")
         picture = self._read(run, file)
-        query = Crop.of(model, _for_the_page(picture).size).pixel(*point)
-        if query is None:
-            raise ValueError("the model does not see this point: it looks at what is inside the orange frame")
-        image = model.transform(picture)  # (3, H, W)
-        maps = attention_maps(model.model, image[None].to(model.device), query, stage)
-        strengths = by_group_size(maps, image.shape[1:])[0].cpu().numpy()  # (4, H, W)
-        mean, std = (torch.tensor(model.config[key]).view(3, 1, 1) for key in ("mean", "std"))
-        grey = (image * std + mean).clamp(0, 1).mean(dim=0).numpy()[..., None]  # (H, W, 1)
-        colors = mpl.colormaps["viridis"]
+        view = model.view(picture)
+        try:
+            query = view.seen([int(share * side) for share, side in zip(reversed(point), view.original, strict=True)])
+        except ValueError as error:
+            raise ValueError("the model does not see this point: it looks at what is inside the orange frame") from error
+        strengths = overlays(model.model, view.images[0], query, stage).numpy()  # (4, H, W)
+        grey, colors = view.pixels.mean(axis=2, keepdims=True) / 255, mpl.colormaps["viridis"]  # grey: (H, W, 1)
         return [
             (_marked(0.35 * grey + 0.65 * colors(strength)[..., :3], query), name)
             for strength, name in zip(strengths, GROUPS, strict=True)
@@ -184,18 +128,12 @@ def _marked(pixels: np.ndarray[Any, Any], query: Sequence[int]) -> Image.Image:
     """Enlarge a picture (H, W, 3) of values from 0 to 1 for the page, and mark a pixel of it."""
     small = Image.fromarray((pixels * 255).round().astype(np.uint8))
     picture = _for_the_page(small)
-    (y, x), arm = ((position + 0.5) * picture.width / small.width for position in query), SIDE // 30
+    (y, x), arm = ((at + 0.5) * picture.width / small.width for at in query), SIDE // 30
     pen = ImageDraw.Draw(picture)
-    for color, wide in (("white", 14), (MARK, 8)):
+    for color, wide in (("white", 14), (ORANGE, 8)):
         pen.line((x - arm, y - arm, x + arm, y + arm), color, wide)
         pen.line((x - arm, y + arm, x + arm, y - arm), color, wide)
     return picture
-
-
-def first_stage(model: Any) -> int:
-    """Return the stage to begin with: the third, or an earlier one where its map would be under 4 x 4 tokens."""
-    side = min(model.config["input_size"][1:]) if hasattr(model, "config") else 0
-    return next(stage for stage in (2, 1, 0) if side // (4 * 2**stage) >= 4 or stage == 0)
 
 
 def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
@@ -255,7 +193,8 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
                 drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
                 said = gr.Markdown(elem_id="said")
         stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
-        start = first_stage(page.runs[names[0]][0])
+        config = getattr(page.runs[names[0]][0], "config", {"input_size": (3, 224, 224)})  # others have no maps to show
+        start = suited_stage(config["input_size"][1:], range(3))
         stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
         maps = gr.Gallery(
             label="Strength of attention to each position", columns=4, height=260, buttons=[], preview=False, elem_id="maps"

@@ -1,13 +1,12 @@
 """A trained model of any task explains a picture: what positions attend to, and what speaks for what it found."""
 
 import io
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,68 +15,16 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 
 from .checkpoint import task_of
 from .explain import GROUP_SIZES, attend, by_group_size, class_relevance, relevance, stages_of, suited_stage
 from .figures import Row, overlay_figure, shown
 from .groupmixformer import GroupMixFormer
-from .inference import Classes, Predicted
-from .scenes import Objects, Segments
+from .inference import Classes, Point, Predicted, View
 
-Point = tuple[int, int]  # row and column
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture as a network sees it.
-
-    Attributes:
-        images: What the backbone takes (1, 3, H, W).
-        pixels: The picture in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
-        original: Height and width of the picture before.
-        factors: By which its height and width were multiplied.
-        offsets: Pixels that came before its first row and column; negative where it was cropped.
-    """
-
-    images: Tensor
-    pixels: NDArray[np.uint8]
-    original: tuple[int, int]
-    factors: tuple[float, float]
-    offsets: tuple[int, int] = (0, 0)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the picture as it is seen."""
-        return self.pixels.shape[0], self.pixels.shape[1]
-
-    def seen(self, point: Sequence[int]) -> Point:
-        """Return the pixel that holds the middle of a pixel of the original.
-
-        Raises:
-            ValueError: If it lies outside of the picture, or of what was left after the crop.
-        """
-        if not all(0 <= at < side for at, side in zip(point, self.original, strict=True)):
-            height, width = self.original
-            raise ValueError(
-                f"got query {point[0]},{point[1]}, expected a row from 0 to {height - 1} and a column to {width - 1}"
-            )
-        parts = zip(point, self.factors, self.offsets, strict=True)
-        row, column = (math.floor((at + 0.5) * factor) + offset for at, factor, offset in parts)
-        if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
-            first, last = self.unseen((0, 0)), self.unseen((self.size[0] - 1, self.size[1] - 1))
-            raise ValueError(
-                f"query {point[0]},{point[1]} is cropped away: the network sees rows {first[0]} to {last[0]} and columns "
-                f"{first[1]} to {last[1]}"
-            )
-        return row, column
-
-    def unseen(self, point: Sequence[int]) -> Point:
-        """Return the pixel of the original that holds the middle of a pixel that is seen, the nearest for what was added."""
-        parts = zip(point, self.factors, self.offsets, self.original, strict=True)
-        row, column = (min(max(int((at + 0.5 - offset) / factor), 0), side - 1) for at, factor, offset, side in parts)
-        return row, column
+if TYPE_CHECKING:
+    from .scenes import Objects, Segments  # which bring Lightning: only where a detector or segmenter is explained
 
 
 @dataclass(frozen=True)
@@ -236,20 +183,8 @@ class OfClasses(Explainer):
         self.wanted = None if wanted is None else _index(self.classes.class_names, wanted)
 
     def see(self, picture: Image.Image) -> View:
-        """Follow timm's transform step by step, to know where each pixel goes."""
-        original, factors, offsets = (picture.height, picture.width), [1.0, 1.0], [0, 0]
-        images = self.classes.transform(picture)[None].to(self.classes.device)
-        for step in self.classes.transform.transforms:
-            if isinstance(step, MaybeToTensor):
-                break
-            before = (picture.height, picture.width)
-            picture = step(picture)
-            for i, (old, new) in enumerate(zip(before, (picture.height, picture.width), strict=True)):
-                if "Crop" in type(step).__name__:  # as torchvision and timm round
-                    offsets[i] += (new - old) // 2 if new > old else -round((old - new) / 2)
-                else:
-                    factors[i] *= new / old
-        return View(images, np.asarray(picture), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
+        """Prepare a picture by timm's transform."""
+        return self.classes.view(picture)
 
     def choose(self, picture: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
         """Weigh the class."""
@@ -264,7 +199,7 @@ class OfClasses(Explainer):
 class _OfScenes(Explainer):
     """Explains with a network over a backbone of timm."""
 
-    def __init__(self, scenes: Objects | Segments) -> None:
+    def __init__(self, scenes: "Objects | Segments") -> None:
         self.scenes, self.model = scenes, scenes.model
         body = self.model.body
         network = getattr(body, "model", None)
@@ -303,6 +238,8 @@ class OfObjects(_OfScenes):
     """Explains an object that a detector finds: by its number, or the nearest to the first query, or the best."""
 
     def __init__(self, run: str | Path, device: torch.device, image_size: int | None, wanted: int | None) -> None:
+        from .scenes import Objects
+
         super().__init__(Objects(run, device, image_size, None))
         self.wanted = wanted
 
@@ -350,6 +287,8 @@ class OfSegments(_OfScenes):
     """Explains the segment of a class: one that is named, that of the pixel at the first query, or the largest."""
 
     def __init__(self, run: str | Path, device: torch.device, image_size: int | None, wanted: str | None) -> None:
+        from .scenes import Segments
+
         super().__init__(Segments(run, device, image_size, None))
         self.wanted = None if wanted is None else _index(self.scenes.class_names, wanted)
 

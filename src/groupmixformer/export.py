@@ -53,7 +53,8 @@ class Exported(nn.Module):
         return (self.network(images),)
 
 
-def _program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+def to_program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Trace a network, with batch, height and width left open."""
     free = torch.export.Dim.DYNAMIC
     program = torch.export.export(network, (images,), dynamic_shapes=({0: free, 2: free, 3: free},))
     # Where PyTorch works out memory formats it takes for granted that a map is not 1 x 1, which it is for images of 32 x 32,
@@ -92,7 +93,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Outputs]:
 
 
 def _write_pt2(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
-    torch.export.save(_program(network, images), path, extra_files=dict(metadata))
+    torch.export.save(to_program(network, images), path, extra_files=dict(metadata))
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Outputs]:
@@ -101,14 +102,15 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Outputs]:
 
 def _write_aoti(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
     settings = {"aot_inductor.metadata": dict(metadata)}
-    torch._inductor.aoti_compile_and_package(_program(network, images), package_path=str(path), inductor_configs=settings)
+    torch._inductor.aoti_compile_and_package(to_program(network, images), package_path=str(path), inductor_configs=settings)
 
 
 def _load_aoti(path: Path) -> Callable[[Tensor], Outputs]:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def _save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
+def save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
+    """Write a model of OpenVINO in float32, with what is said about it."""
     import openvino
 
     for key, value in metadata.items():
@@ -119,11 +121,11 @@ def _save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
 def _write_openvino(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
     import openvino
 
-    model = openvino.convert_model(_program(network, images))
+    model = openvino.convert_model(to_program(network, images))
     model.inputs[0].tensor.set_names({"images"})
     for output, name in zip(model.outputs, names, strict=True):
         output.tensor.set_names({name})
-    _save_openvino(model, metadata, path)
+    save_openvino(model, metadata, path)
 
 
 def _load_openvino(path: Path) -> Callable[[Tensor], Outputs]:
@@ -173,7 +175,9 @@ def real_picture(folder: Path) -> Image.Image:
     return Image.fromarray(load_sample_image("china.jpg"))
 
 
-def _pixels(picture: Image.Image, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_pixels(
+    picture: Image.Image, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     """Return a picture as normalised images (1, channels, *size); grey for other than three channels."""
     pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
     pixels = v2.functional.resize(pixels, list(size), antialias=True)
@@ -182,7 +186,7 @@ def _pixels(picture: Image.Image, channels: int, size: tuple[int, int], mean: Se
     return v2.functional.normalize(pixels, list(mean), list(std))[None].contiguous()  # AOTInductor takes that for granted
 
 
-def _sizes(input_size: tuple[int, int, int]) -> list[tuple[int, int]]:
+def compared_sizes(input_size: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Return the network's own size and those that every file is tried at."""
     return list(dict.fromkeys([input_size[1:], *SIZES]))
 
@@ -196,7 +200,7 @@ def _difference(got: Outputs, expected: Outputs) -> float:
     return worst
 
 
-def one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the kind of an error and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
@@ -218,7 +222,8 @@ def _files(path: Path, target: Format) -> list[Path]:
     return [path.with_suffix(suffix) for suffix in (*target.data, target.suffix)]
 
 
-def _move(written: Path, path: Path, target: Format) -> None:
+def move_into_place(written: Path, path: Path, target: Format) -> None:
+    """Rename a written file, and those that belong to it first."""
     for file, name in zip(_files(written, target), _files(path, target), strict=True):
         file.replace(name)
 
@@ -290,21 +295,21 @@ def export(
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{format} cannot carry this network ({one_line(error)})") from error
+            raise ValueError(f"{format} cannot carry this network ({first_line(error)})") from error
         errors = {}
         try:
             run = target.load(written)
-            for size in _sizes(input_size):
+            for size in compared_sizes(input_size):
                 progress(f"comparing at {size[0]} x {size[1]}")
-                pixels = _pixels(picture, channels, size, mean, std)
+                pixels = to_pixels(picture, channels, size, mean, std)
                 pairs = [(run(images), network(images)) for images in (pixels, torch.randn(3, channels, *size))]
                 errors[f"{size[0]}x{size[1]}"] = max(_difference(got, expected) for got, expected in pairs)
         except Exception as error:
-            raise ValueError(f"{path}: the written file does not run, so it is removed ({one_line(error)})") from error
+            raise ValueError(f"{path}: the written file does not run, so it is removed ({first_line(error)})") from error
         if max(errors.values()) > TOLERANCE:
             found = ", ".join(f"{error:.1e} at {size}" for size, error in errors.items())
             raise ValueError(f"{path}: the file differs from the model by {found}, above {TOLERANCE:g}, so it is removed")
         size_of_all = size_on_disk(written, target)
-        _move(written, path, target)
+        move_into_place(written, path, target)
     result = {"file": str(path), "format": format, "bytes": size_of_all, "errors": errors, "tolerance": TOLERANCE}
     return result | ({"opset": OPSET} if format == "onnx" else {}) | {"metadata": metadata}

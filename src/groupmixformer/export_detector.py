@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 from torchvision.transforms.v2 import functional as F
 
-from .export import NAME, one_line, quietly
+from .export import NAME, first_line, quietly
 from .fuse import fuse
 
 OPSET = 18  # of ONNX: the last that PyTorch's tracing exporter writes whole; the other cannot follow non-maximum suppression
@@ -154,7 +154,7 @@ def export_detector(
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{path}: the detector cannot be written ({one_line(error)})") from error
+            raise ValueError(f"{path}: the detector cannot be written ({first_line(error)})") from error
         if strays > STRAYS * objects:
             raise ValueError(f"{path}: of {objects} objects {strays} differ between file and model, so it is removed")
         size_of_file = written.stat().st_size

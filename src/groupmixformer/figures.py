@@ -1,7 +1,9 @@
 """Figures of what a network looks at, laid over the pictures."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-ORANGE = "#D55E00"  # of Okabe and Ito's palette; seen on grey and on every colour of viridis
-TITLES = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
+from .files import write_file
+
+# Of Okabe and Ito's palette: told apart by the colour-blind, and orange is seen on grey and on every colour of viridis.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance"
         relevance: What stands over the relevance.
     """
     groups = any(row.strengths is not None for row in rows)
-    titles = [title, *(TITLES if groups else ())]
+    titles = [title, *(GROUPS if groups else ())]
     if any(row.relevance is not None for row in rows):
         titles.append(relevance)
     side = 1.6  # width of a panel in inches
@@ -84,6 +90,18 @@ def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance"
     scale.set_label("share of the panel's largest", fontsize=7)
     scale.ax.tick_params(labelsize=7)
     return figure
+
+
+def drawn(figure: Figure, form: str = "png") -> bytes:
+    """Return a figure as the contents of a png, svg or pdf file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, dpi=110)
+    return buffer.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the form that the name asks for: .png, .svg or .pdf."""
+    write_file(path, drawn(figure, path.suffix[1:].lower()))
 
 
 def shown(pixels: NDArray[np.uint8]) -> NDArray[Any]:

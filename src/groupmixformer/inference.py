@@ -1,17 +1,84 @@
 """A trained classifier with what is stored beside it, ready to look at pictures; scenes.py has its siblings for other tasks."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.config import resolve_data_config
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 
 from .checkpoint import load_model
 from .data import eval_transform
+
+Point = tuple[int, int]  # row and column
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as a network sees it.
+
+    Attributes:
+        images: What the backbone takes (1, 3, H, W).
+        pixels: The picture in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
+        original: Height and width of the picture before.
+        factors: By which its height and width were multiplied.
+        offsets: Pixels that came before its first row and column; negative where it was cropped.
+    """
+
+    images: Tensor
+    pixels: NDArray[np.uint8]
+    original: tuple[int, int]
+    factors: tuple[float, float]
+    offsets: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the picture as it is seen."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    def seen(self, point: Sequence[int]) -> Point:
+        """Return the pixel that holds the middle of a pixel of the original.
+
+        Raises:
+            ValueError: If it lies outside of the picture, or of what was left after the crop.
+        """
+        if not all(0 <= at < side for at, side in zip(point, self.original, strict=True)):
+            height, width = self.original
+            raise ValueError(
+                f"got query {point[0]},{point[1]}, expected a row from 0 to {height - 1} and a column to {width - 1}"
+            )
+        parts = zip(point, self.factors, self.offsets, strict=True)
+        row, column = (math.floor((at + 0.5) * factor) + offset for at, factor, offset in parts)
+        if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
+            first, last = self.unseen((0, 0)), self.unseen((self.size[0] - 1, self.size[1] - 1))
+            raise ValueError(
+                f"query {point[0]},{point[1]} is cropped away: the network sees rows {first[0]} to {last[0]} and columns "
+                f"{first[1]} to {last[1]}"
+            )
+        return row, column
+
+    @property
+    def frame(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the part of the original that is seen, in its pixels."""
+        parts = zip(self.size, self.factors, self.offsets, self.original, strict=True)
+        (top, bottom), (left, right) = (
+            (max(0.0, -offset / factor), min(side, (size - offset) / factor)) for size, factor, offset, side in parts
+        )
+        return left, top, right, bottom
+
+    def unseen(self, point: Sequence[int]) -> Point:
+        """Return the pixel of the original that holds the middle of a pixel that is seen, the nearest for what was added."""
+        parts = zip(point, self.factors, self.offsets, self.original, strict=True)
+        row, column = (min(max(int((at + 0.5 - offset) / factor), 0), side - 1) for at, factor, offset, side in parts)
+        return row, column
 
 
 @dataclass(frozen=True)
@@ -84,6 +151,22 @@ class Classes:
         self.class_names = class_names(self.model)
         self.config = data_config(self.model, image_size)
         self.transform: Any = eval_transform(self.config)
+
+    def view(self, picture: Image.Image) -> View:
+        """Prepare a picture (RGB), following the transform step by step to know where each pixel goes."""
+        original, factors, offsets = (picture.height, picture.width), [1.0, 1.0], [0, 0]
+        images = self.transform(picture)[None].to(self.device)
+        for step in self.transform.transforms:
+            if isinstance(step, MaybeToTensor):
+                break
+            before = (picture.height, picture.width)
+            picture = step(picture)
+            for i, (old, new) in enumerate(zip(before, (picture.height, picture.width), strict=True)):
+                if "Crop" in type(step).__name__:  # as torchvision and timm round
+                    offsets[i] += (new - old) // 2 if new > old else -round((old - new) / 2)
+                else:
+                    factors[i] *= new / old
+        return View(images, np.asarray(picture), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -67,9 +67,11 @@ def accuracy_against_speed(rows: Sequence[dict[str, Any]], title: str) -> "Figur
     from matplotlib.ticker import LogFormatter
     from matplotlib.transforms import Bbox
 
+    from .figures import BLUE, ORANGE
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    groups = {"GroupMixFormer": ("#0072B2", "o"), "other models": ("#D55E00", "s")}  # of Okabe and Ito's palette
+    groups = {"GroupMixFormer": (BLUE, "o"), "other models": (ORANGE, "s")}
     for group, (color, marker) in groups.items():
         chosen = [row for row in rows if row["model"].startswith("groupmixformer_") == (group == "GroupMixFormer")]
         if chosen:

@@ -27,15 +27,15 @@ from .export import (
     SIZES,
     Exported,
     Outputs,
-    _move,
-    _pixels,
-    _program,
-    _save_openvino,
-    _sizes,
+    compared_sizes,
     export,
-    one_line,
+    first_line,
+    move_into_place,
     quietly,
+    save_openvino,
     size_on_disk,
+    to_pixels,
+    to_program,
 )
 from .fuse import fuse
 from .pictures import find_images, read_image
@@ -150,7 +150,7 @@ def _quantize_openvino(exact: Path, images: Tensor, metadata: Mapping[str, str],
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.MIXED,
     )
-    _save_openvino(model, metadata, path)
+    save_openvino(model, metadata, path)
 
 
 def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], images: Tensor, path: Path) -> None:
@@ -162,7 +162,7 @@ def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], ima
     config = {"weights": Int8WeightOnlyConfig, "dynamic": Int8DynamicActivationInt8WeightConfig}[way]
     fused = fuse(network)
     quantize_(fused, config(set_inductor_config=False))
-    program = _program(unwrap_tensor_subclass(fused), images)
+    program = to_program(unwrap_tensor_subclass(fused), images)
     if way == "dynamic":  # in PyTorch's own operators, so that the file runs without torchao
         own = {operator: function for operator, function in decompositions.items() if operator.namespace == "torchao"}
         program = program.run_decompositions(own)
@@ -178,12 +178,12 @@ def _try(path: Path, format: str, out: Path, picture: Image.Image, about: Mappin
     channels, classes = about["input_size"][0], len(about["classes"])
     try:
         run = FORMATS[format].load(path)
-        for size in _sizes(about["input_size"])[: 1 if format == "openvino" else None]:
-            for images in (_pixels(picture, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)):
+        for size in compared_sizes(about["input_size"])[: 1 if format == "openvino" else None]:
+            for images in (to_pixels(picture, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)):
                 (logits,) = run(images)
                 assert logits.shape == (len(images), classes) and logits.isfinite().all(), f"no logits at {size}"
     except Exception as error:
-        raise ValueError(f"{out}: the int8 file does not run, so it is removed ({one_line(error)})") from error
+        raise ValueError(f"{out}: the int8 file does not run, so it is removed ({first_line(error)})") from error
 
 
 class _Opened(nn.Module):
@@ -309,10 +309,10 @@ def quantize(
             except OSError:
                 raise
             except Exception as error:
-                raise ValueError(f"{format} cannot carry this network as int8 {way} ({one_line(error)})") from error
+                raise ValueError(f"{format} cannot carry this network as int8 {way} ({first_line(error)})") from error
             _try(written, format, path, picture, about)
             rows, skipped = _measure({"float32": exact, "int8": written}, format, about["input_size"], held_out, progress)
-        _move(written, path, target)
+        move_into_place(written, path, target)
     result = {"file": str(path), "format": format, "int8": way, "calibration": source, "rows": rows, "verdict": verdict(*rows)}
     return result | {"threads": SETTINGS.threads, "machine": machine(SETTINGS), "skipped": skipped, "metadata": metadata}
 

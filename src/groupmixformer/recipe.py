@@ -11,6 +11,8 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
+from .files import write_file
+
 
 @dataclass
 class Optimizer:
@@ -320,9 +322,7 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write the fields of `recipe`, so that `read_recipe` of the file gives it back."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(to_yaml(recipe))
-    temporary.replace(path)
+    write_file(path, to_yaml(recipe))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from .data import eval_transform
 from .evaluation import Evaluation, reliability
 from .explain import attention_maps, by_group_size, suited_stage
-from .figures import ORANGE, Row, overlay_figure
+from .figures import BLUE, ORANGE, Row, drawn, overlay_figure
+from .files import write_file
 from .groupmixformer import GroupMixFormer
 from .training import read_metrics
-
-BLUE = "#0072B2"  # of Okabe and Ito's palette, as ORANGE: told apart by the colour-blind too
 
 
 def curves(folder: Path, metric: str, name: str) -> Figure:
@@ -119,27 +117,6 @@ def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: d
     return overlay_figure(rows, "query marked")
 
 
-def _drawn(figure: Figure, form: str = "png") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, dpi=110)
-    return buffer.getvalue()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside the place and rename, so that nobody sees half a file."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the form that the name asks for: .png, .svg or .pdf."""
-    write_file(path, _drawn(figure, path.suffix[1:].lower()))
-
-
 def write_report(
     folder: Path,
     model: nn.Module,
@@ -217,7 +194,7 @@ def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Ma
     (folder / "report").mkdir(exist_ok=True)
     body = []
     for title, (name, figure) in sections.items():
-        png = _drawn(figure)
+        png = drawn(figure)
         write_file(folder / "report" / f"{name}.png", png)
         encoded = base64.b64encode(png).decode()
         body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
@@ -244,7 +221,7 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
 <h2>Recipe</h2><pre>{recipe}</pre></html>
 """
     path = folder / "report.html"
-    write_file(path, page.encode())
+    write_file(path, page)
     return path
 
 

@@ -17,8 +17,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from .drawing import draw_objects, draw_segments
+from .figures import BLUE
+from .files import write_file
 from .inference import Predicted
-from .report import BLUE, curves, write_file, write_page
+from .report import curves, write_page
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -335,20 +337,7 @@ class Segments(_Scenes):
         return pairs  # type: ignore[return-value]
 
 
-def write_prediction(out: Path, path: Path, found: Predicted, taken: set[str]) -> list[str]:
-    """Write what was drawn of a picture under its name, with a number where that is `taken`; return the files."""
-    stem, number = path.stem, 1
-    while stem in taken:  # pictures of one name from several folders
-        number += 1
-        stem = f"{path.stem}-{number}"
-    taken.add(stem)
-    out.mkdir(parents=True, exist_ok=True)
-    for ending, content in found.files.items():
-        write_file(out / f"{stem}{ending}", content)
-    return [str(out / f"{stem}{ending}") for ending in found.files]
-
-
 def write_results(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
     """Write COCO's results of all pictures as results.json; return the file."""
-    write_file(out / "results.json", json.dumps(results).encode())
+    write_file(out / "results.json", json.dumps(results))
     return str(out / "results.json")

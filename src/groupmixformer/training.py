@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from .files import write_file, write_rows
 from .loading import STOP_SIGNALS
 from .recipe import Recipe, write_recipe
 from .task import Task
@@ -156,7 +157,8 @@ class Record(Callback):
         """Drop the rows of epochs that a resumed run does again."""
         self.start = time.monotonic()
         if trainer.is_global_zero:
-            _write_rows(self.folder, [row for row in read_metrics(self.folder) if row["epoch"] < trainer.current_epoch])
+            done = [row for row in read_metrics(self.folder) if row["epoch"] < trainer.current_epoch]
+            write_rows(self.folder / "metrics.csv", done)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Tell a stream, which has no sampler that Lightning could tell."""
@@ -186,9 +188,9 @@ class Record(Callback):
             "unreadable": len(unreadable),
             "seconds": round(seconds, 1),
         }
-        _write_rows(self.folder, [*read_metrics(self.folder), row])
+        write_rows(self.folder / "metrics.csv", [*read_metrics(self.folder), row])
         if unreadable:
-            _write_text(self.folder / "unreadable.txt", "".join(f"{line}\n" for line in unreadable))
+            write_file(self.folder / "unreadable.txt", "".join(f"{line}\n" for line in unreadable))
         if model is not None:
             pl_module.save(model, self.folder)
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
@@ -204,21 +206,6 @@ class Record(Callback):
             file=sys.stderr,
             flush=True,
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _write_rows(folder: Path, rows: list[dict[str, float]]) -> None:
-    temporary = folder / "metrics.csv.part"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(folder / "metrics.csv")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -314,7 +301,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         task.compile_model()
     if first:
         write_recipe(recipe, folder / "recipe.yaml")
-        _write_text(folder / "versions.json", json.dumps(versions(), indent=2))
+        write_file(folder / "versions.json", json.dumps(versions(), indent=2))
 
     callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
     if recipe.patience is not None:
