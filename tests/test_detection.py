@@ -572,6 +572,9 @@ def test_prediction_shows_nothing_where_nothing_is_sure(trained, shapes, tmp_pat
     shutil.copy(picture, twice[1])
     gmf(capsys, "predict", trained[0], *twice, "--out", tmp_path / "twice")
     assert {path.name for path in (tmp_path / "twice").iterdir()} == {"val-0.png", "val-0-2.png", "results.json"}
+    content = twice[1].read_bytes()
+    gmf(capsys, "predict", trained[0], twice[1], "--out", tmp_path)  # beside the picture
+    assert twice[1].read_bytes() == content and (tmp_path / "val-0-2.png").is_file()
 
 
 @pytest.mark.slow

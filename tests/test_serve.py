@@ -1,5 +1,6 @@
 """The service: right answers to many at once, limits that hold, and a server that outlives what is sent to it."""
 
+import base64
 import contextlib
 import dataclasses
 import io
@@ -270,17 +271,16 @@ def segments(tmp_path_factory, randomise):
     folder, backbone = tmp_path_factory.mktemp("segmenter"), Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 128}
     network = {"backbone": dataclasses.asdict(backbone), **settings}
-    config = {"task": "segmentation", "class_names": NAMES[:3], "class_ids": [0, 1, 2], "colors": [[9, 9, 9]] * 3}
+    config = {"task": "segmentation", "class_names": NAMES[:3], "class_ids": [0, 5, 2], "colors": [[9, 9, 9]] * 3}
     save_network(randomise(Segmenter(backbone, **settings)), folder, {**config, "network": network})
     return Segments(folder, CPU, None, None)
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
+def detector(folder, architecture):
     from groupmixformer.detection import Detector
 
-    folder, backbone = tmp_path_factory.mktemp("detector"), Backbone("groupmixformer_mobile", TINY)
-    settings = {"num_classes": 2, "architecture": "faster_rcnn", "image_size": 64, "max_size": 96, "width": 16}
+    backbone = Backbone("groupmixformer_mobile", TINY)
+    settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16}
     network = {"backbone": dataclasses.asdict(backbone), **settings}
     torch.manual_seed(0)
     config = {"task": "detection", "class_names": NAMES[:2], "category_ids": [1, 2], "network": network}
@@ -288,7 +288,17 @@ def objects(tmp_path_factory):
     return Objects(folder, CPU, None, None)
 
 
-@pytest.mark.parametrize(("kind", "task"), [("segments", "segmentation"), ("objects", "detection")])
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    return detector(tmp_path_factory.mktemp("boxes"), "faster_rcnn")
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    return detector(tmp_path_factory.mktemp("masks"), "mask_rcnn")
+
+
+@pytest.mark.parametrize(("kind", "task"), [("segments", "segmentation"), ("objects", "detection"), ("masks", "detection")])
 def test_other_tasks_are_served_one_at_a_time(kind, task, request):
     model = request.getfixturevalue(kind)
     contents = [picture(seed, (64, 70)) for seed in range(4)]
@@ -296,9 +306,19 @@ def test_other_tasks_are_served_one_at_a_time(kind, task, request):
     with serving(made, task) as address, ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(lambda c: httpx.post(f"{address}/predict", content=c, headers=PNG), contents))
         for answer, content in zip(answers, contents, strict=True):
-            expected = model.predict(decode(content, ""), score=0.2).result
-            assert expected[next(iter(expected))], "nothing was found, which tests nothing"
-            assert {key: value for key, value in answer.json().items() if key in expected} == expected
+            found, given = model.predict(decode(content, ""), score=0.2), answer.json()
+            assert next(iter(found.result.values())), "nothing was found, which tests nothing"
+            if kind == "segments":
+                mask = Image.open(io.BytesIO(base64.b64decode(given.pop("mask"))))
+                assert np.array_equal(np.asarray(mask), np.asarray(Image.open(io.BytesIO(found.files["-mask.png"]))))
+                assert {name: (np.asarray(mask) == number).mean() for name, number in given.pop("numbers").items()} == {
+                    name: pytest.approx(share) for name, share in given["shares"].items()
+                }
+            if kind == "masks":
+                given_masks = [thing.pop("mask") for thing in given["objects"]]
+                assert given_masks == [one["segmentation"] for one in found.results if one["score"] >= 0.2]
+            assert {key: value for key, value in given.items() if key in found.result} == found.result
+            assert set(given) == {*found.result, "model", "task", "milliseconds"}
         assert metric(address, "gmf_batch_pictures_sum") == metric(address, "gmf_batch_pictures_count") == 4
         answer = httpx.post(f"{address}/predict", content=b"broken", headers=PNG)
         assert (answer.status_code, answer.json()["error"]) == (400, "picture: not a readable picture: no known format")

@@ -301,17 +301,16 @@ def evaluate(args: argparse.Namespace) -> None:
     _show(result, args.json, "\n".join(lines))
 
 
-def _pictures(args: argparse.Namespace, what: str, skipped: list[str]) -> Iterator[tuple[Path, Any]]:
-    """Read the pictures that are named, with their paths; those that cannot be read are reported and added to `skipped`."""
-    from .pictures import find_images, read_image
+def _read(paths: Sequence[Path], command: str, skipped: list[str]) -> Iterator[tuple[Path, Any]]:
+    """Read pictures one by one, with their paths; those that cannot be read are reported and added to `skipped`."""
+    from .pictures import read_image
 
-    paths = find_images(args.images)
-    for path in _progress(paths, what, len(paths)):
+    for path in _progress(paths, command, len(paths)):
         try:
             picture = read_image(path)
         except ValueError as error:
             skipped.append(str(path))
-            print(f"gmf {args.command}: skipped {error}", file=sys.stderr)
+            print(f"gmf {command}: skipped {error}", file=sys.stderr)
             continue
         yield path, picture
     if len(skipped) == len(paths):
@@ -321,6 +320,7 @@ def _pictures(args: argparse.Namespace, what: str, skipped: list[str]) -> Iterat
 def predict(args: argparse.Namespace) -> None:
     """Classify pictures, or find objects or segments in them."""
     from .files import write_prediction
+    from .pictures import find_images
 
     task = _task(args)
     model, out = _open(args.run, args, task), Path(args.out or "predictions")
@@ -328,8 +328,9 @@ def predict(args: argparse.Namespace) -> None:
     coco: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
-    taken: set[str] = set()
-    for path, picture in _pictures(args, "looking", skipped):
+    paths = find_images(args.images)
+    taken = {path.resolve() for path in paths}
+    for path, picture in _read(paths, "predict", skipped):
         found = model.predict(picture, str(path), 0.5 if args.score is None else args.score)
         images.append({"image": str(path), **found.result})
         lines.append(f"{path}: {found.text}")
@@ -359,13 +360,15 @@ def explain(args: argparse.Namespace) -> None:
             raise UsageError(f"{option} is for {' and '.join(tasks)}, and {args.run} holds a model for {task}")
     from .explanations import open_explainer
     from .files import write_prediction
+    from .pictures import find_images
 
     explainer = open_explainer(args.run, _device(args.device), args.image_size, args.wanted_class, args.wanted_object)
     images: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
-    taken: set[str] = set()
-    for path, picture in _pictures(args, "explaining", skipped):
+    paths = find_images(args.images)
+    taken = {path.resolve() for path in paths}
+    for path, picture in _read(paths, "explain", skipped):
         try:
             found = explainer.explain(picture, args.query or (), args.stage or (), args.format)
         except ValueError as error:

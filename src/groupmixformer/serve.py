@@ -6,6 +6,7 @@ short: requests wait in one event loop, and one thread runs the model.
 """
 
 import asyncio
+import base64
 import io
 import logging
 import socket
@@ -223,9 +224,24 @@ def service(model: Any, task: str, limits: Limits, score: float = 0.5) -> Servic
     # Decoded where it is looked at, so that large pictures do not wait in the memory.
     return Service(
         lambda content: content,
-        lambda files: [model.predict(decode(content, "picture", most), score=score) for content in files],
+        lambda files: [_with_masks(model.predict(decode(content, "picture", most), score=score), model) for content in files],
         Limits(1, limits.queue, limits.megabytes),
     )
+
+
+def _with_masks(found: Predicted, model: Any) -> Predicted:
+    """Put masks into a result: a segmenter's as a PNG of the data set's numbers, an object's in COCO's run lengths."""
+    result = found.result
+    if "-mask.png" in found.files:
+        numbers = dict(zip(model.class_names, model.config["class_ids"], strict=True))
+        result |= {
+            "numbers": {name: numbers[name] for name in result["shares"]},
+            "mask": base64.b64encode(found.files["-mask.png"]).decode(),
+        }
+    for thing, stored in zip(result.get("objects", []), found.results, strict=False):  # both begin with the best
+        if "segmentation" in stored:
+            thing["mask"] = stored["segmentation"]
+    return found
 
 
 def application(serving: Service, name: str, task: str) -> FastAPI:
