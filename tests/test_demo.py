@@ -1,6 +1,7 @@
 """The page: the point that was clicked is the one that is asked about, and a browser sees all of it without the network."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -169,7 +170,11 @@ def started(run, segments, tmp_path):
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "groupmixformer.cli", "demo", str(run), str(segments), "--port", "0"]
     log = tmp_path / "log"
-    with log.open("w") as file, subprocess.Popen(command, stderr=file, stdout=file, env=environment) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stderr=file, stdout=file, env=environment, preexec_fn=heard) as process,
+    ):
         try:
             while not (address := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
                 assert process.poll() is None, log.read_text()

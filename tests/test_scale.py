@@ -183,8 +183,9 @@ def test_killed_processes_continue_as_if_they_had_not_been(pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminated_job_is_saved_and_continues(pictures, finished, tmp_path):
-    out, more = tmp_path / "run", ["--data", pictures, "--batch_size", 8, *STRATEGY["fsdp"]]
+@pytest.mark.parametrize("how", ["torchrun", "fsdp"])
+def test_a_terminated_job_is_saved_and_continues(pictures, finished, tmp_path, how):
+    out, more = tmp_path / "run", ["--data", pictures, "--batch_size", 8, *STRATEGY[how]]
     with paused(tmp_path / "pause", torchrun(2, "--standalone"), out, *more, at=(0, 3)) as job:
         job.process.send_signal(signal.SIGTERM)
         wait_for(lambda: job.log.read_text().count("SIGTERM: saving after this step") == 2, job)
@@ -194,7 +195,7 @@ def test_a_terminated_job_is_saved_and_continues(pictures, finished, tmp_path):
     assert (checkpoint["epoch"], checkpoint["Loaders"]["done"]) == (0, 4)
     assert job.log.read_text().count(f"continue with gmf train {out}/recipe.yaml --resume") == 1
     finish(start(torchrun(2, "--standalone"), out, *more, "--resume"))
-    assert differences(finished("fsdp"), out) == []
+    assert differences(finished(how), out) == []
 
 
 @pytest.fixture

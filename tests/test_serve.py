@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -348,7 +349,9 @@ def test_the_command_says_where_it_listens_and_what_is_wrong(run, capsys):
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_it_is_stopped(run, classes, stop):
     command = [sys.executable, "-m", "groupmixformer.cli", "serve", str(run), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard) as process:
         try:
             line = process.stderr.readline()
             address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
