@@ -92,6 +92,7 @@ EXHAUSTIVE = (
     "test_fuse.py::test_gradients_of_the_images[compiled-8388608]",
     "test_kernels.py::test_more_kernels_under_the_interpreter",
     "test_quantize.py::test_the_command[openvino-static]",
+    "test_quantize.py::test_pictures_whose_last_map_is_one_token",
     "test_quantize.py::test_the_command[pt2",
     "test_scale.py::test_a_run_killed_at_random",
     "test_scale.py::test_a_terminated_job_is_saved_and_continues[fsdp]",

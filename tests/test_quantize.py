@@ -93,6 +93,19 @@ def test_the_command(trained, some_pictures, tmp_path, capsys, format, way):
     assert json.loads(stored(format, path)["classes"]) == ABOUT["classes"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["weights", "dynamic"])
+def test_pictures_whose_last_map_is_one_token(randomise, tmp_path, way):
+    """At 32 x 32, where PyTorch would refuse what it did not see while tracing."""
+    model = GroupMixFormer(embed_dims=(10,) * 4, depths=(1,) * 4, mlp_ratios=(2,) * 4, num_classes=10)
+    network = Exported(randomise(model)).eval()
+    held_out = eval_loader(open_images("digits").held_out, CONFIG)
+    result = quantize(network, "pt2", way, tmp_path / "int8.pt2", Image.new("RGB", (9, 9)), held_out, None, "", ABOUT)
+    run = FORMATS["pt2"].load(tmp_path / "int8.pt2")
+    assert run(torch.randn(1, 3, 32, 32))[0].shape == (1, 10)
+    assert result["rows"][1]["agreement"] > 0.8
+
+
 def stored(format, path):
     """Read the metadata as somebody who has none of our code."""
     if format == "onnx":

@@ -56,12 +56,16 @@ class Exported(nn.Module):
 def to_program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     """Trace a network, with batch, height and width left open."""
     free = torch.export.Dim.DYNAMIC
-    program = torch.export.export(network, (images,), dynamic_shapes=({0: free, 2: free, 3: free},))
-    # Where PyTorch works out memory formats it takes for granted that a map is not 1 x 1, which it is for images of 32 x 32,
-    # and states that as a condition. Nothing else depends on it: the comparison at that size holds without.
+    return leave_open(torch.export.export(network, (images,), dynamic_shapes=({0: free, 2: free, 3: free},)))
+
+
+def leave_open(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take back conditions that a program does not depend on, which PyTorch states whenever it traces or rewrites one."""
+    # Where it works out memory formats it takes for granted that a map is not 1 x 1, which it is for images of 32 x 32. Nothing
+    # else depends on that: the comparison at that size holds without.
     program._guards_code = []
     for symbol, values in program.range_constraints.items():
-        program.range_constraints[symbol] = ValueRanges(1 if values.lower == 2 else 32, values.upper)
+        program.range_constraints[symbol] = ValueRanges(1 if values.lower <= 2 else 32, values.upper)
     return program
 
 

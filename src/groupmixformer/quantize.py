@@ -30,6 +30,7 @@ from .export import (
     compared_sizes,
     export,
     first_line,
+    leave_open,
     move_into_place,
     quietly,
     save_openvino,
@@ -165,7 +166,7 @@ def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], ima
     program = to_program(unwrap_tensor_subclass(fused), images)
     if way == "dynamic":  # in PyTorch's own operators, so that the file runs without torchao
         own = {operator: function for operator, function in decompositions.items() if operator.namespace == "torchao"}
-        program = program.run_decompositions(own)
+        program = leave_open(program.run_decompositions(own))
     torch.export.save(program, path, extra_files=dict(metadata))
 
 
