@@ -230,15 +230,12 @@ def service(model: Any, task: str, limits: Limits, score: float = 0.5) -> Servic
 
 
 def _with_masks(found: Predicted, model: Any) -> Predicted:
-    """Put masks into a result: a segmenter's as a PNG of the data set's numbers, an object's in COCO's run lengths."""
-    result = found.result
+    """Add masks to a result: a segmenter's as a PNG of the data set's numbers, an object's in COCO's run lengths."""
     if "-mask.png" in found.files:
         numbers = dict(zip(model.class_names, model.config["class_ids"], strict=True))
-        result |= {
-            "numbers": {name: numbers[name] for name in result["shares"]},
-            "mask": base64.b64encode(found.files["-mask.png"]).decode(),
-        }
-    for thing, stored in zip(result.get("objects", []), found.results, strict=False):  # both begin with the best
+        found.result["numbers"] = {name: numbers[name] for name in found.result["shares"]}
+        found.result["mask"] = base64.b64encode(found.files["-mask.png"]).decode()
+    for thing, stored in zip(found.result.get("objects", []), found.results, strict=False):  # both begin with the best
         if "segmentation" in stored:
             thing["mask"] = stored["segmentation"]
     return found
