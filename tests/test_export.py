@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,7 +122,19 @@ def test_the_command(model, run, tmp_path, capsys, format):
     assert json.loads(metadata["input_size"]) == [3, 64, 64]
     assert "(batch, channels, height, width)" in metadata["layout"]
     assert metadata["version"]
+    folder = str(Path(export.__code__.co_filename).parent).encode()
+    assert not any(folder in content for content in contents(path)), "names the machine's source files"
     assert_same_function(format, path, Exported(model))
+
+
+def contents(path):
+    """What a file and those beside it hold; of an archive, what is packed in it."""
+    for file in path.parent.iterdir():
+        if not zipfile.is_zipfile(file):
+            yield file.read_bytes()
+            continue
+        with zipfile.ZipFile(file) as archive:
+            yield from (archive.read(name) for name in archive.namelist())
 
 
 def test_onnx_names_what_is_free_and_its_opset(run, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_the_command(trained, some_pictures, tmp_path, capsys, format, way):
     result = json.loads(output(capsys, *argv).out)
     exact, int8 = result["rows"]
     assert [row["form"] for row in result["rows"]] == ["float32", "int8"]
-    assert result["calibration"] == ({"data": str(some_pictures), "pictures": PICTURES} if way == "static" else None)
+    assert result["calibration"] == ({"data": some_pictures.name, "pictures": PICTURES} if way == "static" else None)
     # The numbers are those of the files, found here without the code that made them.
     images, classes = digits("held_out")
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_calibration_on_nothing_like_the_data_is_found_out(trained, tmp_path):
     assert any(line.startswith("int8 loses") and line.endswith("points of top-1, more than 1") for line in result["verdict"])
 
 
-ROW = {"top1": 0.9, "milliseconds": 10.0, "milliseconds_16": 100.0}
+ROW = {"top1": 0.9, "milliseconds": 10.0, "milliseconds_16": 100.0, "bytes": 20_000_000}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,7 @@ ROW = {"top1": 0.9, "milliseconds": 10.0, "milliseconds_16": 100.0}
         ({"top1": 0.95, "milliseconds": 9.0}, []),
         ({"milliseconds": 12.0}, ["int8 is slower on one picture: 12.0 ms instead of 10.0"]),
         ({"milliseconds_16": 130.0}, ["int8 is slower on 16 pictures: 130.0 ms instead of 100.0"]),
+        ({"bytes": 31_000_000}, ["int8 is larger: 31.0 MB instead of 20.0"]),
     ],
 )
 def test_verdict(int8, lines):

@@ -69,6 +69,15 @@ def leave_open(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     return program
 
 
+def save_program(program: torch.export.ExportedProgram, metadata: Mapping[str, str], path: Path) -> None:
+    """Write a program with what is said about it, and without the paths of the source files that it was traced from."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("from_node", None)
+    torch.export.save(program, path, extra_files=dict(metadata))
+
+
 def _write_onnx(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
     program = torch.onnx.export(
         network,
@@ -97,7 +106,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Outputs]:
 
 
 def _write_pt2(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
-    torch.export.save(to_program(network, images), path, extra_files=dict(metadata))
+    save_program(to_program(network, images), metadata, path)
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Outputs]:

@@ -34,6 +34,7 @@ from .export import (
     move_into_place,
     quietly,
     save_openvino,
+    save_program,
     size_on_disk,
     to_pixels,
     to_program,
@@ -167,7 +168,7 @@ def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], ima
     if way == "dynamic":  # in PyTorch's own operators, so that the file runs without torchao
         own = {operator: function for operator, function in decompositions.items() if operator.namespace == "torchao"}
         program = leave_open(program.run_decompositions(own))
-    torch.export.save(program, path, extra_files=dict(metadata))
+    save_program(program, metadata, path)
 
 
 def _try(path: Path, format: str, out: Path, picture: Image.Image, about: Mapping[str, Any]) -> None:
@@ -214,6 +215,8 @@ def verdict(exact: Mapping[str, Any], int8: Mapping[str, Any]) -> list[str]:
     for key, what in (("milliseconds", "on one picture"), (f"milliseconds_{BATCH}", f"on {BATCH} pictures")):
         if int8[key] > exact[key]:
             lines.append(f"int8 is slower {what}: {int8[key]:.1f} ms instead of {exact[key]:.1f}")
+    if int8["bytes"] > exact["bytes"]:
+        lines.append(f"int8 is larger: {int8['bytes'] / 1e6:.1f} MB instead of {exact['bytes'] / 1e6:.1f}")
     return lines
 
 
@@ -298,7 +301,8 @@ def quantize(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
         exact, written = Path(folder, f"float32{target.suffix}"), Path(folder, f"int8{target.suffix}")
         metadata = export(network, format, exact, picture, **about, progress=progress)["metadata"]
-        source = {"data": calibrated_on, "pictures": len(calibration)} if calibration is not None else None
+        name = Path(calibrated_on).resolve().name if Path(calibrated_on).exists() else calibrated_on  # not whose disk it is on
+        source = {"data": name, "pictures": len(calibration)} if calibration is not None else None
         metadata = metadata | {"int8": json.dumps({"way": way, "calibration": source})}
         progress(f"writing 8-bit integers: {way}")
         with quietly(), contextlib.redirect_stdout(io.StringIO()):  # where nncf draws its bars
