@@ -99,6 +99,7 @@ EXHAUSTIVE = (
     "test_scale.py::test_processes_compute_what_one_does[fsdp]",
     "test_scale.py::test_processes_compute_what_one_does[two nodes]",
     "test_scale.py::test_what_happens_to_one_process_counts_for_all[fsdp]",
+    "test_segmentation.py::test_two_processes_measure_what_one_does",
     "test_training.py::test_a_compiled_model_has_the_same_losses",
     "test_training.py::test_losses_are_the_same_with[--precision bf16",
     "test_training.py::test_losses_are_the_same_with[--strategy fsdp",
