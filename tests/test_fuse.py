@@ -107,12 +107,13 @@ def test_golden_values_compiled(golden, monkeypatch, compiled, large):
 
 @pytest.mark.slow
 @either_product
-def test_golden_values_frozen_by_inductor(golden, monkeypatch, large):
+@pytest.mark.parametrize("case", [0, 1], ids=["first size", "second size"])
+def test_golden_values_frozen_by_inductor(golden, monkeypatch, case, large):
     monkeypatch.setattr(MODULE, "_LARGE", large)
     values = golden("test")
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
         fused = torch.compile(fuse(values.model()), fullgraph=True, dynamic=False)  # each size its own: docs/speed.md
-        assert relative_error(fused(values.images(values.cases[0])), values.arrays["logits_0"]) < 1e-4  # a minute each
+        assert relative_error(fused(values.images(values.cases[case])), values.arrays[f"logits_{case}"]) < 1e-4
 
 
 # Every variant, any size, any configuration

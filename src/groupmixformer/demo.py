@@ -80,8 +80,7 @@ class Page:
         if task != "classification":
             drawn = Image.open(io.BytesIO(next(iter(found.files.values()))))
             return Seen(shown, None, drawn, found.text, milliseconds)
-        factor = shown.width / picture.width
-        left, top, right, bottom = (side * factor for side in model.view(picture).frame)
+        left, top, right, bottom = model.view(shown).frame
         if max(left, top, shown.width - right, shown.height - bottom) > SIDE / 100:
             ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=2)
         classes: dict[str, float] = {}

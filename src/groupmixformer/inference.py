@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.config import resolve_data_config
-from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 
 from .checkpoint import load_model
@@ -155,17 +154,18 @@ class Classes:
     def view(self, picture: Image.Image) -> View:
         """Prepare a picture (RGB), following the transform step by step to know where each pixel goes."""
         original, factors, offsets = (picture.height, picture.width), [1.0, 1.0], [0, 0]
-        images = self.transform(picture)[None].to(self.device)
+        made: Any = picture
         for step in self.transform.transforms:
-            if isinstance(step, MaybeToTensor):
-                break
-            before = (picture.height, picture.width)
-            picture = step(picture)
-            for i, (old, new) in enumerate(zip(before, (picture.height, picture.width), strict=True)):
+            made = step(made)
+            if not isinstance(made, Image.Image):
+                continue  # a tensor, whose pixels stay where they are
+            for i, (old, new) in enumerate(((picture.height, made.height), (picture.width, made.width))):
                 if "Crop" in type(step).__name__:  # as torchvision and timm round
                     offsets[i] += (new - old) // 2 if new > old else -round((old - new) / 2)
                 else:
                     factors[i] *= new / old
+            picture = made
+        images = made[None].to(self.device)
         return View(images, np.asarray(picture), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
 
     @torch.inference_mode()
