@@ -2,6 +2,8 @@
 
 python benchmarks/forms.py [--sections forms variants training]   # needs birder; writes benchmarks/results/forms-DATE.json
 
+With settings of glibc's malloc in the environment, such as MALLOC_TRIM_THRESHOLD_, it writes forms-malloc-DATE.json.
+
 On one CPU thread at 224 x 224. birder's eager float32 stands for the release, which computes in the same way, and is what
 speed-ups are over. Each row of ours comes with its error: the relative difference of its logits from those of the same weights,
 eager in float64 (norms have random statistics, so that folding them changes something).
@@ -15,6 +17,7 @@ eager in float64 (norms have random statistics, so that folding them changes som
 import argparse
 import copy
 import json
+import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -113,7 +116,7 @@ def forms(settings: Settings, peers: list[str]) -> list[dict[str, Any]]:
     for form, changes in FORMS.items():
         builds[f"groupmixformer_small, {form}"] = partial(ours, "small", Settings(**{**vars(settings), **changes}))
     for name in peers:
-        for form in ("eager", "compiled", "bf16"):
+        for form in ("eager", "compiled", "bf16", "bf16, compiled"):
             builds[f"{name}, {form}"] = partial(peer, name, Settings(**{**vars(settings), **FORMS[form]}))
     return run(builds, settings)
 
@@ -175,7 +178,8 @@ def main() -> None:
     }
     found = conditions(four)
     found["versions"] |= {"groupmixformer": groupmixformer.__version__, "birder": birder.__version__}
-    path = args.out / f"forms-{found['date']}.json"
+    found["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    path = args.out / f"forms{'-malloc' if found['malloc'] else ''}-{found['date']}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     same = {key: earlier.get(key) for key in found} == found  # sections of one day on one machine share a file
     result = {**found, "sections": earlier["sections"] if same else {}}
