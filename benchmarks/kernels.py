@@ -1,6 +1,7 @@
 """The fused kernels beside their plain twins, eager and under torch.compile, alternating in one run on a GPU.
 
 python benchmarks/kernels.py [--repeats 30]   # needs an NVIDIA GPU; writes benchmarks/results/kernels-DATE.json
+python benchmarks/kernels.py --models small --types bfloat16   # a quarter of it, where the GPU is lent for minutes
 
 Each operation runs on the feature maps of every stage of small at 224 with batch 128 and of base at 384 with batch 32, in bf16
 and fp32, forward and forward with backward. The floor is the time in which the GPU copies what the operation must read
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import groupmixformer
 from groupmixformer import kernels
+from groupmixformer.files import write_file
 
 Tensors = list[Tensor]
 SETTINGS = {
@@ -125,35 +127,31 @@ def measure(name: str, inputs: Tensors, call: Callable[..., Tensor], repeats: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="timed runs of each variant")
+    parser.add_argument("--models", nargs="+", choices=["small", "base"], default=["small", "base"])
+    parser.add_argument("--types", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
     if not (torch.cuda.is_available() and kernels.served(torch.empty(0, device="cuda"))):
         sys.exit("benchmarks/kernels.py needs an NVIDIA GPU and Triton; there is none here")
     torch.manual_seed(0)
     speed = copy_speed()
-    rows = []
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    versions = {"torch": torch.__version__, "triton": kernels.triton.__version__, "groupmixformer": groupmixformer.__version__}
+    machine = torch.cuda.get_device_name()
+    rows: list[dict[str, object]] = []
+    result = {"date": today, "machine": machine, "copy_GB_per_s": speed / 1e6, "versions": versions, "rows": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
     for setting, (batch, size, dims) in SETTINGS.items():
+        if setting.split()[0] not in args.models:
+            continue
         for i, D in enumerate(dims):
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in (getattr(torch, name) for name in args.types):
                 for name, (inputs, call) in operations(batch, size // 4 // 2**i, D, dtype).items():
                     for row in measure(name, inputs, call, args.repeats, speed):
                         rows.append({"setting": setting, "stage": i, "dtype": str(dtype).removeprefix("torch."), **row})
                         ms = "  ".join(f"{variant} {value:8.3f}" for variant, value in row["ms"].items())
                         print(f"{setting}  stage {i}  {dtype}  {name}, {row['mode']}: {ms}  floor {row['floor_ms']:8.3f} ms")
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    result = {
-        "date": today,
-        "machine": torch.cuda.get_device_name(),
-        "copy_GB_per_s": speed / 1e6,
-        "versions": {
-            "torch": torch.__version__,
-            "triton": kernels.triton.__version__,
-            "groupmixformer": groupmixformer.__version__,
-        },
-        "rows": rows,
-    }
-    args.out.mkdir(exist_ok=True)
-    (args.out / f"kernels-{today}.json").write_text(json.dumps(result, indent=2) + "\n")
+                        write_file(args.out / f"kernels-{today}.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
