@@ -2,6 +2,8 @@
 
 python benchmarks/forms.py [--sections forms variants training]   # needs birder; writes benchmarks/results/forms-DATE.json
 
+python benchmarks/forms.py --show benchmarks/results/forms-DATE.json      # prints its tables as docs/speed.md has them
+
 With settings of glibc's malloc in the environment, such as MALLOC_TRIM_THRESHOLD_, it writes forms-malloc-DATE.json.
 
 On one CPU thread at 224 x 224. birder's eager float32 stands for the release, which computes in the same way, and is what
@@ -19,7 +21,7 @@ import copy
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -33,7 +35,7 @@ from birder.model_registry import registry
 from torch import nn
 
 import groupmixformer
-from groupmixformer.bench import conditions
+from groupmixformer.bench import conditions, count_macs
 from groupmixformer.files import write_file
 from groupmixformer.published import published_top1
 from groupmixformer.speed import Runner, Settings, matrix_speed, measure
@@ -50,6 +52,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "bf16, compiled": {"dtype": "bf16", "compile": "default"},
     "bf16, fused, compiled": {"dtype": "bf16", "fuse": True, "compile": "default"},
 }
+MILLISECONDS = ("milliseconds_low", "milliseconds", "milliseconds_high")
 Builds = dict[str, Callable[[], Runner]]
 
 
@@ -161,6 +164,33 @@ def training(settings: Settings, chosen: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def form_of(label: str) -> Settings:
+    """The settings of a row, as far as the label tells them."""
+    return Settings(dtype="bf16" if "bf16" in label else "fp32")
+
+
+def show(result: dict[str, Any]) -> Iterator[str]:
+    """Lines of the tables. The floor is the time of a model's multiply-adds in one large matrix product of the same run."""
+    for section, rows in result["sections"].items():
+        batch, memory = int(section.split("batch ")[1]), "memory_ratio" in rows[0]
+        yield f"\n{section}:\n"
+        columns = ["peak memory", "of birder's"] if memory else ["share of floor", "error", "published top-1 (%)"]
+        yield "| | milliseconds (quartiles) | speed-up | " + " | ".join(columns) + " |"
+        yield "|---" * (3 + len(columns)) + "|"
+        for row in rows:
+            label, settings = row["model"], form_of(row["model"])
+            low, median, high = (f"{row[key]:.3g}" if row[key] < 100 else f"{row[key]:.0f}" for key in MILLISECONDS)
+            if memory:
+                cells = [f"{row['peak_memory']:,.0f} MiB", f"{row['memory_ratio']:.2f}"]
+            else:
+                macs = count_macs(label.split(",")[0].replace("birder", "groupmixformer"), settings)
+                floor = 1000 * macs * batch / result["matrix_product"][settings.dtype]
+                error = f"{row['error']:.0e}".replace("e-0", "e-") if row["error"] is not None else ""
+                cells = [f"{floor / row['milliseconds']:.0%}", error, str(row["published_top1"] or "")]
+            name = label.replace("groupmixformer_", "").replace("_patch4_window7_224", "")
+            yield f"| {name} | {median} ({low} to {high}) | {row['speed_up']:.2f}x | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["forms", "single", "variants", "training"]
@@ -168,7 +198,11 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=BIRDER, default=list(BIRDER), help="of variants and training")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a result, and measure nothing")
     args = parser.parse_args()
+    if args.show:
+        print("\n".join(show(json.loads(args.show.read_text()))))
+        return
     torch.set_num_threads(1)
     four = Settings(batch_size=4, rounds=args.rounds)
     one = Settings(batch_size=1, rounds=args.rounds)

@@ -1,6 +1,6 @@
 """The fused kernels: their plain twins are the network's function, their operators suit compilers, and they build for GPUs.
 
-What the kernels compute is tested in `interpreted_kernels.py`, in a process of its own.
+What the kernels compute is tested in `run_kernels.py`, in a process of its own.
 """
 
 import os
@@ -11,33 +11,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted_kernels import OPERATIONS, assert_near, leaves, operate, results
+from run_kernels import OPERATIONS, assert_near, leaves, operate, results
 from torch import nn
 
 from groupmixformer import GroupMixAttention, kernels
-from groupmixformer.groupmixformer import factorised_attention
+from groupmixformer.groupmixformer import factorised_attention, scale_within_heads
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton, which there is for Linux")
 
 
-def interpreted(marked):
+def run_kernels(marked, **environment):
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", marked]
-    file = Path(__file__).with_name("interpreted_kernels.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, str(file)], capture_output=True, text=True, env=environment, check=False)
+    file = Path(__file__).with_name("run_kernels.py")
+    result = subprocess.run([*command, str(file)], capture_output=True, text=True, env=os.environ | environment, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-1000:]
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_under_the_interpreter():
-    interpreted("not slow")
+    run_kernels("not slow", TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.slow
 def test_more_kernels_under_the_interpreter():
-    interpreted("slow")
+    run_kernels("slow", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu():
+    run_kernels("slow or not slow", TRITON_INTERPRET="0", GROUPMIXFORMER_KERNELS="1")
 
 
 # The twins
@@ -59,7 +64,8 @@ def test_twins_are_the_function_of_the_network(randomise):
     mixed = kernels.plain_combine(q, v, context, weights, biases, attention.scale).flatten(1, 2)  # (B, N, 4C)
     for i, part in enumerate(mixed.split(C, dim=2)):
         maps = proxies[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
-        expected = factorised_attention(maps, weights[i], biases[i], attention.scale)
+        scale = scale_within_heads(attention.scale, C, maps)
+        expected = factorised_attention(maps, weights[i], biases[i], scale)
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
 
 

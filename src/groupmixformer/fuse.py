@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import groupmixformer as network
-from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _check_images, _check_map
+from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _check_images, _check_map, scale_within_heads
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -178,8 +178,7 @@ class FusedAttention(Fused):
         self.position = nn.Conv2d(4 * C, 4 * C, 7, padding=3, groups=4 * C, device="meta")
         self.position.weight = nn.Parameter(torch.cat([w for w, _ in kernels]))
         self.position.bias = nn.Parameter(torch.cat([b for _, b in kernels]))
-        head = torch.arange(C, device=like.device) // (C // 2)
-        self.register_buffer("scale", (head[:, None] == head).to(like) * attention.scale)
+        self.register_buffer("scale", scale_within_heads(attention.scale, C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
         self.non_attention = attention.non_attention
         self.proj = attention.proj

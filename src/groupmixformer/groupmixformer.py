@@ -185,14 +185,24 @@ class ConvRelativePosition(nn.Module):
 
 
 @torch.fx.wrap
-def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float) -> Tensor:
+def scale_within_heads(scale: float, segment_dim: int, like: Tensor) -> Tensor:
+    """Return (C, C) with `scale` within each of the two heads of a segment and 0 between them.
+
+    One matrix product serves both heads then: what crosses them is multiplied by zero.
+    """
+    head = torch.arange(segment_dim, device=like.device) // (segment_dim // 2)
+    return (head[:, None] == head).to(like.dtype) * scale
+
+
+@torch.fx.wrap
+def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     """Attention of the two heads of one segment, with position encoding (Sec. 3): scale Q softmax(K)^T V + Q * conv(V).
 
     Args:
         qkv: Q, K and V stacked along the batch (3B, C, H, W). The softmax of K is taken over the tokens.
         weight: Depthwise kernels of the position encoding (C, 1, k, k).
         bias: Its bias (C).
-        scale: Factor of the attention, not of the position encoding.
+        scale: Factor of the attention, not of the position encoding: (C, C), see `scale_within_heads`.
 
     Returns:
         (B, N, C).
@@ -201,10 +211,7 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: float
     q, k, v = qkv.unflatten(0, (3, -1)).unbind(0)  # 3 x (B, C, H, W)
     position = F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=C).flatten(2).transpose(1, 2)  # (B, N, C)
     q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
-    context = k.softmax(dim=1).transpose(1, 2) @ v  # (B, C, C)
-    # One matrix product serves both heads: what crosses them is multiplied by zero.
-    same_head = torch.eye(2, device=q.device, dtype=context.dtype).repeat_interleave(C // 2, 0)
-    context = context * (scale * same_head.repeat_interleave(C // 2, 1))  # (C, C)
+    context = (k.softmax(dim=1).transpose(1, 2) @ v) * scale  # (B, C, C)
     return torch.addcmul(q @ context, q, position)
 
 
@@ -276,9 +283,10 @@ class GroupMixAttention(nn.Module):
             return self._forward_kernels(x)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
+        scale = scale_within_heads(self.scale, D // 5, proxies[0])
         mixed = []
         for qkv, (weight, bias) in zip(proxies, self.position.kernels()):  # noqa: B905 (TorchScript has no strict=)
-            mixed.append(factorised_attention(qkv, weight, bias, self.scale))  # (B, N, C)
+            mixed.append(factorised_attention(qkv, weight, bias, scale))  # (B, N, C)
         if torch.jit.is_scripting():
             local = self.non_attention(local)
         else:

@@ -1,6 +1,7 @@
-"""The Triton kernels on the CPU, against plain PyTorch in float64. `test_kernels.py` runs this file in a process of its own.
+"""The Triton kernels against plain PyTorch in float64. `test_kernels.py` runs this file in a process of its own.
 
-TRITON_INTERPRET=1 pytest -n 0 tests/interpreted_kernels.py   # it must be set before Triton is imported
+TRITON_INTERPRET=1 pytest -n 0 tests/run_kernels.py         # on the CPU; it must be set before Triton is imported
+GROUPMIXFORMER_KERNELS=1 pytest -n 0 tests/run_kernels.py   # on a GPU
 """
 
 import dataclasses
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, groupmixformer, kernels
 
+DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
 slow = pytest.mark.slow
 OPERATIONS = ["aggregate_groups", "context", "combine"]
 
 
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch):
+def _settings(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if not kernels.INTERPRETED:
+        return
     from triton.runtime import interpreter
 
     # The interpreter checks every sum of integers for overflow, which takes half of the time.
@@ -25,7 +30,7 @@ def _fast(monkeypatch):
 
 
 def draw(*shape, dtype):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def leaves(name, B, H, W, C, dtype):
@@ -56,7 +61,7 @@ def results(name, tensors, plain=False):
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     output = operate(name, tensors, plain)
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(output.shape, generator=generator).to(output.dtype)
+    weights = torch.randn(output.shape, generator=generator).to(output)
     return [output, *torch.autograd.grad(output, tensors, weights)]
 
 
@@ -69,8 +74,8 @@ def assert_near(got, expected, tolerance):
 
 
 def test_the_kernels_serve():
-    assert kernels.served(torch.zeros(1))
-    assert not kernels.served(torch.zeros(1, dtype=torch.float64))
+    assert kernels.served(torch.zeros(1, device=DEVICE))
+    assert not kernels.served(torch.zeros(1, device=DEVICE, dtype=torch.float64))
     assert not kernels.served(torch.zeros(1, device="meta"))
 
 
@@ -96,8 +101,8 @@ def test_low_precision(name, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 60000), (torch.bfloat16, 10000)])
 @pytest.mark.parametrize("tokens", [1, pytest.param(20000, marks=slow)])
 def test_large_keys(dtype, largest, tokens):
-    k = torch.where(torch.rand(1, 1, tokens, 8) < 0.5, -largest, largest).to(dtype).requires_grad_()
-    v = (100 * torch.randn(1, 1, tokens, 8)).to(dtype).requires_grad_()
+    k = torch.where(torch.rand(1, 1, tokens, 8) < 0.5, -largest, largest).to(DEVICE, dtype).requires_grad_()
+    v = (100 * torch.randn(1, 1, tokens, 8)).to(DEVICE, dtype).requires_grad_()
     result = kernels.context(k, v)
     gradients = torch.autograd.grad(result.sum(), (k, v))
     exact = [tensor.detach().double().requires_grad_() for tensor in (k, v)]
@@ -108,14 +113,13 @@ def test_large_keys(dtype, largest, tokens):
 
 def test_many_equal_keys():
     """Weights of the softmax of 1 / 20000, which float16 does not hold; they come in several runs."""
-    k, v = torch.zeros(1, 1, 20000, 8, dtype=torch.float16), torch.randn(1, 1, 20000, 8).half() + 1
+    k, v = torch.zeros(1, 1, 20000, 8).to(DEVICE, torch.float16), torch.randn(1, 1, 20000, 8).to(DEVICE, torch.float16) + 1
     expected = v.double().mean(2).unflatten(2, (2, 1, 4)).expand(1, 1, 2, 4, 4)
     assert_near([kernels.context(k, v)], [expected], 1e-5)
 
 
 def test_strides_that_are_no_multiples_of_the_width():
-    k, v = torch.randn(4, 2, 2, 9, 5).unbind(0)[0][..., :4], torch.randn(2, 4, 2, 9).permute(0, 2, 3, 1)
-    k, v = k.expand(2, 2, 9, 4), v
+    k, v = torch.randn(4, 2, 2, 9, 5).to(DEVICE).unbind(0)[0][..., :4], torch.randn(2, 4, 2, 9).to(DEVICE).permute(0, 2, 3, 1)
     assert_near([kernels.context(k, v)], [kernels.plain_context(k.double(), v.double())], 1e-5)
 
 
@@ -133,8 +137,9 @@ def plainly(monkeypatch):
 
 @pytest.mark.parametrize("training", [pytest.param(True, marks=slow), False])
 def test_network(randomise, plainly, monkeypatch, training):
-    model = randomise(GroupMixFormer(embed_dims=(40, 40), depths=(1, 1), mlp_ratios=(2, 2), num_classes=5)).train(training)
-    images, labels = torch.randn(1, 3, 37, 45), torch.tensor([2])
+    model = randomise(GroupMixFormer(embed_dims=(40, 40), depths=(1, 1), mlp_ratios=(2, 2), num_classes=5))
+    model = model.to(DEVICE).train(training)
+    images, labels = torch.randn(1, 3, 37, 45).to(DEVICE), torch.tensor([2], device=DEVICE)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def step():
@@ -157,8 +162,8 @@ def test_network(randomise, plainly, monkeypatch, training):
 
 @slow
 def test_graphs_keep_the_operators_of_pytorch(randomise, plainly):
-    attention = randomise(GroupMixAttention(20)).eval()
-    x = torch.randn(1, 20, 3, 2)
+    attention = randomise(GroupMixAttention(20)).to(DEVICE).eval()
+    x = torch.randn(1, 20, 3, 2).to(DEVICE)
     expected = plainly(lambda: attention(x))
     exported = torch.export.export(attention, (x,))
     assert "groupmixformer" not in str(exported.graph)
@@ -175,11 +180,11 @@ def test_graphs_keep_the_operators_of_pytorch(randomise, plainly):
 
 @slow
 def test_autocast(randomise, plainly):
-    attention = randomise(GroupMixAttention(20)).train()
-    x = torch.randn(1, 20, 3, 2)
+    attention = randomise(GroupMixAttention(20)).to(DEVICE).train()
+    x = torch.randn(1, 20, 3, 2).to(DEVICE)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             output = attention(x)
         return [
             output,
