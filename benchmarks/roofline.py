@@ -4,7 +4,7 @@ python benchmarks/roofline.py [--model small] [--batch-size 4] [--fuse] [--dtype
 
 A stage's bytes are what it cannot do without: its weights and, for each block, the map that comes in and the one that goes out.
 The floor is the longer of two times: that of its multiply-adds at the speed of one large matrix product, and that of its bytes
-at the speed of a large copy, both measured in the same run. Writes benchmarks/results/roofline-DATE.json.
+at the speed of a large copy, both measured in the same run. Writes benchmarks/results/roofline-MODEL-FORM-DATE.json.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def main() -> None:
     found = {**conditions(settings), "model": args.model, "settings": vars(settings), "matrix_product": product}
     args.out.mkdir(parents=True, exist_ok=True)
     result = json.dumps({**found, "bytes_copied_a_second": copied, "rows": rows}, indent=2) + "\n"
-    write_file(args.out / f"roofline-{found['date']}.json", result.encode())
+    form = "-".join([args.model.removeprefix("groupmixformer_"), *(["fused"] if args.fuse else []), args.dtype])
+    write_file(args.out / f"roofline-{form}-{found['date']}.json", result.encode())
 
 
 if __name__ == "__main__":

@@ -26,15 +26,19 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype"),
+    ("name", "form", "dtype"),
     [
-        *((form, torch.float64) for form in ("eager", "fused")),
-        *((form, torch.float32) for form in ("eager", "fused", "fused, exported")),
-        # Compiled for the CPU they are tested beside the modules.
-        *(pytest.param(form, torch.float32, marks=needs_gpu) for form in list(FORMS)[3:]),
+        *(("test", form, torch.float64) for form in ("eager", "fused")),
+        *(("test", form, torch.float32) for form in ("eager", "fused", "fused, exported")),
+        # Compiled for the CPU they are tested beside the modules; benchmarks/gpu.py checks the large ones.
+        *(pytest.param("test", form, torch.float32, marks=needs_gpu) for form in list(FORMS)[3:]),
+        *(
+            pytest.param(name, form, torch.float32, marks=needs_gpu)
+            for name in ("mobile", "small")
+            for form in ("eager", "fused")
+        ),
     ],
 )
-@pytest.mark.parametrize("name", ["test", *(pytest.param(name, marks=needs_gpu) for name in ("mobile", "small"))])
 def test_golden_values(golden, device, name, form, dtype):
     values = golden(name)
     case = values.cases[0]

@@ -25,7 +25,10 @@ FOLDED = {"Stem": 1, "SeparableConv": 4, "Block": 6}  # of STAGES
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 6}  # quick to compile
 
 needs_onednn = pytest.mark.skipif(not MODULE._HAS_ONEDNN, reason="PyTorch is built without oneDNN")
-either_product = pytest.mark.parametrize("large", [pytest.param(0, marks=needs_onednn), MODULE._LARGE])
+needs_bfloat16 = pytest.mark.skipif(not MODULE._HAS_BFLOAT16, reason="this processor has no bfloat16 for oneDNN")
+either_product = pytest.mark.parametrize(
+    "large", [pytest.param(0, marks=needs_onednn, id="oneDNN"), pytest.param(MODULE._LARGE, id="by size")]
+)
 
 
 @pytest.fixture
@@ -205,8 +208,10 @@ def test_an_attention_alone(randomise, monkeypatch, dim, size, layout, large):
 @pytest.mark.parametrize(
     ("side", "change", "products"),
     [
-        pytest.param(32, lambda x: x, 6, id="five segments and the projection"),
-        pytest.param(64, lambda x: x, 9, id="and three groups"),
+        pytest.param(16, lambda x: x, 6, id="five segments and the projection"),
+        pytest.param(32, lambda x: x, 9, id="and three groups"),
+        pytest.param(32, lambda x: x.bfloat16(), 9 * MODULE._HAS_BFLOAT16, id="bfloat16"),
+        pytest.param(32, lambda x: x.half(), 0, id="float16"),
         pytest.param(4, lambda x: x, 0, id="small"),
         pytest.param(32, lambda x: x.double(), 0, id="float64"),
         pytest.param(32, lambda x: x.requires_grad_(), 0, id="gradient"),
@@ -217,13 +222,15 @@ def test_large_products_are_those_of_onednn(randomise, side, change, products):
     fused = fuse(randomise(GroupMixAttention(160)).eval().to(x.dtype))
     with Operators() as seen:
         fused(x)
+    assert all(layer.weight.t().is_contiguous() for layer in (fused.attn.proj, *fused.attn.qkv, *fused.attn.pointwise))
     assert seen.calls["mkldnn::_linear_pointwise"] == products
 
 
 @needs_onednn
-def test_every_activation_is_folded_into_large_products(model, images, all_large):
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+def test_every_activation_is_folded_into_large_products(model, images, all_large, dtype):
     with Operators() as seen, torch.no_grad():
-        fuse(model)(images)
+        fuse(model).to(dtype)(images.to(dtype))
     assert seen.calls["mkldnn::_linear_pointwise"] == 4 + 6 * (5 + 3 + 1 + 2)  # embeddings; segments, groups, projection, MLP
     assert not seen.calls["aten::gelu"]
 
@@ -301,8 +308,10 @@ def test_a_compiled_graph(shallow, images, monkeypatch, dynamic, large):
 # Low precision
 
 
+@either_product
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_no_worse_than_the_plain_models(golden, dtype):
+def test_low_precision_is_no_worse_than_the_plain_models(golden, monkeypatch, dtype, large):
+    monkeypatch.setattr(MODULE, "_LARGE", large)
     values = golden("test")
     double, low, fused = values.model().double(), values.model().to(dtype), fuse(values.model()).to(dtype)
     errors = collections.defaultdict(list)

@@ -8,7 +8,7 @@ What is folded:
   into one 7 x 7 per channel.
 - The order of the rows that make Q, K and V: a segment comes out of a product of its own, Q, K and V of a token side by side,
   so that an aggregator reads and writes one tensor and nothing is permuted.
-- An activation into the linear layer before it, by oneDNN, in float32 on a CPU, where it is large.
+- An activation into the linear layer before it, by oneDNN on a CPU, where it is large.
 
 The BN before the head stays: `forward_features` returns what it makes.
 
@@ -32,8 +32,9 @@ from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _chec
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Multiply-adds from which oneDNN's product is the faster one: its call takes longer.
-_LARGE = 2**23
+_LARGE = 2**21
 
 
 @torch.library.custom_op("groupmixformer::linear", mutates_args=())
@@ -54,7 +55,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -
         and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
         and not torch.compiler.is_exporting()  # before the size, or it becomes a limit of the exported program
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and not torch.compiler.is_compiling()))
         and x.numel() * weight.shape[0] >= _LARGE
         and not differentiable  # it has no backward pass
         and not torch.is_autocast_enabled("cpu")
@@ -87,6 +88,8 @@ def _conv_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
 
 def _linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    if weight.device.type == "cpu":
+        weight = weight.t().contiguous().t()  # by columns, which spares oneDNN rearranging it in each product
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
 
@@ -181,7 +184,7 @@ class FusedAttention(Fused):
         self.register_buffer("scale", scale_within_heads(attention.scale, C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
         self.non_attention = attention.non_attention
-        self.proj = attention.proj
+        self.proj = _linear_layer(attention.proj.weight, attention.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H, W, D)."""
@@ -221,7 +224,7 @@ class FusedBlock(Fused):
         self.eps = block.norm2.eps
         weight, bias = _after_norm(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2)
         self.fc1 = _linear_layer(weight.to(block.mlp.fc1.weight), bias.to(block.mlp.fc1.weight))
-        self.fc2 = block.mlp.fc2
+        self.fc2 = _linear_layer(block.mlp.fc2.weight, block.mlp.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
