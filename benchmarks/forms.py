@@ -13,7 +13,7 @@ eager in float64 (norms have random statistics, so that folding them changes som
 - forms: small and its peers, batch 4, eager, fused, compiled, in float32 and bfloat16. Compiling takes about a minute a row.
 - single: the same for small alone with one picture.
 - variants: the others that birder has, batches of 1 and 4, eager and fused.
-- training: a step, with memory measured in a process of its own, three times.
+- training: a step, with what the process grows by, measured in a process of its own three times, and the peak of its tensors.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import timm
 import torch
 from birder.model_registry import registry
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import groupmixformer
 from groupmixformer.bench import conditions, count_macs
@@ -144,6 +146,16 @@ def peak_memory(build: Callable[[], Runner], settings: Settings) -> float | None
     return row["peak_memory"]
 
 
+def tensor_memory(build: Callable[[], Runner]) -> float:
+    """MiB of tensors at the peak of a step, beside those that are always there: what PyTorch counts on an accelerator."""
+    runner = build()
+    runner.warm_up()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        runner.step()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")) / 2**20
+
+
 def training(settings: Settings, chosen: list[str]) -> list[dict[str, Any]]:
     rows = []
     for variant in chosen:
@@ -159,7 +171,10 @@ def training(settings: Settings, chosen: list[str]) -> list[dict[str, Any]]:
                 peaks = [pool.submit(peak_memory, builds[row["model"]], settings).result() for _ in range(3)]
                 row["peak_memory"] = statistics.median(peaks) if None not in peaks else None
                 row["memory_ratio"] = row["peak_memory"] / found[0]["peak_memory"] if None not in peaks else None
-                print(f"  {row['model']:48} {row['peak_memory']:8.0f} MiB {row['memory_ratio']:6.2f}", flush=True)
+                row["tensor_memory"] = tensor_memory(builds[row["model"]])
+                row["tensor_ratio"] = row["tensor_memory"] / found[0]["tensor_memory"]
+                print(f"  {row['model']:48} {row['peak_memory']:8.0f} MiB {row['memory_ratio']:6.2f}", end="")
+                print(f", tensors {row['tensor_memory']:8.0f} MiB {row['tensor_ratio']:6.2f}", flush=True)
         rows += found
     return rows
 
@@ -174,14 +189,21 @@ def show(result: dict[str, Any]) -> Iterator[str]:
     for section, rows in result["sections"].items():
         batch, memory = int(section.split("batch ")[1]), "memory_ratio" in rows[0]
         yield f"\n{section}:\n"
-        columns = ["peak memory", "of birder's"] if memory else ["share of floor", "error", "published top-1 (%)"]
+        columns = (
+            ["process", "of birder's", "tensors", "of birder's"]
+            if memory
+            else ["share of floor", "error", "published top-1 (%)"]
+        )
         yield "| | milliseconds (quartiles) | speed-up | " + " | ".join(columns) + " |"
         yield "|---" * (3 + len(columns)) + "|"
         for row in rows:
             label, settings = row["model"], form_of(row["model"])
             low, median, high = (f"{row[key]:.3g}" if row[key] < 100 else f"{row[key]:.0f}" for key in MILLISECONDS)
             if memory:
-                cells = [f"{row['peak_memory']:,.0f} MiB", f"{row['memory_ratio']:.2f}"]
+                pairs = [
+                    (row[f"{kind}_memory"], row[f"{ratio}_ratio"]) for kind, ratio in (("peak", "memory"), ("tensor", "tensor"))
+                ]
+                cells = [cell for size, ratio in pairs for cell in (f"{size:,.0f} MiB", f"{ratio:.2f}")]
             else:
                 macs = count_macs(label.split(",")[0].replace("birder", "groupmixformer"), settings)
                 floor = 1000 * macs * batch / result["matrix_product"][settings.dtype]
