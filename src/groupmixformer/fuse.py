@@ -301,6 +301,7 @@ def fuse(model: nn.Module) -> Any:
 
     Convert the result, not the model, to another type: what is folded in float32 and rounded afterwards is nearer to the model.
     Compile or export the result, not the model. It can be exported and traced, but not scripted or traced by torch.fx.
+    Fuse on the device where it will run: on a CPU, weights are laid out for oneDNN.
 
     Args:
         model: A `GroupMixFormer`, a `GroupMixAttention`, features of timm, or any network that holds one of them, such as a
