@@ -179,13 +179,8 @@ def training(settings: Settings, chosen: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def form_of(label: str) -> Settings:
-    """The settings of a row, as far as the label tells them."""
-    return Settings(dtype="bf16" if "bf16" in label else "fp32")
-
-
 def show(result: dict[str, Any]) -> Iterator[str]:
-    """Lines of the tables. The floor is the time of a model's multiply-adds in one large matrix product of the same run."""
+    """Lines of the tables. The floor is the time of a model's multiply-adds in one large matrix product, as measured last."""
     for section, rows in result["sections"].items():
         batch, memory = int(section.split("batch ")[1]), "memory_ratio" in rows[0]
         yield f"\n{section}:\n"
@@ -197,16 +192,14 @@ def show(result: dict[str, Any]) -> Iterator[str]:
         yield "| | milliseconds (quartiles) | speed-up | " + " | ".join(columns) + " |"
         yield "|---" * (3 + len(columns)) + "|"
         for row in rows:
-            label, settings = row["model"], form_of(row["model"])
+            label = row["model"]
             low, median, high = (f"{row[key]:.3g}" if row[key] < 100 else f"{row[key]:.0f}" for key in MILLISECONDS)
             if memory:
-                pairs = [
-                    (row[f"{kind}_memory"], row[f"{ratio}_ratio"]) for kind, ratio in (("peak", "memory"), ("tensor", "tensor"))
-                ]
-                cells = [cell for size, ratio in pairs for cell in (f"{size:,.0f} MiB", f"{ratio:.2f}")]
+                cells = [f"{row['peak_memory']:,.0f} MiB", f"{row['memory_ratio']:.2f}"]
+                cells += [f"{row['tensor_memory']:,.0f} MiB", f"{row['tensor_ratio']:.2f}"]
             else:
-                macs = count_macs(label.split(",")[0].replace("birder", "groupmixformer"), settings)
-                floor = 1000 * macs * batch / result["matrix_product"][settings.dtype]
+                macs = count_macs(label.split(",")[0].replace("birder", "groupmixformer"), Settings())
+                floor = 1000 * macs * batch / result["matrix_product"]["bf16" if "bf16" in label else "fp32"]
                 error = f"{row['error']:.0e}".replace("e-0", "e-") if row["error"] is not None else ""
                 cells = [f"{floor / row['milliseconds']:.0%}", error, str(row["published_top1"] or "")]
             name = label.replace("groupmixformer_", "").replace("_patch4_window7_224", "")
