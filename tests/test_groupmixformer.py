@@ -429,36 +429,9 @@ def test_gradient_checkpointing_keeps_the_running_statistics(randomise, images):
         assert torch.equal(plain, recomputed), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_large_maps_keep_less_and_get_the_same_gradients(randomise, monkeypatch, checkpointing, training):
-    network = sys.modules["groupmixformer.groupmixformer"]
-    images = torch.randn(4, 3, 192, 192).requires_grad_()
-    found = []
-    for lean in (True, False):
-        if not lean:
-            monkeypatch.setattr(network, "_run_lean", network._run)
-        model = randomise(GroupMixFormer(embed_dims=(40, 20), depths=(2, 1), mlp_ratios=(4, 4), num_classes=6)).train(training)
-        model.set_grad_checkpointing(checkpointing)
-        kept = {}
-
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = F.cross_entropy(model(images), torch.tensor([1, 4, 0, 2]))
-        gradients = torch.autograd.grad(loss, [images, *model.parameters()])
-        found.append((gradients, list(model.buffers()), sum(kept.values())))
-    (gradients, buffers, bytes_kept), (expected, expected_buffers, all_bytes) = found
-    assert all(map(torch.equal, gradients, expected))
-    assert all(map(torch.equal, buffers, expected_buffers))
-    assert checkpointing or bytes_kept < 0.7 * all_bytes
-
-
 def test_large_maps_under_torch_func(randomise):
-    model = randomise(GroupMixFormer(embed_dims=(20,), depths=(1,), mlp_ratios=(4,), num_classes=6)).eval()
-    images, parameters = torch.randn(4, 3, 192, 192), dict(model.named_parameters())
+    model = randomise(GroupMixFormer(embed_dims=(20,), depths=(1,), mlp_ratios=(4,), num_classes=6)).eval().double()
+    images, parameters = torch.randn(4, 3, 192, 192).double(), dict(model.named_parameters())
     found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (images,)).square().sum())(parameters)
     expected = torch.autograd.grad(model(images).square().sum(), list(parameters.values()))
     torch.testing.assert_close(list(found.values()), list(expected))

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import groupmixformer as network
+from .depthwise import Depthwise
 from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _check_images, _check_map, scale_within_heads
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
@@ -261,8 +262,8 @@ _FUSED: dict[type[nn.Module], Any] = {
 # What a module that is folded may consist of: an adapter or another norm in its place would be lost.
 _OWN = {
     *_FUSED,
-    *(network.NonAttention, network.ConvRelativePosition, network.Mlp),
-    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
+    *(network.NonAttention, network.ConvRelativePosition, network.Mlp, network._Lean),
+    *(Depthwise, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
     *(nn.Hardswish, nn.GELU, nn.Identity, timm.layers.DropPath, nn.Sequential, nn.ModuleList),
 }
 

@@ -19,8 +19,7 @@ Every module takes and returns (B, D, H, W).
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -36,14 +35,14 @@ from timm.layers import (
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from . import kernels
+from . import kernels, recompute
+from .depthwise import Depthwise, depthwise
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
@@ -65,73 +64,32 @@ def _check_map(x: Tensor, dim: int) -> None:
         raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
 
 
-def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
+class _Lean(nn.Sequential):
+    """Modules in turn that end in a norm and an activation, whose results no training step keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run them."""
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+        else:
+            *convolutions, norm, act = self
+            for convolution in convolutions:
+                x = convolution(x)
+            x = recompute.run([norm, act], x)
+        return x
 
 
-@contextmanager
-def _statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked -= 1
-
-
-def _checkpoint(modules: Sequence[nn.Module], x: Tensor, preserve_rng_state: bool = True) -> Tensor:
-    """Run `modules` in turn without keeping their activations; recomputing them moves no running statistics again."""
-    if torch.compiler.is_compiling():  # the compiler recomputes no update of a buffer, and takes no context
-        return checkpoint(_run, modules, x)
-    return checkpoint(
-        _run,
-        modules,
-        x,
-        use_reentrant=False,
-        preserve_rng_state=preserve_rng_state,
-        context_fn=lambda: (nullcontext(), _statistics_kept(modules)),
-    )
-
-
-def _run_lean(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Run `modules`, which cost little, in turn; of a large `x` the backward pass keeps `x` alone and runs them again.
-
-    It stops at the last thing that is missing, so that a linear layer at the end, of which the input is, does not run again.
-    """
-    # The bookkeeping takes a quarter of a millisecond, behind which a large tensor hides.
-    if (
-        not torch.compiler.is_compiling()  # compilers choose for themselves
-        and not torch.jit.is_tracing()
-        and isinstance(x, Tensor)  # no proxy of torch.fx
-        and x.numel() >= (2**17 if x.device.type == "cpu" else 2**21)
-        and x.requires_grad
-        and torch.is_grad_enabled()
-        and torch._C._functorch.maybe_current_level() is None  # torch.func has no place for what recomputes
-        # Synchronised BN would talk to the other processes twice.
-        and not any(isinstance(m, nn.SyncBatchNorm) for module in modules for m in module.modules())
-    ):
-        return _checkpoint(modules, x, preserve_rng_state=False)
-    return _run(modules, x)
-
-
-class SeparableConv(nn.Sequential):
+class SeparableConv(_Lean):
     """Depthwise k x k and pointwise convolution, BN, Hardswish. (B, D_in, H, W) -> (B, D_out, ceil(H/s), ceil(W/s))."""
 
     def __init__(
         self, in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, device: Any = None, dtype: Any = None
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        padding = kernel_size // 2
         super().__init__(
             OrderedDict(
-                depthwise=nn.Conv2d(in_dim, in_dim, kernel_size, stride, padding, groups=in_dim, bias=False, **dd),
+                depthwise=Depthwise(in_dim, kernel_size, stride, **dd),
                 pointwise=nn.Conv2d(in_dim, out_dim, 1, bias=False, **dd),
                 norm=nn.BatchNorm2d(out_dim, **dd),
                 act=nn.Hardswish(),
@@ -139,14 +97,14 @@ class SeparableConv(nn.Sequential):
         )
 
 
-class NonAttention(nn.Sequential):
+class NonAttention(_Lean):
     """The branch without attention: mixes the last segments of Q, K and V locally. (B, 3C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(
             OrderedDict(
-                depthwise=nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False, **dd),
+                depthwise=Depthwise(3 * dim, 3, **dd),
                 pointwise=nn.Conv2d(3 * dim, dim, 1, bias=False, **dd),
                 norm=LayerNorm2d(dim, eps=1e-5, **dd),
                 act=nn.Hardswish(),
@@ -207,9 +165,8 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
     Returns:
         (B, N, C).
     """
-    C = qkv.shape[1]
     q, k, v = qkv.unflatten(0, (3, -1)).unbind(0)  # 3 x (B, C, H, W)
-    position = F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=C).flatten(2).transpose(1, 2)  # (B, N, C)
+    position = depthwise(v, weight, bias).flatten(2).transpose(1, 2)  # (B, N, C)
     q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
     context = (k.softmax(dim=1).transpose(1, 2) @ v) * scale  # (B, C, C)
     return torch.addcmul(q @ context, q, position)
@@ -247,7 +204,7 @@ class GroupMixAttention(nn.Module):
         # Segment 0 keeps single tokens. One aggregator serves Q, K and V.
         single = OrderedDict(norm=nn.BatchNorm2d(segment_dim, **dd), act=nn.Hardswish())
         self.aggregators = nn.ModuleList(
-            [nn.Sequential(single), *(SeparableConv(segment_dim, segment_dim, k, **dd) for k in (3, 5, 7))]
+            [_Lean(single), *(SeparableConv(segment_dim, segment_dim, k, **dd) for k in (3, 5, 7))]
         )
         self.non_attention = NonAttention(segment_dim, **dd)
         self.position = ConvRelativePosition(self.head_dim, **dd)
@@ -269,10 +226,7 @@ class GroupMixAttention(nn.Module):
         proxies = []
         for i, aggregator in enumerate(self.aggregators):
             segment = segments[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
-            if torch.jit.is_scripting():
-                proxies.append(aggregator(segment))
-            else:
-                proxies.append(_run_lean([aggregator], segment))
+            proxies.append(aggregator(segment))
         local = segments[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
         return proxies, local
 
@@ -287,10 +241,7 @@ class GroupMixAttention(nn.Module):
         mixed = []
         for qkv, (weight, bias) in zip(proxies, self.position.kernels()):  # noqa: B905 (TorchScript has no strict=)
             mixed.append(factorised_attention(qkv, weight, bias, scale))  # (B, N, C)
-        if torch.jit.is_scripting():
-            local = self.non_attention(local)
-        else:
-            local = _run_lean([self.non_attention], local)  # (B, C, H, W)
+        local = self.non_attention(local)  # (B, C, H, W)
         mixed.append(local.flatten(2).transpose(1, 2))
         return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
 
@@ -329,10 +280,10 @@ class Mlp(nn.Module):
         """Return (B, D, H, W)."""
         x = self.fc1(x.permute(0, 2, 3, 1))  # (B, H, W, hidden)
         if torch.jit.is_scripting():
-            x = self.fc2(self.act(x))
+            x = self.act(x)
         else:
-            x = _run_lean([self.act, self.fc2], x)
-        return x.permute(0, 3, 1, 2)
+            x = recompute.run([self.act], x)
+        return self.fc2(x).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -352,8 +303,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
         x = x + self.cpe(x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        if torch.jit.is_scripting():
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        else:
+            x = x + self.drop_path1(self.attn(recompute.run([self.norm1], x)))
+            x = x + self.drop_path2(self.mlp(recompute.run([self.norm2], x)))
         return x
 
 
@@ -405,12 +360,17 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, ceil(H/s), ceil(W/s))."""
         if torch.jit.is_scripting():
-            x = self.patch_embed(x)
+            x = self._forward(x)
         else:
-            x = _run_lean([self.patch_embed], x)
+            with recompute.scope():
+                x = self._forward(x)
+        return x
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = _checkpoint([block], x)
+                x = recompute.checkpoint([block], x)
             else:
                 x = block(x)
         return x
