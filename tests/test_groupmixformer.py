@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from timm.layers import set_scriptable
 from timm.optim import create_optimizer_v2
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.groupmixformer import checkpoint_filter_fn
 
 # Dims, depths and ratios that differ between neighbours, so that a mixed-up index shows.
@@ -297,6 +298,31 @@ def test_channels_last(model, images):
     assert torch.equal(model(images.contiguous(memory_format=torch.channels_last)), logits)
     for feature in model.forward_intermediates(images, intermediates_only=True):
         assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the shapes of maps that a convolution reads in another layout than channels_last."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.others = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            _, C, H, W = args[0].shape
+            self.count += 1
+            if args[0].stride() != (C * H * W, 1, C * W, C):  # oneDNN wants it even of dimensions of size 1
+                self.others.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", [lambda model: model, fuse, lambda model: model.train()])
+def test_no_convolution_leaves_channels_last(model, batch, form):
+    with Convolutions() as convolutions:
+        form(model)(torch.randn(batch, 3, *SIZE))
+    assert convolutions.count > 40
+    assert not convolutions.others
 
 
 @pytest.mark.parametrize("strength", [1, 30])  # 30: keys far above what exp() of a half can hold, results still within a half

@@ -165,7 +165,8 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
     Returns:
         (B, N, C).
     """
-    q, k, v = qkv.unflatten(0, (3, -1)).unbind(0)  # 3 x (B, C, H, W)
+    B = qkv.shape[0] // 3
+    q, k, v = qkv.split([B, B, B])  # 3 x (B, C, H, W)
     position = depthwise(v, weight, bias).flatten(2).transpose(1, 2)  # (B, N, C)
     q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
     context = (k.softmax(dim=1).transpose(1, 2) @ v) * scale  # (B, C, C)
@@ -225,7 +226,8 @@ class GroupMixAttention(nn.Module):
         segments = qkv.permute(4, 3, 0, 1, 2, 5).unbind(0)  # 5 x (3, B, H, W, C)
         proxies = []
         for i, aggregator in enumerate(self.aggregators):
-            segment = segments[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
+            # Of a single image `flatten` makes no copy, and convolutions would leave the layout.
+            segment = segments[i].flatten(0, 1).contiguous().permute(0, 3, 1, 2)  # (3B, C, H, W)
             proxies.append(aggregator(segment))
         local = segments[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
         return proxies, local
