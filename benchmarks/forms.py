@@ -42,7 +42,7 @@ from groupmixformer.files import write_file
 from groupmixformer.published import published_top1
 from groupmixformer.speed import Runner, Settings, matrix_speed, measure
 
-BIRDER = {"mobile": "mobile", "tiny": "t", "small": "s", "base": "b"}
+BIRDER = {"mobile": "mobile", "tiny": "t", "small": "s", "base": "b", "large": "l"}
 PEERS = ["coat_lite_small", "swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2", "davit_tiny", "gcvit_tiny"]
 FORMS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -90,9 +90,15 @@ def ours(variant: str, settings: Settings, checkpointing: bool = False, kind: ty
     return kind(model, settings)
 
 
+def released(variant: str, settings: Settings) -> nn.Module:
+    """birder's network, in contiguous memory, without stochastic depth, which ours has not by default either."""
+    name = f"groupmixformer_{BIRDER[variant.removesuffix('_384')]}"
+    network: nn.Module = registry.net_factory(name, 1000, 3, size=settings.size, config={"drop_path_rate": 0.0})
+    return network
+
+
 def release(variant: str, settings: Settings) -> Runner:
-    """As birder builds it: in contiguous memory."""
-    return Runner(registry.net_factory(f"groupmixformer_{BIRDER[variant]}", 1000, 3, size=(224, 224)), settings)
+    return Runner(released(variant, settings), settings)
 
 
 def peer(name: str, settings: Settings) -> Runner:

@@ -23,8 +23,7 @@ from typing import Any
 
 import birder
 import torch
-from birder.model_registry import registry
-from forms import BIRDER, PEERS, Builds, Checked, ours, run
+from forms import PEERS, Builds, Checked, ours, released, run
 from torch import nn
 
 import groupmixformer
@@ -54,8 +53,7 @@ class WithKernels(Checked):
 
 
 def release(variant: str, settings: Settings) -> Runner:
-    network = registry.net_factory(f"groupmixformer_{BIRDER[variant]}", 1000, 3, size=settings.size)
-    return Autocast(network, replace(settings, channels_last=False))
+    return Autocast(released(variant, settings), replace(settings, channels_last=False))
 
 
 def peer(name: str, settings: Settings) -> Runner:
@@ -64,7 +62,7 @@ def peer(name: str, settings: Settings) -> Runner:
 
 def forms_of(variant: str, settings: Settings, modes: tuple[str, ...], peers: list[str]) -> Builds:
     """The rows of a comparison: birder, eager forms, compiled forms by mode, peers eager and compiled."""
-    builds: Builds = {f"birder_{variant}, eager": partial(release, variant, settings)} if variant in BIRDER else {}
+    builds: Builds = {f"birder_{variant}, eager": partial(release, variant, settings)}
     name = f"groupmixformer_{variant}"
     builds[f"{name}, eager"] = partial(ours, variant, settings)
     if kernels.served(torch.empty(0, device=settings.device)):

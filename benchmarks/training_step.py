@@ -1,0 +1,100 @@
+"""What each of the means that speed up training on a CPU, or spare memory, is worth: a training step with and without them.
+
+python benchmarks/training_step.py [--model small] [--batch-size 4]   # writes benchmarks/results/training-step-MODEL-DATE.json
+
+First the gradient of the depthwise kernels, of the sizes that the model has: PyTorch's beside ours, in float32 and bfloat16,
+and their relative difference. Then a whole step on one thread: as it is; with all activations kept; with PyTorch's gradient of
+depthwise kernels; with both.
+"""
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+from forms import tensor_memory
+from torch import nn
+
+from groupmixformer import depthwise, recompute
+from groupmixformer.bench import conditions
+from groupmixformer.checkpoint import model_name
+from groupmixformer.depthwise import _backward, _weight_gradient
+from groupmixformer.files import write_file
+from groupmixformer.groupmixformer import Stage
+from groupmixformer.speed import TYPES, Runner, Settings, measure, seconds_of
+
+FORMS = {"as it is": (False, False), "all kept": (True, False), "PyTorch's gradient": (False, True), "both": (True, True)}
+
+
+class Step(Runner):
+    """A training step with the means of `recompute` or `depthwise` turned off."""
+
+    def __init__(self, network: nn.Module, settings: Settings, keep: bool, plain: bool) -> None:
+        super().__init__(network, settings)
+        self.run = recompute._run if keep else recompute.run
+        self.is_faster = (lambda x, weight: False) if plain else depthwise._is_faster
+
+    def step(self) -> None:
+        with patch.object(recompute, "run", self.run), patch.object(depthwise, "_is_faster", self.is_faster):
+            super().step()
+
+
+def build(model: str, settings: Settings, keep: bool, plain: bool) -> Runner:
+    return Step(timm.create_model(model), settings, keep, plain)
+
+
+def gradients(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Time the gradient of the kernels of 5 x 5 and 7 x 7 of each stage."""
+    rows = []
+    stages = [stage for stage in model.modules() if isinstance(stage, Stage)]
+    for i, stage in enumerate(stages):
+        side = settings.size[0] // (4 * 2**i)
+        C = stage.blocks[0].attn.dim // 5
+        for k in (5, 7):
+            for dtype in ("fp32", "bf16"):
+                x = torch.randn(3 * settings.batch_size, C, side, side).to(TYPES[dtype], memory_format=torch.channels_last)
+                grad, weight = torch.randn_like(x), torch.randn(C, 1, k, k, dtype=TYPES[dtype])
+                calls = (partial(_backward, grad, x, weight, [k // 2] * 2, 1), partial(_weight_gradient, grad, x, weight))
+                plain, ours = (call().double() for call in calls)
+                times: list[list[float]] = [[], []]
+                for _ in range(settings.rounds):
+                    for found, call in zip(times, calls, strict=True):
+                        found.append(1000 * seconds_of(call, settings, 0.05))
+                before, after = map(statistics.median, times)
+                difference = ((ours - plain).norm() / plain.norm()).item()
+                row = {"map": list(x.shape), "kernel": k, "dtype": dtype, "pytorch": before, "ours": after}
+                rows.append({**row, "difference": difference})
+                print(f"  {k} x {k} on {tuple(x.shape)} {dtype}: {before:.2f} -> {after:.2f} ms, {difference:.0e}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=model_name, default=model_name("small"))
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = Settings(train=True, batch_size=args.batch_size, rounds=args.rounds)
+    found = conditions(settings)
+    result: dict[str, Any] = {**found, "model": args.model, "gradients": gradients(timm.create_model(args.model), settings)}
+    builds = {
+        form: partial(lambda *off: Step(timm.create_model(args.model), settings, *off), *off) for form, off in FORMS.items()
+    }
+    result["steps"] = measure(builds, settings)
+    for row in result["steps"]:
+        row["tensor_memory"] = tensor_memory(builds[row["model"]])
+        print(f"  {row['model']:20} {row['milliseconds']:8.0f} ms, tensors {row['tensor_memory']:6.0f} MiB", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"training-step-{args.model.removeprefix('groupmixformer_')}-{found['date']}.json"
+    write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
