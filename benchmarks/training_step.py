@@ -19,11 +19,12 @@ import timm
 import torch
 from forms import tensor_memory
 from torch import nn
+from torch.nn.grad import conv2d_weight
 
 from groupmixformer import depthwise, recompute
 from groupmixformer.bench import conditions
 from groupmixformer.checkpoint import model_name
-from groupmixformer.depthwise import _backward, _weight_gradient
+from groupmixformer.depthwise import _weight_gradient
 from groupmixformer.files import write_file
 from groupmixformer.groupmixformer import Stage
 from groupmixformer.speed import TYPES, Runner, Settings, measure, seconds_of
@@ -59,7 +60,8 @@ def gradients(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
             for dtype in ("fp32", "bf16"):
                 x = torch.randn(3 * settings.batch_size, C, side, side).to(TYPES[dtype], memory_format=torch.channels_last)
                 grad, weight = torch.randn_like(x), torch.randn(C, 1, k, k, dtype=TYPES[dtype])
-                calls = (partial(_backward, grad, x, weight, [k // 2] * 2, 1), partial(_weight_gradient, grad, x, weight))
+                pytorch = partial(conv2d_weight, x, weight.shape, grad, padding=k // 2, groups=C)
+                calls = (pytorch, partial(_weight_gradient, grad, x, weight))
                 plain, ours = (call().double() for call in calls)
                 times: list[list[float]] = [[], []]
                 for _ in range(settings.rounds):

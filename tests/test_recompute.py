@@ -113,6 +113,17 @@ def test_a_tensor_changed_in_place_is_noticed(net, x):
         loss.backward()
 
 
+def test_a_result_changed_in_place_is_kept(net, x, keeping):
+    def changed():
+        with recompute.scope():
+            y = recompute.run([net.norm, net.act], net.first(x)).mul_(2)
+            return torch.autograd.grad(net.last(y).square().sum(), [x, *net.parameters()])
+
+    found = changed()
+    keeping()
+    assert all(map(torch.equal, found, changed()))
+
+
 def test_small_maps_and_synchronised_norms_are_kept(net):
     gradients(net, torch.randn(1, 16, 8, 8).requires_grad_())
     assert net.runs == 1

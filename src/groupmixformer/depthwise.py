@@ -11,16 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.grad import conv2d_weight
 
 __all__ = ["Depthwise", "depthwise"]
-
-
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, padding: list[int], index: int) -> Tensor:
-    """Return the gradient of the map (0) or of the weight (1)."""
-    C, one, wanted = weight.shape[0], [1, 1], [index == 0, index == 1, False]
-    gradients = torch.ops.aten.convolution_backward(grad, x, weight, None, one, padding, one, False, [0, 0], C, wanted)
-    result: Tensor = gradients[index]
-    return result
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +24,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         left, right = k // 2 - first, first + 2 - k // 2  # of what three columns reach; negative where the map is cut
         both = max(0, min(left, right))
         shifted = F.pad(x, (left - both, right - both)) if left != right else x
-        part = _backward(grad, shifted, weight[..., :3], [k // 2, both], 1)
+        part = conv2d_weight(shifted, (*weight.shape[:3], 3), grad, padding=(k // 2, both), groups=weight.shape[0])
         columns.append(part[..., 1:] if first else part)  # the first column is the last of those before
     return torch.cat(columns, dim=3)
 
@@ -47,7 +40,7 @@ class _Depthwise(torch.autograd.Function):
         (grad,), (x, weight) = grads, ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
         return (
-            _backward(grad, x, weight, [weight.shape[-1] // 2] * 2, 0) if to_x else None,
+            depthwise(grad, weight.flip(2, 3)) if to_x else None,
             _weight_gradient(grad, x, weight) if to_weight else None,
             grad.sum((0, 2, 3)) if to_bias else None,  # oneDNN would make the weight's again for it
         )

@@ -77,7 +77,7 @@ class _Scope(saved_tensors_hooks):
     def __init__(self) -> None:
         super().__init__(self._pack, self._unpack)
         # By the address of a storage, which stays its own as long as a weak reference is held.
-        self.made: dict[int, tuple[StorageWeakRef, _Forgotten, int]] = {}
+        self.made: dict[int, tuple[StorageWeakRef, int, _Forgotten, int]] = {}
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -93,14 +93,14 @@ class _Scope(saved_tensors_hooks):
         for index, module in enumerate(modules):
             x = module(x)
             reference = StorageWeakRef(x.untyped_storage())
-            self.made[reference.cdata] = reference, forgotten, index
+            self.made[reference.cdata] = reference, x._version, forgotten, index
         return x
 
     def _pack(self, tensor: Tensor) -> tuple[Any, ...]:
         found = self.made.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        if found is None or tensor._version != found[1]:  # what a hook has changed in place is no longer what was made
             return tensor, tensor._version
-        _, forgotten, index = found
+        *_, forgotten, index = found
         return forgotten, index, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     @staticmethod
