@@ -1,23 +1,29 @@
 """Inference and training in bfloat16 on a GPU, beside birder, which computes as the release does, and beside peers, in turns.
 
-python benchmarks/gpu.py [--minutes 8]   # needs birder; writes benchmarks/results/gpu-DATE.json
-python benchmarks/gpu.py --device cpu --only "mobile, inference, 224, batch 1"   # tries the script itself
+python benchmarks/gpu.py [--minutes 8] [--jobs 4]   # needs birder; writes benchmarks/results/gpu-DATE.json
+python benchmarks/gpu.py --device cpu --only "mobile, inference, 224, batch 1, eager"   # tries the script itself
 
 A comparison is of one variant, task, size and batch, such as "small, training, 224, batch 128"; its forms take turns. A GPU may
 be at hand for minutes, so comparisons come by importance, each is written when it is done, those that are in the file are not
 run again, and none starts when the minutes are over: run it again to go on.
 
-birder runs under autocast, as the release trains; speed-ups are over it, or over the first row where birder has no such
-variant. Inference has bfloat16 weights and comes with its error: the relative difference of the logits from the same weights in
-float64. "kernels" are those of kernels.py, eager; "reduce-overhead" has CUDA graphs.
+birder runs under autocast, as the release trains; speed-ups are over it. Inference has bfloat16 weights and comes with its
+error: the relative difference of the logits from the same weights in float64. "plain" does without the kernels of kernels.py;
+"reduce-overhead" has CUDA graphs; "by block" compiles each block by itself, of which those of a stage share the result.
+
+Compiling takes minutes: with --jobs several comparisons compile at a time.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,8 @@ from groupmixformer.bench import conditions, create_network
 from groupmixformer.files import write_file
 from groupmixformer.speed import Runner, Settings, matrix_speed
 
+BLOCKS = "by block"
+
 
 class Autocast(Runner):
     """Keeps float32 weights in inference too."""
@@ -41,15 +49,28 @@ class Autocast(Runner):
         self.settings, self.autocast = settings, True
 
 
-class WithKernels(Checked):
-    """Takes the fused kernels, which the network does not by itself."""
+class Plain(Checked):
+    """Does without the fused kernels."""
 
     def forward(self, inputs: Any) -> Any:
-        kernels.WANTED = True
+        before, kernels.WANTED = kernels.WANTED, False
         try:
             return super().forward(inputs)
         finally:
-            kernels.WANTED = False
+            kernels.WANTED = before
+
+
+class ByBlock(Checked):
+    """Compiles the blocks, which make up the network but for stem, patch embeddings and head."""
+
+    def __init__(self, network: nn.Module, settings: Settings) -> None:
+        super().__init__(network, settings)
+        for block in (block for stage in self.network.stages for block in stage.blocks):
+            block.compile(dynamic=False)
+
+
+class PlainByBlock(Plain, ByBlock):
+    """Both."""
 
 
 def release(variant: str, settings: Settings) -> Runner:
@@ -60,21 +81,25 @@ def peer(name: str, settings: Settings) -> Runner:
     return Runner(create_network(name, settings), settings)
 
 
-def forms_of(variant: str, settings: Settings, modes: tuple[str, ...], peers: list[str]) -> Builds:
+def forms_of(variant: str, settings: Settings, modes: tuple[str, ...], plain: bool, peers: list[str]) -> Builds:
     """The rows of a comparison: birder, eager forms, compiled forms by mode, peers eager and compiled."""
     builds: Builds = {f"birder_{variant}, eager": partial(release, variant, settings)}
     name = f"groupmixformer_{variant}"
-    builds[f"{name}, eager"] = partial(ours, variant, settings)
-    if kernels.served(torch.empty(0, device=settings.device)):
-        builds[f"{name}, kernels"] = partial(ours, variant, settings, kind=WithKernels)
     best = settings if settings.train else replace(settings, fuse=True)
+    forms = {"eager": settings}
     if not settings.train:
-        builds[f"{name}, fused"] = partial(ours, variant, best)
+        forms["fused"] = best
     for mode in modes:
-        builds[f"{name}, {'' if settings.train else 'fused, '}{mode}"] = partial(ours, variant, replace(best, compile=mode))
+        forms[mode if settings.train else f"fused, {mode}"] = best if mode == BLOCKS else replace(best, compile=mode)
+    for form, its in forms.items():
+        blocks = BLOCKS in form
+        builds[f"{name}, {form}"] = partial(ours, variant, its, kind=ByBlock if blocks else Checked)
+        if plain:
+            builds[f"{name}, {form}, plain"] = partial(ours, variant, its, kind=PlainByBlock if blocks else Plain)
     for other in peers:
         builds[f"{other}, eager"] = partial(peer, other, settings)
-        builds[f"{other}, {modes[0]}"] = partial(peer, other, replace(settings, compile=modes[0]))
+        for mode in (mode for mode in modes if mode != BLOCKS):
+            builds[f"{other}, {mode}"] = partial(peer, other, replace(settings, compile=mode))
     return builds
 
 
@@ -82,40 +107,106 @@ def comparisons(device: str, rounds: int) -> Iterator[tuple[str, Settings, Calla
     """Name, settings and rows of each, by importance."""
 
     def one(
-        variant: str, train: bool, size: int, batch: int, modes: tuple[str, ...] = ("default",), peers: list[str] | None = None
-    ) -> tuple[str, Settings, Callable[[Settings], Builds]]:
-        name = f"{variant}, {'training' if train else 'inference'}, {size}, batch {batch}"
-        name += f", {modes[0]}" if modes[0] != "default" else ""
+        variant: str, train: bool, size: int, batch: int, modes: tuple[str, ...] = (), plain: bool = False,
+        peers: list[str] | None = None,
+    ) -> tuple[str, Settings, Callable[[Settings], Builds]]:  # fmt: skip
+        name = ", ".join([variant, "training" if train else "inference", f"{size}, batch {batch}", *(modes or ["eager"])])
+        name += ", peers" if peers else ""
         settings = Settings(
             train=train, size=(size, size), batch_size=batch, dtype="bf16", device=device, rounds=rounds, seconds=0.1
         )
-        return name, settings, lambda settings: forms_of(variant, settings, modes, peers or [])
+        return name, settings, lambda settings: forms_of(variant, settings, modes, plain, peers or [])
 
-    graphs = ("default", "reduce-overhead")
-    yield one("small", False, 224, 128, graphs, ["coat_lite_small"])
-    yield one("small", True, 224, 128, graphs, ["coat_lite_small"])
-    yield one("small", False, 224, 1, graphs, ["coat_lite_small"])
+    compiled, graphs, tuned = ("default",), ("reduce-overhead",), ("max-autotune",)
+    yield one("small", False, 224, 128, graphs, plain=True)
+    yield one("small", True, 224, 128, (BLOCKS,), plain=True)
+    for batch in (128, 1):
+        yield one("small", False, 224, batch, plain=True, peers=PEERS)
+    yield one("small", True, 224, 128, plain=True, peers=PEERS)
+    yield one("small", False, 224, 1, graphs, plain=True)
     for train in (False, True):
         for variant in ("mobile", "tiny", "base"):
             yield one(variant, train, 224, 128)
-    yield one("small", False, 224, 128, ("max-autotune",))
-    for batch in (128, 1):
-        yield one("small", False, 224, batch, ("default",), PEERS[1:])
     for variant in ("small", "base", "large_384"):
         yield one(variant, False, 384, 128)
-    yield one("small", True, 224, 128, ("max-autotune",))
-    for variant in ("small", "base", "large_384"):
         yield one(variant, True, 384, 32)
     for variant in ("mobile", "tiny", "base", "large"):
-        yield one(variant, False, 224, 1, graphs)
+        yield one(variant, False, 224, 1)
     yield one("large", False, 224, 128)
     yield one("large", True, 224, 128)
-    yield one("small", True, 224, 128, ("default",), PEERS[1:])
+    for train in (False, True):
+        yield one("mobile", train, 224, 128, graphs if not train else compiled)
+        yield one("small", train, 224, 128, graphs if not train else compiled, peers=PEERS[:1])
+    yield one("small", False, 224, 128, tuned)
+    yield one("small", True, 224, 128, tuned)
+    for variant in ("tiny", "base", "large"):
+        yield one(variant, False, 224, 128, graphs)
+        yield one(variant, False, 224, 1, graphs)
+        yield one(variant, True, 224, 128, compiled)
     for variant in ("mobile", "tiny"):
         for train in (False, True):
             yield one(variant, train, 384, 128)
     for variant in ("small", "base", "large_384"):
-        yield one(variant, False, 384, 1, graphs)
+        yield one(variant, False, 384, 1)
+
+
+class Turns:
+    """Lets comparisons in processes of their own compile together, and be measured one at a time with nothing else running."""
+
+    def __init__(self, context: Any, number: int) -> None:
+        self.ready, self.turn = context.Barrier(number), context.Lock()
+
+    def __call__(self, items: Any, what: str) -> Any:
+        if what == "measuring":
+            with contextlib.suppress(threading.BrokenBarrierError):  # another one failed, and no longer waits
+                self.ready.wait()
+            self.turn.acquire()
+        return items
+
+    def end(self, failed: bool) -> None:
+        if failed:
+            self.ready.abort()
+        with contextlib.suppress(ValueError):  # it never had the turn
+            self.turn.release()
+
+
+def compare(name: str, device: str, rounds: int, turns: Turns | None = None) -> Any:
+    """Rows of a comparison, or what went wrong."""
+    torch.set_float32_matmul_precision("high")  # as anyone would on a GPU; bfloat16 is not touched by it
+    torch._dynamo.config.recompile_limit = 64  # blocks of all stages and rows are one function
+    torch.compiler.reset()
+    settings, builds = next((settings, builds) for its, settings, builds in comparisons(device, rounds) if its == name)
+    result: Any = None
+    try:
+        result = run(builds(settings), settings, turns or (lambda items, *_: items))
+    except ValueError as error:  # it says which row, such as one that needs more memory than there is
+        print(f"  {error}", flush=True)
+        result = str(error)
+    finally:
+        if turns:
+            turns.end(not isinstance(result, list))
+    if device != "cpu":
+        torch.accelerator.empty_cache()
+    return result
+
+
+def compare_together(names: list[str], device: str, rounds: int) -> Iterator[tuple[str, Any]]:
+    """Compile side by side, each in a process of its own, then measure in turns."""
+    context = get_context("spawn")
+    turns = Turns(context, len(names))
+    answers = context.Queue()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(names)))
+    processes = [context.Process(target=_answer, args=(answers, name, device, rounds, turns)) for name in names]
+    for process in processes:
+        process.start()
+    for _ in names:
+        yield answers.get()
+    for process in processes:
+        process.join()
+
+
+def _answer(answers: Any, name: str, *rest: Any) -> None:
+    answers.put((name, compare(name, *rest)))
 
 
 def main() -> None:
@@ -126,11 +217,11 @@ def main() -> None:
         "--only", nargs="+", choices=names, default=names, metavar="NAME", help="comparisons, by their full names"
     )
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--jobs", type=int, default=1, help="so many comparisons compile at a time; they are measured in turns")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.monotonic()
-    torch.set_float32_matmul_precision("high")  # as anyone would on a GPU; bfloat16 is not touched by it
     found = conditions(Settings(dtype="bf16", device=args.device))
     found["versions"] |= {"groupmixformer": groupmixformer.__version__, "birder": birder.__version__}
     path = args.out / f"gpu-{found['date']}.json"
@@ -139,25 +230,16 @@ def main() -> None:
     result = earlier if same else {**found, "comparisons": {}}
     result["matrix_product"] = matrix_speed(Settings(dtype="bf16", device=args.device))
     args.out.mkdir(parents=True, exist_ok=True)
-    left = 0
-    for name, settings, builds in comparisons(args.device, args.rounds):
-        if name not in args.only or name in result["comparisons"]:
-            continue
-        if time.monotonic() - start > 60 * args.minutes:
-            left += 1
-            continue
-        print(f"{name} ({time.monotonic() - start:.0f} s)", flush=True)
-        torch.compiler.reset()
-        try:
-            rows: Any = run(builds(settings), settings)
-        except ValueError as error:  # it says which row, such as one that needs more memory than there is
-            print(f"  {error}", flush=True)
-            rows = str(error)
-        result["comparisons"][name] = rows
-        write_file(path, (json.dumps(result, indent=2) + "\n").encode())
-        if args.device != "cpu":
-            torch.accelerator.empty_cache()
-    print(f"{len(result['comparisons'])} comparisons in {path}, {left} left for another run")
+    left = [name for name in names if name in args.only and name not in result["comparisons"]]
+    while left and time.monotonic() - start <= 60 * args.minutes:
+        group, left = left[: args.jobs], left[args.jobs :]
+        print(f"{'; '.join(group)} ({time.monotonic() - start:.0f} s)", flush=True)
+        together = len(group) > 1
+        pairs: Any = compare_together(group, args.device, args.rounds) if together else None
+        for name, rows in pairs or [(group[0], compare(group[0], args.device, args.rounds))]:
+            result["comparisons"][name] = rows
+            write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+    print(f"{len(result['comparisons'])} comparisons in {path}, {len(left)} left for another run")
 
 
 if __name__ == "__main__":

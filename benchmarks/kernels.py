@@ -3,10 +3,10 @@
 python benchmarks/kernels.py [--repeats 30]   # needs an NVIDIA GPU; writes benchmarks/results/kernels-DATE.json
 python benchmarks/kernels.py --models small --types bfloat16   # a quarter of it, where the GPU is lent for minutes
 
-Each operation runs on the feature maps of every stage of small at 224 with batch 128 and of base at 384 with batch 32, in bf16
-and fp32, forward and forward with backward. The floor is the time in which the GPU copies what the operation must read
-and write once: inputs and result, and in the backward pass the result's gradient, the inputs again and their gradients. The
-difference of each result and gradient from the eager twin's is recorded beside the speed, at its worst.
+Each operation runs, from a CUDA graph, on the feature maps of every stage of small at 224 with batch 128 and of base at 384
+with batch 32, in bf16 and fp32, forward and forward with backward. The floor is the time in which the GPU copies what the
+operation must read and write once: inputs and result, and in the backward pass the result's gradient, the inputs again and
+their gradients. The difference of each result and gradient from the eager twin's is recorded beside the speed, at its worst.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,34 +39,47 @@ def operations(B: int, side: int, D: int, dtype: torch.dtype) -> dict[str, tuple
         return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
 
     C = D // 5
-    kinds = [draw(C, 1, k, k) for k in (3, 5, 7, 7)]
-    biases = [draw(C) for _ in range(4)]
-    q, k, v = (draw(4, B, side, side, C, dtype=dtype) for _ in range(3))
-    context = draw(4, B, 2, C // 2, C // 2)
+    proxies = [draw(3, B, side, side, C, dtype=dtype) for _ in range(4)]
     return {
-        "aggregate_groups": ([draw(B, side, side, 3, 3, C, dtype=dtype), *kinds[:3]], lambda f, *inputs: f(*inputs)),
-        "context": ([k, v], lambda f, k, v: f(k.flatten(2, 3), v.flatten(2, 3))),
-        "combine": (
-            [q, v, context, *kinds, *biases],
-            lambda f, q, v, context, *rest: f(q, v, context, rest[:4], rest[4:], (D / 8) ** -0.5),
+        "aggregate_groups": (
+            [draw(B, side, side, 3, 3, C, dtype=dtype), draw(83, C)],
+            lambda f, qkv, taps: f(qkv.permute(4, 3, 0, 1, 2, 5), taps),
+        ),
+        "attend": (
+            [*proxies, draw(B, side, side, C, dtype=dtype), draw(132, C), draw(4, C)],
+            lambda f, *inputs: f(inputs[:4], *inputs[4:], (D / 8) ** -0.5),
         ),
     }
 
 
-def milliseconds(run: Callable[..., object], *inputs: object) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    run(*inputs)
+    run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def recorded(run: Callable[[], object]) -> Callable[[], object]:
+    """Record a CUDA graph, so that the GPU does not wait for Python."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def copy_speed() -> float:
     """Bytes read and written a millisecond by a large copy."""
     source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = [milliseconds(target.copy_, source) for _ in range(20)]
+    times = [milliseconds(lambda: target.copy_(source)) for _ in range(20)]
     return 2 * source.numel() / statistics.median(times)
 
 
@@ -105,10 +119,11 @@ def measure(name: str, inputs: Tensors, call: Callable[..., Tensor], repeats: in
     ):
         expected = run("twin")
         errors = {variant: difference(run(variant), expected) for variant in variants}
+        graphs = {variant: recorded(partial(run, variant)) for variant in variants}
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         for repeat in range(repeats + 3):  # the first three warm up
-            for variant in variants:
-                elapsed = milliseconds(run, variant)
+            for variant, graph in graphs.items():
+                elapsed = milliseconds(graph)
                 if repeat >= 3:
                     times[variant].append(elapsed)
         rows.append(
@@ -128,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="timed runs of each variant")
     parser.add_argument("--models", nargs="+", choices=["small", "base"], default=["small", "base"])
+    parser.add_argument("--stages", nargs="+", type=int, choices=range(4), default=list(range(4)))
     parser.add_argument("--types", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
@@ -144,7 +160,7 @@ def main() -> None:
     for setting, (batch, size, dims) in SETTINGS.items():
         if setting.split()[0] not in args.models:
             continue
-        for i, D in enumerate(dims):
+        for i, D in ((i, dims[i]) for i in args.stages):
             for dtype in (getattr(torch, name) for name in args.types):
                 for name, (inputs, call) in operations(batch, size // 4 // 2**i, D, dtype).items():
                     for row in measure(name, inputs, call, args.repeats, speed):

@@ -62,11 +62,11 @@ def main() -> None:
     args = parser.parse_args()
     size = (args.size, args.size)
     settings = Settings(batch_size=args.batch_size, size=size, dtype=args.dtype, device=args.device, fuse=args.fuse)
-    plain = timm.create_model(args.model).eval()
+    plain = timm.create_model(args.model).to(args.device).eval()
     model = groupmixformer.fuse(plain) if args.fuse else copy.deepcopy(plain)
     rows: list[dict[str, Any]] = []
     with set_threads(1), torch.inference_mode():
-        plain, model = plain.to(args.device), model.to(args.device, TYPES[args.dtype])
+        model = model.to(TYPES[args.dtype])
         product, copied = matrix_speed(settings), copy_speed(settings)
         x = torch.randn(args.batch_size, 3, *size, device=args.device, dtype=TYPES[args.dtype])
         work = []

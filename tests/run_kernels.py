@@ -1,7 +1,7 @@
 """The Triton kernels against plain PyTorch in float64. `test_kernels.py` runs this file in a process of its own.
 
-TRITON_INTERPRET=1 pytest -n 0 tests/run_kernels.py         # on the CPU; it must be set before Triton is imported
-GROUPMIXFORMER_KERNELS=1 pytest -n 0 tests/run_kernels.py   # on a GPU
+TRITON_INTERPRET=1 pytest -n 0 tests/run_kernels.py   # on the CPU; it must be set before Triton is imported
+pytest -n 4 -m "" tests/run_kernels.py                # on a GPU
 """
 
 import dataclasses
@@ -9,12 +9,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from groupmixformer import GroupMixAttention, GroupMixFormer, groupmixformer, kernels
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse, kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
 slow = pytest.mark.slow
-OPERATIONS = ["aggregate_groups", "context", "combine"]
+OPERATIONS = ["aggregate_groups", "attend"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,25 +36,21 @@ def draw(*shape, dtype):
 
 def leaves(name, B, H, W, C, dtype):
     """The tensors that an operation reads, before the network cuts them up."""
+    exact = torch.promote_types(dtype, torch.float32)  # of parameters under autocast
     if name == "aggregate_groups":
-        return [draw(B, H, W, 3, 5, C, dtype=dtype), *(draw(C, 1, k, k, dtype=dtype) for k in (3, 5, 7))]
-    proxies = draw(4, 3, B, H, W, C, dtype=dtype)
-    if name == "context":
-        return [proxies]
-    exact = torch.promote_types(dtype, torch.float32)  # parameters under autocast, and the context
+        return [draw(B, H, W, 3, 5, C, dtype=dtype), *(draw(C, 1, k, k, dtype=exact) for k in (3, 5, 7))]
+    proxies = [draw(3 * B, H, W, C, dtype=dtype) for _ in range(4)]
     weights = [draw(C, 1, k, k, dtype=exact) for k in (3, 5, 7, 7)]
-    return [proxies, draw(4, B, 2, C // 2, C // 2, dtype=exact), *weights, *(draw(C, dtype=exact) for _ in range(4))]
+    return [*proxies, draw(B, H, W, C, dtype=dtype), *weights, *(draw(C, dtype=exact) for _ in range(4))]
 
 
 def operate(name, tensors, plain=False):
     """Call an operation on views as the network makes them."""
     function = getattr(kernels, f"plain_{name}" if plain else name)
     if name == "aggregate_groups":
-        return function(tensors[0][..., 1:4, :], *tensors[1:])
-    q, k, v = tensors[0].unbind(1)  # 3 x (4, B, H, W, C)
-    if name == "context":
-        return function(k.flatten(2, 3), v.flatten(2, 3))
-    return function(q, v, tensors[1], tensors[2:6], tensors[6:], 0.3)
+        return function(tensors[0][..., 1:4, :].permute(4, 3, 0, 1, 2, 5), kernels.join_taps(tensors[1:]))
+    proxies = [tensor.unflatten(0, (3, -1)) for tensor in tensors[:4]]  # 4 x (3, B, H, W, C)
+    return function(proxies, tensors[4], kernels.join_taps(tensors[5:9]), torch.stack(tensors[9:]), 0.3)
 
 
 def results(name, tensors, plain=False):
@@ -98,29 +95,49 @@ def test_low_precision(name, dtype, tolerance):
     assert_near(got, results(name, [tensor.double() for tensor in tensors], plain=True), tolerance)
 
 
+def context(q, k, v, plain=False):
+    """softmax(K)^T V of four segments (4, B, N, C), with the gradients of K and V when Q attends with it alone."""
+    k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
+    _, B, N, C = k.shape
+    proxies = [torch.stack(parts).view(3, B, 1, N, C) for parts in zip(q, k, v, strict=True)]
+    local, taps, bias = torch.zeros_like(proxies[0][0]), k.new_zeros(132, C), k.new_zeros(4, C)
+    if plain:
+        result = kernels.plain_attend(proxies, local, taps, bias, 1.0)
+        found = kernels._plain_context(k, v)
+    else:
+        result, found, *_ = kernels._attend(*proxies, local, taps, bias, 1.0)
+    return [found.detach()], list(torch.autograd.grad(result.sum(), (k, v)))
+
+
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 60000), (torch.bfloat16, 10000)])
-@pytest.mark.parametrize("tokens", [1, pytest.param(20000, marks=slow)])
+@pytest.mark.parametrize("tokens", [1, pytest.param(1000, marks=slow)])
 def test_large_keys(dtype, largest, tokens):
-    k = torch.where(torch.rand(1, 1, tokens, 8) < 0.5, -largest, largest).to(DEVICE, dtype).requires_grad_()
-    v = (100 * torch.randn(1, 1, tokens, 8)).to(DEVICE, dtype).requires_grad_()
-    result = kernels.context(k, v)
-    gradients = torch.autograd.grad(result.sum(), (k, v))
-    exact = [tensor.detach().double().requires_grad_() for tensor in (k, v)]
-    expected = kernels.plain_context(*exact)
-    assert_near([result], [expected], 1e-5)
-    assert_near(gradients, torch.autograd.grad(expected.sum(), exact), 1e-2)
+    q, v = draw(4, 1, tokens, 8, dtype=dtype), 100 * draw(4, 1, tokens, 8, dtype=dtype)
+    k = torch.where(torch.rand(4, 1, tokens, 8) < 0.5, -largest, largest).to(DEVICE, dtype)
+    got, gradients = context(q, k, v)
+    expected, exact = context(q.double(), k.double(), v.double(), plain=True)
+    assert_near(got, expected, 1e-5)
+    assert_near([torch.stack(gradients)], [torch.stack(exact)], 1e-2)  # of a single key it is zero
 
 
+@slow
 def test_many_equal_keys():
     """Weights of the softmax of 1 / 20000, which float16 does not hold; they come in several runs."""
-    k, v = torch.zeros(1, 1, 20000, 8).to(DEVICE, torch.float16), torch.randn(1, 1, 20000, 8).to(DEVICE, torch.float16) + 1
-    expected = v.double().mean(2).unflatten(2, (2, 1, 4)).expand(1, 1, 2, 4, 4)
-    assert_near([kernels.context(k, v)], [expected], 1e-5)
+    k, v = torch.zeros(4, 1, 20000, 8).to(DEVICE, torch.float16), torch.randn(4, 1, 20000, 8).to(DEVICE, torch.float16) + 1
+    (got,), _ = context(k, k, v)
+    expected = v.double().mean(2).unflatten(2, (2, 1, 4)).expand(4, 1, 2, 4, 4)
+    assert_near([got], [expected], 1e-5)
 
 
-def test_strides_that_are_no_multiples_of_the_width():
-    k, v = torch.randn(4, 2, 2, 9, 5).to(DEVICE).unbind(0)[0][..., :4], torch.randn(2, 4, 2, 9).to(DEVICE).permute(0, 2, 3, 1)
-    assert_near([kernels.context(k, v)], [kernels.plain_context(k.double(), v.double())], 1e-5)
+@pytest.mark.parametrize("shape", [(2, 1, 5), pytest.param((1, 5, 1), marks=slow)], ids=str)
+def test_maps_that_lie_differently(shape):
+    """A width that divides no stride, channels that are not together, maps that lie each in their own way."""
+    tensors = leaves("attend", *shape, 4, torch.float32)
+    exact = operate("attend", [tensor.double() for tensor in tensors], plain=True)
+    padded = F.pad(tensors[0], (0, 1))[..., :4]
+    first = tensors[1].movedim(3, 0).contiguous().movedim(0, 3)
+    across = tensors[2].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_near([operate("attend", [padded, first, across, *tensors[3:]])], [exact], 1e-5)
 
 
 @pytest.fixture
@@ -129,7 +146,7 @@ def plainly(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(groupmixformer, "_takes_kernels", lambda x: False)
+            patch.setattr(kernels, "WANTED", False)
             return function()
 
     return run
@@ -150,8 +167,8 @@ def test_network(randomise, plainly, monkeypatch, training):
 
     expected, expected_buffers = plainly(step)
     used = []
-    combine = kernels.combine
-    monkeypatch.setattr(kernels, "combine", lambda *inputs: used.append(1) or combine(*inputs))
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *inputs: used.append(1) or attend(*inputs))
     got, got_buffers = step()
     assert len(used) == 2
     largest = max(tensor.norm() for tensor in expected)
@@ -178,6 +195,30 @@ def test_graphs_keep_the_operators_of_pytorch(randomise, plainly):
         torch.testing.assert_close(form(x), expected)
 
 
+class Recorder:
+    """A compiler that keeps the graphs it is given."""
+
+    def __init__(self):
+        self.code = ""
+
+    def __call__(self, graph, inputs):
+        self.code += graph.code
+        return graph.forward
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_graphs_take_the_kernels(randomise, plainly, fused):
+    model = randomise(GroupMixFormer(embed_dims=(40,), depths=(1,), mlp_ratios=(2,), num_classes=5)).to(DEVICE).eval()
+    images = torch.randn(1, 3, 33, 40).to(DEVICE)
+    expected = plainly(lambda: model(images))
+    recorder = Recorder()
+    model = fuse(model) if fused else model
+    got = torch.compile(model, fullgraph=True, dynamic=False, backend=recorder)(images)
+    assert recorder.code.count("groupmixformer.attend") == recorder.code.count("groupmixformer.aggregate_groups") == 1
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(plainly(lambda: model(images)), expected)
+
+
 @slow
 def test_autocast(randomise, plainly):
     attention = randomise(GroupMixAttention(20)).to(DEVICE).train()
@@ -194,3 +235,15 @@ def test_autocast(randomise, plainly):
     for one, other in zip(step(), plainly(step), strict=True):
         assert one.dtype == other.dtype
         assert (one - other).float().norm() < 0.05 * other.float().norm()
+
+
+@pytest.mark.parametrize("touch", ["hook", "adapter"])
+def test_what_a_user_puts_in_the_way_is_run(randomise, plainly, touch):
+    attention = randomise(GroupMixAttention(20)).to(DEVICE).eval()
+    if touch == "hook":
+        attention.aggregators[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        attention.aggregators[1].depthwise = nn.Sequential(attention.aggregators[1].depthwise, nn.Hardtanh()).to(DEVICE)
+    x = torch.randn(1, 20, 3, 2).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), plainly(lambda: attention(x)))

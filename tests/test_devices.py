@@ -47,7 +47,9 @@ def test_golden_values(golden, device, name, form, dtype):
     with torch.inference_mode():
         for _ in range(3):  # a CUDA graph is recorded in the second run and replayed in the third
             logits = network(images)
-    assert relative_error(logits.cpu(), values.arrays["logits_0"]) < (1e-9 if dtype == torch.float64 else 1e-4)
+    # PyTorch's hardswish multiplies by a sixth in float32, on a GPU in float64 too: 3e-8.
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9 if device == "cpu" else 1e-6
+    assert relative_error(logits.cpu(), values.arrays["logits_0"]) < tolerance
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

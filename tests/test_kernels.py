@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,29 +21,62 @@ from groupmixformer.groupmixformer import factorised_attention, scale_within_hea
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton, which there is for Linux")
 
 
-def run_kernels(marked, **environment):
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", marked]
+def run_kernels(marked, interpret, processes="0"):
+    command = [sys.executable, "-m", "pytest", "-n", processes, "-q", "-p", "no:cacheprovider", "-m", marked]
     file = Path(__file__).with_name("run_kernels.py")
-    result = subprocess.run([*command, str(file)], capture_output=True, text=True, env=os.environ | environment, check=False)
+    result = subprocess.run(
+        [*command, str(file)], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": interpret}, check=False
+    )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-1000:]
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_under_the_interpreter():
-    run_kernels("not slow", TRITON_INTERPRET="1")
+    run_kernels("not slow", "1")
 
 
 @needs_triton
 @pytest.mark.slow
 def test_more_kernels_under_the_interpreter():
-    run_kernels("slow", TRITON_INTERPRET="1")
+    run_kernels("slow", "1")
 
 
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_a_gpu():
-    run_kernels("slow or not slow", TRITON_INTERPRET="0", GROUPMIXFORMER_KERNELS="1")
+    run_kernels("slow or not slow", "0", processes="4")
+
+
+class Driver:
+    """Stands for Triton's, with or without what it needs to start kernels."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def get_current_target(self):
+        if self.error:
+            raise self.error
+
+
+@needs_triton
+def test_without_a_c_compiler_plain_pytorch_takes_over(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "_known", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    error = RuntimeError("Failed to find C compiler")
+    monkeypatch.setattr(
+        kernels, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=Driver(error))))
+    )
+    with pytest.warns(UserWarning, match=r"Failed to find C compiler\).*install a C compiler"):
+        assert not kernels._runs_on(device)
+    assert not kernels._runs_on(device)  # said once
+    monkeypatch.setattr(kernels, "_known", {})
+    kernels.triton.runtime.driver.active.error = None
+    assert kernels._runs_on(device)
+    monkeypatch.setattr(kernels, "_known", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not kernels._runs_on(device)
 
 
 # The twins
@@ -53,20 +87,22 @@ def test_twins_are_the_function_of_the_network(randomise):
     attention = randomise(GroupMixAttention(5 * C)).double()
     qkv = torch.randn(B, H, W, 3, 5, C, dtype=torch.float64)
     depthwise = [aggregator.depthwise for aggregator in attention.aggregators[1:]]
-    grouped = kernels.plain_aggregate_groups(qkv[..., 1:4, :], *(conv.weight for conv in depthwise))
+    segments = qkv[..., 1:4, :].permute(4, 3, 0, 1, 2, 5)  # (3, 3, B, H, W, C)
+    grouped = kernels.plain_aggregate_groups(segments, kernels.join_taps([conv.weight for conv in depthwise]))
     for i, conv in enumerate(depthwise):
         stacked = qkv[..., i + 1, :].permute(3, 0, 4, 1, 2).flatten(0, 1)  # (3B, C, H, W)
         torch.testing.assert_close(grouped[i].flatten(0, 1).permute(0, 3, 1, 2), conv(stacked), rtol=1e-12, atol=1e-12)
-    proxies = torch.randn(4, 3, B, H, W, C, dtype=torch.float64)
-    q, k, v = proxies.unbind(1)
+    proxies, local = torch.randn(4, 3, B, H, W, C, dtype=torch.float64), torch.randn(B, H, W, C, dtype=torch.float64)
     weights, biases = zip(*attention.position.kernels(), strict=True)
-    context = kernels.plain_context(k.flatten(2, 3), v.flatten(2, 3))
-    mixed = kernels.plain_combine(q, v, context, weights, biases, attention.scale).flatten(1, 2)  # (B, N, 4C)
-    for i, part in enumerate(mixed.split(C, dim=2)):
+    taps, bias = kernels.join_taps(weights), torch.stack(biases)
+    mixed = kernels.plain_attend(proxies.unbind(0), local, taps, bias, attention.scale).flatten(1, 2)  # (B, N, 5C)
+    *parts, last = mixed.split(C, dim=2)
+    for i, part in enumerate(parts):
         maps = proxies[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
         scale = scale_within_heads(attention.scale, C, maps)
         expected = factorised_attention(maps, weights[i], biases[i], scale)
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(last, local.flatten(1, 2))
 
 
 # The operators, which on this device and in float64 take plain PyTorch
@@ -86,14 +122,12 @@ def test_gradients(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_operators_are_registered_in_full(dtype):
-    maps, weights = leaves("aggregate_groups", 1, 3, 2, 4, dtype)[0][..., 1:4, :].permute(4, 3, 0, 1, 2, 5), torch.randn(83, 4)
-    q, k, v = (x.detach() for x in leaves("context", 1, 3, 2, 4, dtype)[0].unbind(1))
-    exact = torch.promote_types(dtype, torch.float32)
-    context, taps, bias = (torch.randn(shape, dtype=exact) for shape in [(4, 1, 2, 2, 2), (132, 4), (4, 4)])
+    qkv, *weights = leaves("aggregate_groups", 1, 3, 2, 4, dtype)
+    *proxies, local = (x.detach() for x in leaves("attend", 1, 3, 2, 4, dtype)[:5])
+    taps, bias = (torch.randn(shape, dtype=weights[0].dtype) for shape in [(132, 4), (4, 4)])
     calls = [
-        (kernels._aggregate_groups, (maps, weights.to(dtype))),
-        (kernels._context, (k.flatten(2, 3), v.flatten(2, 3))),
-        (kernels._combine, (q, v, context, taps, bias, 0.3)),
+        (kernels._aggregate_groups, (qkv[..., 1:4, :].permute(4, 3, 0, 1, 2, 5), kernels.join_taps(weights))),
+        (kernels._attend, (*(x.unflatten(0, (3, 1)) for x in proxies), local, taps, bias, 0.3)),
     ]
     for operator, inputs in calls:
         inputs = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -101,7 +135,7 @@ def test_operators_are_registered_in_full(dtype):
 
 
 class Attend(nn.Module):
-    """The three operations one after the other."""
+    """The operations one after the other."""
 
     def __init__(self):
         super().__init__()
@@ -110,22 +144,21 @@ class Attend(nn.Module):
         self.biases = nn.ParameterList(torch.randn(8) for _ in range(4))
 
     def forward(self, qkv):
-        single, groups = qkv.split((1, 3), dim=4)
-        single = single.permute(4, 3, 0, 1, 2, 5)  # (1, 3, B, H, W, C)
-        q, k, v = torch.cat([single, kernels.aggregate_groups(groups, *self.groups)]).unbind(1)
-        context = kernels.context(k.flatten(2, 3), v.flatten(2, 3))
-        return kernels.combine(q, v, context, list(self.weights), list(self.biases), 0.3)
+        single, groups, local = qkv.permute(4, 3, 0, 1, 2, 5).split((1, 3, 1))
+        grouped = kernels.aggregate_groups(groups, kernels.join_taps(list(self.groups)))
+        taps, bias = kernels.join_taps(list(self.weights)), torch.stack(list(self.biases))
+        return kernels.attend(torch.cat([single, grouped]).unbind(0), local[0, 0], taps, bias, 0.3)
 
 
 def test_compiled_and_exported():
-    module, qkv = Attend(), torch.randn(2, 3, 5, 3, 4, 8)
+    module, qkv = Attend(), torch.randn(2, 3, 5, 3, 5, 8)
     expected = module(qkv)
     gradients = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
     got = torch.compile(module, fullgraph=True, backend="aot_eager")(qkv)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), list(module.parameters())), gradients)
     exported = torch.export.export(module, (qkv,))
-    assert "groupmixformer.combine" in str(exported.graph)
+    assert "groupmixformer.attend" in str(exported.graph)
     torch.testing.assert_close(exported.module()(qkv), expected)
 
 
@@ -145,7 +178,7 @@ class Recorder:
 def built(kernel, inputs, constants, arch):
     """Compile a launch as Triton would: integers of 1 are constants, aligned addresses and multiples of 16 are known."""
     constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps", 4)}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     signature, aligned = {}, {}
     pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     for i, (name, value) in enumerate(zip(kernel.arg_names, inputs, strict=False)):
@@ -195,7 +228,7 @@ def test_kernels_build_for_gpus(monkeypatch, tmp_path, arch, dtype, C):
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
     monkeypatch.setattr(kernels, "served", lambda x: True)
     for name in OPERATIONS:
-        results(name, leaves(name, 2, 9, 7, C, dtype))
+        results(name, leaves(name, 2, 12, 14, C, dtype))
     assert len({kernel.__name__ for kernel, _, _ in launches}) == 6
     for kernel, inputs, constants in launches:
         binary = built(kernel, inputs, constants, arch)

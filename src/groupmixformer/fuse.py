@@ -7,7 +7,8 @@ What is folded:
 - The scale of the attention and the mask that keeps heads apart into one matrix, the kernels of the relative position encoding
   into one 7 x 7 per channel.
 - The order of the rows that make Q, K and V: a segment comes out of a product of its own, Q, K and V of a token side by side,
-  so that an aggregator reads and writes one tensor and nothing is permuted.
+  so that an aggregator reads and writes one tensor and nothing is permuted. Where there are kernels for a GPU, one product
+  makes all segments, and they read it where it lies.
 - An activation into the linear layer before it, by oneDNN on a CPU, where it is large.
 
 The BN before the head stays: `forward_features` returns what it makes.
@@ -28,8 +29,19 @@ from torch.autograd import forward_ad
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import groupmixformer as network
+from . import kernels
 from .depthwise import Depthwise
-from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem, _check_images, _check_map, scale_within_heads
+from .groupmixformer import (
+    Block,
+    GroupMixAttention,
+    SeparableConv,
+    Stem,
+    _check_images,
+    _check_map,
+    _is_exporting,
+    _takes_kernels,
+    scale_within_heads,
+)
 
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -54,7 +66,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -
     if (
         _HAS_ONEDNN
         and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
-        and not torch.compiler.is_exporting()  # before the size, or it becomes a limit of the exported program
+        and not _is_exporting()  # before the size, or it becomes a limit of the exported program
         and x.device.type == "cpu"
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and not torch.compiler.is_compiling()))
         and x.numel() * weight.shape[0] >= _LARGE
@@ -157,6 +169,8 @@ class FusedAttention(Fused):
     """Group-Mix Attention with the LayerNorm before it, if any. (B, H, W, D) -> (B, H, W, D)."""
 
     scale: Tensor  # (C, C): the scale within a head, 0 between the two
+    taps: Tensor  # of the aggregators and
+    position_taps: Tensor  # of the position encoding, as the kernels take them
 
     def __init__(self, attention: GroupMixAttention, norm: nn.LayerNorm | None = None) -> None:
         super().__init__()
@@ -170,22 +184,41 @@ class FusedAttention(Fused):
         factor, shift = _scale_and_shift(next(single.children()))
         weight[0] *= factor[:, None]
         bias[0] = bias[0] * factor + shift
-        segments = zip(weight.to(like), bias.to(like), strict=True)
-        self.qkv = nn.ModuleList(_linear_layer(w.reshape(3 * C, D), b.reshape(3 * C)) for w, b in segments)
-        self.depthwise, self.pointwise = nn.ParameterList(), nn.ModuleList()
+        self.with_kernels = kernels.served(like)
+        if self.with_kernels:
+            weight, bias = weight.reshape(1, 15, C, D), bias.reshape(1, 15, C)
+        layers = zip(weight.to(like), bias.to(like), strict=True)
+        self.qkv = nn.ModuleList(_linear_layer(w.flatten(0, 1), b.flatten()) for w, b in layers)
+        depthwise, self.pointwise = [], nn.ModuleList()
         for group in groups:
-            depthwise, pointwise, norm_of_group, _ = group.children()
-            assert isinstance(depthwise, nn.Conv2d)
-            self.depthwise.append(depthwise.weight.repeat(3, 1, 1, 1))  # (3C, 1, k, k), the same for Q, K and V
+            conv, pointwise, norm_of_group, _ = group.children()
+            assert isinstance(conv, nn.Conv2d)
+            depthwise.append(conv.weight)
             self.pointwise.append(_linear_with_norm(pointwise, norm_of_group))
-        kernels = [(F.pad(w, ((7 - w.shape[-1]) // 2,) * 4), b) for w, b in attention.position.kernels()]
+        self.depthwise = nn.ParameterList(w.repeat(3, 1, 1, 1) for w in depthwise)  # (3C, 1, k, k), the same for Q, K and V
+        position = attention.position.kernels()
+        widened = [F.pad(w, ((7 - w.shape[-1]) // 2,) * 4) for w, _ in position]
         self.position = nn.Conv2d(4 * C, 4 * C, 7, padding=3, groups=4 * C, device="meta")
-        self.position.weight = nn.Parameter(torch.cat([w for w, _ in kernels]))
-        self.position.bias = nn.Parameter(torch.cat([b for _, b in kernels]))
+        self.position.weight = nn.Parameter(torch.cat(widened))
+        self.position.bias = nn.Parameter(torch.cat([b for _, b in position]))
+        if self.with_kernels:
+            self.register_buffer("taps", kernels.join_taps(depthwise))
+            self.register_buffer("position_taps", kernels.join_taps([w for w, _ in position]))
+        self.factor = attention.scale
         self.register_buffer("scale", scale_within_heads(attention.scale, C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
         self.non_attention = attention.non_attention
         self.proj = _linear_layer(attention.proj.weight, attention.proj.bias)
+
+    def segments(self, x: Tensor) -> list[Tensor]:
+        """Return Q, K and V of a token side by side, of each segment, with the activation of the first. 5 x (B, H, W, 3C)."""
+        layers: list[Any] = [*self.qkv]
+        single, *others = layers
+        if not others:
+            first, *rest = _linear(x, single.weight, single.bias).split(3 * (self.dim // 5), dim=3)
+            return [F.hardswish(first), *rest]
+        first = _linear(x, single.weight, single.bias, "hardswish")
+        return [first, *(_linear(x, layer.weight, layer.bias) for layer in others)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H, W, D)."""
@@ -193,12 +226,12 @@ class FusedAttention(Fused):
         C, N = D // 5, H * W
         if self.eps is not None:
             x = F.layer_norm(x, (D,), None, None, self.eps)
-        layers: list[Any] = [*self.qkv]
-        single, *groups, last = layers
-        proxies = [_linear(x, single.weight, single.bias, "hardswish").view(B, N, 3, C)]
-        for qkv_of_group, kernel, pointwise in zip(groups, self.depthwise, self.pointwise, strict=True):
-            grouped = _linear(x, qkv_of_group.weight, qkv_of_group.bias).permute(0, 3, 1, 2)  # (B, 3C, H, W)
-            grouped = F.conv2d(grouped, kernel, padding=kernel.shape[-1] // 2, groups=3 * C)
+        if self.with_kernels and _takes_kernels(x):
+            return self._forward_kernels(x)
+        single, *groups, last = self.segments(x)
+        proxies = [single.reshape(B, N, 3, C)]
+        for group, kernel, pointwise in zip(groups, self.depthwise, self.pointwise, strict=True):
+            grouped = F.conv2d(group.permute(0, 3, 1, 2), kernel, padding=kernel.shape[-1] // 2, groups=3 * C)  # (B, 3C, H, W)
             grouped = grouped.permute(0, 2, 3, 1).reshape(B, N, 3, C)
             assert isinstance(pointwise, nn.Linear)
             proxies.append(_linear(grouped, pointwise.weight, pointwise.bias, "hardswish"))
@@ -209,9 +242,24 @@ class FusedAttention(Fused):
         for (q, k, v), encoded in zip(qkv, position.split(C, dim=2), strict=True):
             context = (k.softmax(dim=1).transpose(1, 2) @ v) * self.scale  # (B, C, C)
             mixed.append(torch.addcmul(q @ context, q, encoded))  # (B, N, C)
-        local = self.non_attention(_linear(x, last.weight, last.bias).permute(0, 3, 1, 2))  # (B, C, H, W)
+        local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, C, H, W)
         mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
         return _linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
+
+    @torch.jit.unused
+    def _forward_kernels(self, x: Tensor) -> Tensor:
+        """Do the same with the fused kernels, after the LayerNorm."""
+        (B, H, W, _), C = x.shape, self.dim // 5
+        qkv = self.qkv[0](x).view(B, H, W, 5, 3, C)
+        single, *_, last = qkv.unbind(3)  # (B, H, W, 3, C)
+        grouped = kernels.aggregate_groups(qkv.permute(3, 4, 0, 1, 2, 5)[1:4], self.taps)  # (3, 3, B, H, W, C)
+        proxies = [F.hardswish(single.permute(3, 0, 1, 2, 4).contiguous(), inplace=True)]  # (3, B, H, W, C)
+        for group, pointwise in zip(grouped, self.pointwise, strict=True):
+            proxies.append(F.hardswish(pointwise(group), inplace=True))
+        local = self.non_attention(last.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        bias: Any = self.position.bias
+        mixed: Tensor = self.proj(kernels.attend(proxies, local, self.position_taps, bias.view(4, C), self.factor))
+        return mixed  # (B, H, W, D)
 
 
 class FusedBlock(Fused):

@@ -173,10 +173,20 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
     return torch.addcmul(q @ context, q, position)
 
 
+def _is_exporting() -> bool:
+    flag: bool = torch.compiler._is_exporting_flag  # of is_exporting() itself older compilers think that it is always true
+    return flag
+
+
 @torch.jit.unused
 def _takes_kernels(x: Tensor) -> bool:
-    # Graphs keep PyTorch's own operators: Inductor fuses them itself, and other runtimes do not know ours.
-    return kernels.WANTED and kernels.served(x) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    # Graphs for other runtimes keep PyTorch's own operators, and so do derivatives of another kind.
+    return (
+        kernels.WANTED
+        and not (_is_exporting() or torch.jit.is_tracing())
+        and (torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None)
+        and kernels.served(x)
+    )
 
 
 class GroupMixAttention(nn.Module):
@@ -235,7 +245,7 @@ class GroupMixAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend. `x` and the result are (B, D, H, W)."""
         _check_map(x, self.dim)
-        if not torch.jit.is_scripting() and _takes_kernels(x):
+        if not torch.jit.is_scripting() and _takes_kernels(x) and self._is_untouched():
             return self._forward_kernels(x)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
@@ -248,6 +258,16 @@ class GroupMixAttention(nn.Module):
         return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
 
     @torch.jit.unused
+    def _is_untouched(self) -> bool:
+        """Tell whether no adapter or hook is on what the kernels would run past."""
+        aggregators: Any = self.aggregators
+        for aggregator in aggregators[1:]:
+            for module, kind in ((aggregator, SeparableConv), (aggregator[0], Depthwise)):
+                if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                    return False
+        return True
+
+    @torch.jit.unused
     def _forward_kernels(self, x: Tensor) -> Tensor:
         """Do the same with the fused kernels, which take the four segments together."""
         B, D, H, W = x.shape
@@ -255,18 +275,18 @@ class GroupMixAttention(nn.Module):
         qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
         single, groups, local = qkv.split((1, 3, 1), dim=4)  # of split, unlike of slices, the gradient is one copy
         aggregators: Any = self.aggregators
-        norm, *separable = aggregators
-        grouped = kernels.aggregate_groups(groups, *(s.depthwise.weight for s in separable))  # (3, 3, B, H, W, C)
-        proxies = [norm.norm(single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2))]  # (3B, C, H, W)
-        for s, group in zip(separable, grouped.flatten(1, 2).permute(0, 1, 4, 2, 3), strict=True):
-            proxies.append(s.norm(s.pointwise(group)))  # (3B, C, H, W)
-        stacked = F.hardswish(torch.stack([proxy.permute(0, 2, 3, 1) for proxy in proxies]))
-        q, k, v = stacked.unflatten(1, (3, B)).unbind(1)  # 3 x (4, B, H, W, C)
-        context = kernels.context(k.flatten(2, 3), v.flatten(2, 3))
-        weights, biases = zip(*self.position.kernels(), strict=True)
-        mixed = kernels.combine(q, v, context, weights, biases, self.scale)  # (B, H, W, 4C)
+        norm_and_act, *separable = aggregators
+        taps = kernels.join_taps([s.depthwise.weight for s in separable])
+        grouped = kernels.aggregate_groups(groups.permute(4, 3, 0, 1, 2, 5), taps)  # (3, 3, B, H, W, C)
+        proxies = [norm_and_act(single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2))]  # (3B, C, H, W)
+        for (_, pointwise, norm, act), group in zip(separable, grouped.flatten(1, 2), strict=True):
+            proxies.append(recompute.run([norm, act], pointwise(group.permute(0, 3, 1, 2))))  # (3B, C, H, W)
         local = self.non_attention(local.flatten(3).permute(0, 3, 1, 2))  # (B, C, H, W)
-        return self.proj(torch.cat([mixed, local.permute(0, 2, 3, 1)], dim=3)).permute(0, 3, 1, 2)  # (B, D, H, W)
+        weights, biases = zip(*self.position.kernels(), strict=True)
+        maps = [proxy.permute(0, 2, 3, 1).unflatten(0, (3, B)) for proxy in proxies]  # 4 x (3, B, H, W, C)
+        taps, bias = kernels.join_taps(weights), torch.stack(biases)
+        mixed = kernels.attend(maps, local.permute(0, 2, 3, 1), taps, bias, self.scale)  # (B, H, W, D)
+        return self.proj(mixed).permute(0, 3, 1, 2)  # (B, D, H, W)
 
 
 class Mlp(nn.Module):

@@ -1,12 +1,12 @@
-"""Three operations of Group-Mix Attention as fused GPU kernels, each with a plain PyTorch twin of the same signature.
+"""The two passes over tokens of Group-Mix Attention as fused GPU kernels, each with a plain PyTorch twin of the same signature.
 
 On a GPU the attention is bound by memory traffic and launches, so each operation makes one pass of what the network otherwise
 does in many:
 
 - `aggregate_groups`: the three depthwise convolutions of the group aggregators (Sec. 3), read where the linear layer left Q, K
   and V, written where the pointwise convolutions read them.
-- `context`: softmax(K)^T V with a running maximum, so that K and V are read once.
-- `combine`: Q @ context + Q * position for the four attention segments, written side by side as the projection reads them.
+- `attend`: softmax(K)^T V with a running maximum, so that K and V are read once; then Q @ context + Q * position for the four
+  attention segments, written beside the branch without attention as the projection reads them.
 
 Each is a custom operator (`torch.library`), so autograd, torch.compile and torch.export know it. Its kernels are written in
 Triton. They serve NVIDIA GPUs from Ampere on in float32, float16 and bfloat16 and accumulate in float32; other devices, float64
@@ -15,14 +15,18 @@ on the CPU.
 
 Letters: B batch, H x W feature map, N = H * W tokens, C width of a segment, E = C / 2 width of a head, S segments, J = 3 for Q,
 K and V (1 where one of them is meant), T taps: the entries of all depthwise kernels of the S segments. The first segment of an
-operation has k = 3, the next k = 5, others k = 7. Maps are (S, J, B, H, W, C) with any strides that are multiples of C.
+operation has k = 3, the next k = 5, others k = 7. Maps are S times (J, B, H, W, C), of the same strides, which are multiples of
+C; a kernel takes four pointers to them, of which those beyond S repeat the last. `join_taps` makes taps.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # Triton reads the annotations of a kernel itself, so arguments that are no compile-time constants have none.
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,13 +41,36 @@ try:
 except ImportError:  # macOS, Windows
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-__all__ = ["aggregate_groups", "combine", "context", "plain_aggregate_groups", "plain_combine", "plain_context", "served"]
+__all__ = ["aggregate_groups", "attend", "join_taps", "plain_aggregate_groups", "plain_attend", "served"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Whether the network takes the kernels by itself. They have been tested in the interpreter and built for GPUs, not measured on
-# one: until benchmarks/kernels.py has, GROUPMIXFORMER_KERNELS=1 asks for them.
-WANTED = INTERPRETED or os.environ.get("GROUPMIXFORMER_KERNELS") == "1"
+# Whether the network takes them where they serve.
+WANTED = os.environ.get("GROUPMIXFORMER_KERNELS") != "0"
 SIZES = (3, 5, 7, 7)  # k of the depthwise kernel, by segment
+
+
+_known: dict[torch.device, bool] = {}
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Tell whether a GPU is new enough and Triton can start kernels, for which it needs a C compiler and Python's headers."""
+    if device not in _known:
+        _known[device] = torch.cuda.get_device_capability(device) >= (8, 0)
+        if _known[device]:
+            try:
+                triton.runtime.driver.active.get_current_target()
+            except Exception as error:  # of a compiler, a linker, a driver
+                warnings.warn(
+                    f"plain PyTorch takes the place of the fused kernels, which Triton cannot start here ({error}): "
+                    "install a C compiler and Python's headers, or set GROUPMIXFORMER_KERNELS=0",
+                    stacklevel=2,
+                )
+                _known[device] = False
+    return _known[device]
+
+
+# A compiler takes the answer as a constant: what torch.compiler.assume_constant_result does, but that imports the compiler.
+_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def served(x: Any) -> bool:
@@ -51,7 +78,7 @@ def served(x: Any) -> bool:
     if triton is None or not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
     if x.is_cuda:
-        return torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return torch.version.cuda is not None and _runs_on(x.device)
     return INTERPRETED and x.device.type == "cpu"
 
 
@@ -59,123 +86,223 @@ def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-# Triton. Strides arrive in units of C, so that the compiler sees how addresses are aligned. Offsets inside a picture fit 32
-# bits, offsets of a picture may not.
+# Triton. Strides arrive in units of C, so that the compiler sees how addresses are aligned. A convolution is worked out for
+# strips of 4 pixels in a row: of 10 neighbours that are loaded for 7 taps each is used up to 4 times. Strips are numbered
+# through all pictures, so that small maps fill blocks too.
 
 
 @_jit
-def _picture(index, B, stride_j, stride_b, C: tl.constexpr):
-    """Offset of the picture `index` of J * B."""
-    return ((index // B).to(tl.int64) * stride_j + (index % B).to(tl.int64) * stride_b) * C
+def _pick(segment, a, b, c, d):
+    """One of four pointers."""
+    if segment == 1:
+        a = b
+    elif segment == 2:
+        a = c
+    elif segment == 3:
+        a = d
+    return a
 
 
 @_jit
-def _pixels(tile, W, PIXELS: tl.constexpr):
-    """Rows and columns of a tile, which is 8 pixels wide."""
-    i = tl.arange(0, PIXELS)
-    across = tl.cdiv(W, 8)
-    return tile // across * (PIXELS // 8) + i // 8, tile % across * 8 + i % 8
+def _strips(first, strips, H, across, STRIPS: tl.constexpr):
+    """Which of the strips there are, and for each its picture, row and first column."""
+    strip = first + tl.arange(0, STRIPS)
+    row = strip // across
+    return strip < strips, row // H, row % H, strip % across * 4
 
 
 @_jit
-def _load(source, y, x, c, end, H, W, stride_y, stride_x, C: tl.constexpr):
-    """Pixels of a map with zeros around it, in float32. (PIXELS, BLOCK)."""
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    offset = (y * stride_y + x * stride_x) * C
-    return tl.load(source + offset[:, None] + c[None, :], inside[:, None] & (c < end)[None, :], 0.0).to(tl.float32)
-
-
-@_jit
-def _store(result, value, y, x, c, end, H, W, stride_y, stride_x, C: tl.constexpr):
-    inside = (y < H) & (x < W)
-    offset = (y * stride_y + x * stride_x) * C
-    tl.store(result + offset[:, None] + c[None, :], value.to(result.dtype.element_ty), inside[:, None] & (c < end)[None, :])
+def _pixels(source, j, b, y, x, c, W, stride_j, stride_b, stride_n, C: tl.constexpr):
+    """Addresses of pixels, each with its channels. (STRIPS, BLOCK)."""
+    offset = (j.to(tl.int64) * stride_j + b.to(tl.int64) * stride_b + (y * W + x) * stride_n) * C
+    return source + offset[:, None] + c[None, :]
 
 
 @_jit
 def _convolve(
-    source, taps, y, x, c, end, H, W, stride_y, stride_x, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    source, taps, held, y, x, c, end, H, W, step, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
+    STRIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Neighbours of pixels, weighted by `taps` (K * K, C). (PIXELS, BLOCK)."""
-    total = tl.zeros((PIXELS, BLOCK), tl.float32)
-    centres = source + ((y * stride_y + x * stride_x) * C)[:, None] + c[None, :]
-    taps += c
+    """Neighbours of the pixels at the addresses `source`, weighted by `taps` (K * K, C). 4 x (STRIPS, BLOCK)."""
+    s0 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    s1 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    s2 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    s3 = tl.zeros((STRIPS, BLOCK), tl.float32)
     for i in range(K):
         row = y + (i - K // 2)
-        row_inside = (row >= 0) & (row < H)
-        for j in tl.static_range(K):
+        there = held & (row >= 0) & (row < H)
+        line = source + (i - K // 2) * W * step
+        if FLIP:
+            weights = taps + (K * K - 1 - i * K) * C + c
+        else:
+            weights = taps + i * K * C + c
+        for j in tl.static_range(K + 3):
             column = x + (j - K // 2)
-            inside = (row_inside & (column >= 0) & (column < W))[:, None] & (c < end)[None, :]
-            near = tl.load(centres + ((i - K // 2) * stride_y + (j - K // 2) * stride_x) * C, inside, 0.0).to(tl.float32)
-            tap = (K * K - 1 - i * K - j) if FLIP else (i * K + j)
-            total += near * tl.load(taps + tap * C, c < end, 0.0).to(tl.float32)[None, :]
-    return total
+            inside = (there & (column >= 0) & (column < W))[:, None] & (c < end)[None, :]
+            near = tl.load(line + (j - K // 2) * step, inside, 0.0).to(tl.float32)
+            if j < K:
+                s0 += near * tl.load(weights + (-j if FLIP else j) * C, c < end, 0.0).to(tl.float32)[None, :]
+            if j >= 1 and j < K + 1:
+                s1 += near * tl.load(weights + (1 - j if FLIP else j - 1) * C, c < end, 0.0).to(tl.float32)[None, :]
+            if j >= 2 and j < K + 2:
+                s2 += near * tl.load(weights + (2 - j if FLIP else j - 2) * C, c < end, 0.0).to(tl.float32)[None, :]
+            if j >= 3:
+                s3 += near * tl.load(weights + (3 - j if FLIP else j - 3) * C, c < end, 0.0).to(tl.float32)[None, :]
+    return s0, s1, s2, s3
 
 
 @_jit
 def _convolve_segment(
-    segment, source, taps, y, x, c, end, H, W, stride_y, stride_x, C: tl.constexpr, FLIP: tl.constexpr, PIXELS: tl.constexpr,
+    segment, source, taps, held, y, x, c, end, H, W, step, C: tl.constexpr, FLIP: tl.constexpr, STRIPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution with the segment's own kernel size, from the taps of all segments (T, C)."""
     if segment == 0:
-        total = _convolve(source, taps, y, x, c, end, H, W, stride_y, stride_x, C, 3, FLIP, PIXELS, BLOCK)
+        s0, s1, s2, s3 = _convolve(source, taps, held, y, x, c, end, H, W, step, C, 3, FLIP, STRIPS, BLOCK)
     elif segment == 1:
-        total = _convolve(source, taps + 9 * C, y, x, c, end, H, W, stride_y, stride_x, C, 5, FLIP, PIXELS, BLOCK)
+        s0, s1, s2, s3 = _convolve(source, taps + 9 * C, held, y, x, c, end, H, W, step, C, 5, FLIP, STRIPS, BLOCK)
     else:
         taps += (34 + 49 * (segment - 2)) * C
-        total = _convolve(source, taps, y, x, c, end, H, W, stride_y, stride_x, C, 7, FLIP, PIXELS, BLOCK)
-    return total
+        s0, s1, s2, s3 = _convolve(source, taps, held, y, x, c, end, H, W, step, C, 7, FLIP, STRIPS, BLOCK)
+    return s0, s1, s2, s3
+
+
+@_jit
+def _store(result, value, held, column, c, end, W):
+    tl.store(result, value.to(result.dtype.element_ty), (held & (column < W))[:, None] & (c < end)[None, :])
 
 
 @_jit
 def _depthwise_kernel(
-    source, taps, result, B, H, W, s_s, s_j, s_b, s_y, s_x, r_s, r_j, r_b, r_y, r_x,
-    C: tl.constexpr, FLIP: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    m0, m1, m2, m3, taps, result, strips, B, H, W, across, m_j, m_b, m_n, r_s, r_j, r_b, r_n,
+    C: tl.constexpr, FLIP: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one picture, segment and block of channels."""
+    """One run of strips, segment and block of channels."""
     segment = tl.program_id(1)
     c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    tiles = tl.cdiv(H, PIXELS // 8) * tl.cdiv(W, 8)
-    picture = tl.program_id(0) // tiles
-    y, x = _pixels(tl.program_id(0) % tiles, W, PIXELS)
-    source += segment.to(tl.int64) * s_s * C + _picture(picture, B, s_j, s_b, C)
-    result += segment.to(tl.int64) * r_s * C + _picture(picture, B, r_j, r_b, C)
-    total = _convolve_segment(segment, source, taps, y, x, c, C, H, W, s_y, s_x, C, FLIP, PIXELS, BLOCK)
-    _store(result, total, y, x, c, C, H, W, r_y, r_x, C)
+    held, picture, y, x = _strips(tl.program_id(0) * STRIPS, strips, H, across, STRIPS)
+    source = _pixels(_pick(segment, m0, m1, m2, m3), picture // B, picture % B, y, x, c, W, m_j, m_b, m_n, C)
+    result += segment.to(tl.int64) * r_s * C
+    result = _pixels(result, picture // B, picture % B, y, x, c, W, r_j, r_b, r_n, C)
+    s0, s1, s2, s3 = _convolve_segment(segment, source, taps, held, y, x, c, C, H, W, m_n * C, C, FLIP, STRIPS, BLOCK)
+    _store(result, s0, held, x, c, C, W)
+    _store(result + r_n * C, s1, held, x + 1, c, C, W)
+    _store(result + 2 * r_n * C, s2, held, x + 2, c, C, W)
+    _store(result + 3 * r_n * C, s3, held, x + 3, c, C, W)
+
+
+@_jit
+def _row_gradient(
+    grad, source, partial, i, c, first, last, strips, B, H, W, across, g_j, g_b, g_n, s_j, s_b, s_n,
+    C: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of gradient times neighbour for the K taps of row i."""
+    t0 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t1 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t2 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t3 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t4 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t5 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t6 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    for start in range(first, last, STRIPS):
+        held, picture, y, x = _strips(start, strips, H, across, STRIPS)
+        here = _pixels(grad, picture // B, picture % B, y, x, c, W, g_j, g_b, g_n, C)
+        g0 = tl.load(here, held[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
+        g1 = tl.load(here + g_n * C, (held & (x + 1 < W))[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
+        g2 = tl.load(here + 2 * g_n * C, (held & (x + 2 < W))[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
+        g3 = tl.load(here + 3 * g_n * C, (held & (x + 3 < W))[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
+        row = y + (i - K // 2)
+        there = held & (row >= 0) & (row < H)
+        line = _pixels(source, picture // B, picture % B, row, x, c, W, s_j, s_b, s_n, C)
+        for j in tl.static_range(K + 3):
+            column = x + (j - K // 2)
+            inside = (there & (column >= 0) & (column < W))[:, None] & (c < C)[None, :]
+            near = tl.load(line + (j - K // 2) * s_n * C, inside, 0.0).to(tl.float32)
+            for r in tl.static_range(4):
+                g = g0
+                if r == 1:
+                    g = g1
+                elif r == 2:
+                    g = g2
+                elif r == 3:
+                    g = g3
+                if j - r == 0:
+                    t0 += near * g
+                elif j - r == 1:
+                    t1 += near * g
+                elif j - r == 2:
+                    t2 += near * g
+                elif j - r == 3 and K > 3:
+                    t3 += near * g
+                elif j - r == 4 and K > 3:
+                    t4 += near * g
+                elif j - r == 5 and K > 5:
+                    t5 += near * g
+                elif j - r == 6 and K > 5:
+                    t6 += near * g
+    partial += i * K * C + c
+    tl.store(partial, tl.sum(t0, 0), c < C)
+    tl.store(partial + C, tl.sum(t1, 0), c < C)
+    tl.store(partial + 2 * C, tl.sum(t2, 0), c < C)
+    if K > 3:
+        tl.store(partial + 3 * C, tl.sum(t3, 0), c < C)
+        tl.store(partial + 4 * C, tl.sum(t4, 0), c < C)
+    if K > 5:
+        tl.store(partial + 5 * C, tl.sum(t5, 0), c < C)
+        tl.store(partial + 6 * C, tl.sum(t6, 0), c < C)
 
 
 @_jit
 def _taps_gradient_kernel(
-    grad, source, partial, pictures, B, H, W, T, g_s, g_j, g_b, g_y, g_x, s_s, s_j, s_b, s_y, s_x,
-    C: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    g0, g1, g2, g3, m0, m1, m2, m3, partial, strips, run_length, B, H, W, across, T, g_j, g_b, g_n, m_j, m_b, m_n,
+    C: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of gradient times neighbour over a run of tiles, for each tap. One run, segment and block of channels."""
-    run, segment = tl.program_id(0), tl.program_id(1)
+    """One run of strips, row of one segment's taps and block of channels."""
+    run, row = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.minimum(3 + 2 * segment, 7)
-    first = tl.where(segment < 2, 9 * segment, 34 + 49 * (segment - 2))
-    tiles = tl.cdiv(H, PIXELS // 8) * tl.cdiv(W, 8)
-    grad += segment.to(tl.int64) * g_s * C
-    source += segment.to(tl.int64) * s_s * C
-    for tap in range(size * size):  # the run stays in the cache meanwhile
-        total = tl.zeros((PIXELS, BLOCK), tl.float32)
-        for tile in range(run * TILES, tl.minimum(run * TILES + TILES, tiles * pictures)):
-            picture = tile // tiles
-            y, x = _pixels(tile % tiles, W, PIXELS)
-            here = _load(grad + _picture(picture, B, g_j, g_b, C), y, x, c, C, H, W, g_y, g_x, C)
-            y, x = y + tap // size - size // 2, x + tap % size - size // 2
-            total += here * _load(source + _picture(picture, B, s_j, s_b, C), y, x, c, C, H, W, s_y, s_x, C)
-        tl.store(partial + (run.to(tl.int64) * T + first + tap) * C + c, tl.sum(total, 0), c < C)
+    first, last = run * run_length, tl.minimum(run * run_length + run_length, strips)
+    partial += run.to(tl.int64) * T * C
+    if row < 3:
+        _row_gradient(
+            g0, m0, partial, row, c, first, last, strips, B, H, W, across, g_j, g_b, g_n, m_j, m_b, m_n, C, 3, STRIPS, BLOCK
+        )
+    elif row < 8:
+        partial += 9 * C
+        row -= 3
+        _row_gradient(
+            g1, m1, partial, row, c, first, last, strips, B, H, W, across, g_j, g_b, g_n, m_j, m_b, m_n, C, 5, STRIPS, BLOCK
+        )
+    else:
+        segment = 2 + (row - 8) // 7
+        partial += (34 + 49 * (segment - 2)) * C
+        row = (row - 8) % 7
+        g, m = _pick(segment, g0, g1, g2, g3), _pick(segment, m0, m1, m2, m3)
+        _row_gradient(
+            g, m, partial, row, c, first, last, strips, B, H, W, across, g_j, g_b, g_n, m_j, m_b, m_n, C, 7, STRIPS, BLOCK
+        )
+
+
+# A segment has two heads. Their matrices (E, E) are the blocks on the diagonal of one (C, C), which tensor cores work out in
+# one, unless it is too large for that. WIDTH is C or E.
 
 
 @_jit
-def _head(C: tl.constexpr, BLOCK: tl.constexpr):
-    """Picture and segment, number of the head, its channels within itself and within the segment, and the end of those."""
-    head = tl.program_id(2)
-    e = tl.arange(0, BLOCK)
-    return tl.program_id(0), head, e, head * (C // 2) + e, (head + 1) * (C // 2)
+def _channels(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels of the segment that a program takes, and their end."""
+    first = tl.program_id(2) * WIDTH
+    return first + tl.arange(0, BLOCK), first + WIDTH
+
+
+@_jit
+def _heads_of(index, c, end, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Offsets of the diagonal blocks within matrices (2, E, E), and what is inside them. (BLOCK, BLOCK)."""
+    E: tl.constexpr = C // 2
+    inside = (c < end)[:, None] & (c < end)[None, :] & ((c // E)[:, None] == (c // E)[None, :])
+    if TRANSPOSED:
+        offset = (c % E)[:, None] + (c * E)[None, :]
+    else:
+        offset = (c * E)[:, None] + (c % E)[None, :]
+    return index.to(tl.int64) * C * E + offset, inside
 
 
 @_jit
@@ -185,27 +312,20 @@ def _tokens(source, n, c, end, N, stride_n, C: tl.constexpr):
 
 
 @_jit
-def _matrix(index, e, E: tl.constexpr):
-    """Offsets of a matrix (E, E) of a head, and which of them are inside it. (BLOCK, BLOCK)."""
-    return index.to(tl.int64) * E * E + e[:, None] * E + e[None, :], (e < E)[:, None] & (e < E)[None, :]
-
-
-@_jit
 def _product_kernel(
-    left, right, product, maxima, sums, B, N, l_s, l_b, l_n, r_s, r_b, r_n,
-    C: tl.constexpr, SOFTMAX: tl.constexpr, RUN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    l0, l1, l2, l3, r0, r1, r2, r3, product, maxima, sums, B, N, run_length, l_b, l_n, r_b, r_n,
+    C: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """left^T @ right over a run of tokens, or exp(left - its maximum)^T @ right. One picture and segment, run and head."""
-    E: tl.constexpr = C // 2
-    g, head, e, c, end = _head(C, BLOCK)
-    run = tl.program_id(1)
-    left += _picture(g, B, l_s, l_b, C)
-    right += _picture(g, B, r_s, r_b, C)
+    """left^T @ right over a run of tokens, or exp(left - its maximum)^T @ right, normalised where the run is the whole."""
+    g, run = tl.program_id(0), tl.program_id(1)
+    c, end = _channels(WIDTH, BLOCK)
+    left = _pick(g // B, l0, l1, l2, l3) + (g % B).to(tl.int64) * l_b * C
+    right = _pick(g // B, r0, r1, r2, r3) + (g % B).to(tl.int64) * r_b * C
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK,), tl.float32)
-    for start in range(run * RUN, tl.minimum(run * RUN + RUN, N), TOKENS):
+    for start in range(run * run_length, tl.minimum(run * run_length + run_length, N), TOKENS):
         n = start + tl.arange(0, TOKENS)
         a, b = _tokens(left, n, c, end, N, l_n, C), _tokens(right, n, c, end, N, r_n, C)
         if SOFTMAX:
@@ -216,86 +336,115 @@ def _product_kernel(
             norm = norm * shrink + tl.sum(a, 0)
             maximum = higher
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-    index = (run * tl.num_programs(0) + g) * 2 + head
-    offset, inside = _matrix(index, e, E)
+    if SOFTMAX and WHOLE:
+        total = total / norm[:, None]
+    index = run * tl.num_programs(0) + g
+    offset, inside = _heads_of(index, c, end, C, False)
     tl.store(product + offset, total, inside)
     if SOFTMAX:
-        tl.store(maxima + index * E + e, maximum, e < E)
-        tl.store(sums + index * E + e, norm, e < E)
+        tl.store(maxima + index * C + c, maximum, c < end)
+        tl.store(sums + index * C + c, norm, c < end)
 
 
 @_jit
 def _merge_kernel(product, maxima, sums, result, maximum, norm, runs, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Join the runs of `_product_kernel` and normalise. One picture and segment, and head."""
-    E: tl.constexpr = C // 2
-    g, head, e, _, _ = _head(C, BLOCK)
-    first, step = g * 2 + head, tl.num_programs(0) * 2
+    """Join the runs of `_product_kernel` and normalise. One picture and segment."""
+    g, groups = tl.program_id(0), tl.num_programs(0)
+    c = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for run in range(runs):
-        highest = tl.maximum(highest, tl.load(maxima + (run * step + first) * E + e, e < E, 0.0))
+        highest = tl.maximum(highest, tl.load(maxima + (run * groups + g) * C + c, c < C, 0.0))
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
     for run in range(runs):
-        shrink = tl.exp(tl.load(maxima + (run * step + first) * E + e, e < E, 0.0) - highest)
-        count += shrink * tl.load(sums + (run * step + first) * E + e, e < E, 1.0)
-        offset, inside = _matrix(run * step + first, e, E)
+        shrink = tl.exp(tl.load(maxima + (run * groups + g) * C + c, c < C, 0.0) - highest)
+        count += shrink * tl.load(sums + (run * groups + g) * C + c, c < C, 1.0)
+        offset, inside = _heads_of(run * groups + g, c, C, C, False)
         total += shrink[:, None] * tl.load(product + offset, inside, 0.0)
-    offset, inside = _matrix(first, e, E)
+    offset, inside = _heads_of(g, c, C, C, False)
     tl.store(result + offset, total / count[:, None], inside)
-    tl.store(maximum + first * E + e, highest, e < E)
-    tl.store(norm + first * E + e, count, e < E)
+    tl.store(maximum + g * C + c, highest, c < C)
+    tl.store(norm + g * C + c, count, c < C)
 
 
 @_jit
 def _context_backward_kernel(
-    grad, result, maximum, norm, k, v, dk, dv, B, N, k_s, k_b, k_n, v_s, v_b, v_n,
-    C: tl.constexpr, RUN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    grad, result, maximum, norm, k0, k1, k2, k3, v0, v1, v2, v3, dk, dv, B, N, run_length, k_b, k_n,
+    C: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P = softmax(K), dV = P @ grad, dK = P * (V @ grad^T - sum of grad * result). One picture and segment, run and head."""
-    E: tl.constexpr = C // 2
-    g, head, e, c, end = _head(C, BLOCK)
-    run = tl.program_id(1)
-    offset, inside = _matrix(g * 2 + head, e, E)
+    """P = softmax(K), dV += P @ grad, dK = P * (V @ grad^T - sum of grad * result). One picture and segment, and run."""
+    g, run = tl.program_id(0), tl.program_id(1)
+    c, end = _channels(WIDTH, BLOCK)
+    offset, inside = _heads_of(g, c, end, C, False)
     matrix = tl.load(grad + offset, inside, 0.0)
     shift = tl.sum(matrix * tl.load(result + offset, inside, 0.0), 1)
-    highest = tl.load(maximum + (g * 2 + head) * E + e, e < E, 0.0)
-    count = tl.load(norm + (g * 2 + head) * E + e, e < E, 1.0)
-    k += _picture(g, B, k_s, k_b, C)
-    v += _picture(g, B, v_s, v_b, C)
-    dk += g.to(tl.int64) * N * C
-    dv += g.to(tl.int64) * N * C
-    for start in range(run * RUN, tl.minimum(run * RUN + RUN, N), TOKENS):
+    highest = tl.load(maximum + g * C + c, c < end, 0.0)
+    count = tl.load(norm + g * C + c, c < end, 1.0)
+    k = _pick(g // B, k0, k1, k2, k3) + (g % B).to(tl.int64) * k_b * C
+    v = _pick(g // B, v0, v1, v2, v3) + (g % B).to(tl.int64) * k_b * C
+    # Of the gradients (4, 3, B, N, C), in which K and V of a segment follow Q.
+    place = (g // B * 3 * B + g % B).to(tl.int64) * N * C
+    dk += place
+    dv += place
+    for start in range(run * run_length, tl.minimum(run * run_length + run_length, N), TOKENS):
         n = start + tl.arange(0, TOKENS)
         # A row beyond the last token may be infinite; it meets no other row and is not stored.
         weight = tl.exp(_tokens(k, n, c, end, N, k_n, C) - highest[None, :]) / count[None, :]
-        to_v = tl.dot(weight, matrix, input_precision=PRECISION)
-        to_k = tl.dot(_tokens(v, n, c, end, N, v_n, C), tl.trans(matrix), input_precision=PRECISION)
-        place, held = (n * C)[:, None] + c[None, :], (n < N)[:, None] & (c < end)[None, :]
-        tl.store(dv + place, to_v.to(dv.dtype.element_ty), held)
-        tl.store(dk + place, (weight * (to_k - shift[None, :])).to(dk.dtype.element_ty), held)
+        to_v = tl.dot(weight, matrix, _tokens(dv, n, c, end, N, 1, C), input_precision=PRECISION)
+        to_k = tl.dot(_tokens(v, n, c, end, N, k_n, C), tl.trans(matrix), input_precision=PRECISION)
+        at, held = (n * C)[:, None] + c[None, :], (n < N)[:, None] & (c < end)[None, :]
+        tl.store(dv + at, to_v.to(dv.dtype.element_ty), held)
+        tl.store(dk + at, (weight * (to_k - shift[None, :])).to(dk.dtype.element_ty), held)
+
+
+@_jit
+def _mix(q, result, mixing, scale, position, shift, held, column, c, end, W, PRECISION: tl.constexpr):
+    """Store scale * Q @ mixing + Q * (position + shift)."""
+    query = tl.load(q, (held & (column < W))[:, None] & (c < end)[None, :], 0.0).to(tl.float32)
+    attended = tl.dot(query, mixing, input_precision=PRECISION)
+    _store(result, scale * attended + query * (position + shift[None, :]), held, column, c, end, W)
 
 
 @_jit
 def _combine_kernel(
-    q, v, matrix, taps, bias, result, scale, B, H, W, q_s, q_b, q_y, q_x, v_s, v_b, v_y, v_x, r_s, r_b, r_y, r_x,
-    C: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    q0, q1, q2, q3, v0, v1, v2, v3, local, matrix, taps, bias, result, scale, strips, run_length, B, H, W, across,
+    q_b, q_n, v_b, v_n, l_b, l_n, r_s, r_b, r_n,
+    C: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention: scale * Q @ matrix + Q * (convolution of V + bias). One picture and segment, run of tiles and head."""
-    g, head, e, c, end = _head(C, BLOCK)
-    run = tl.program_id(1)
-    offset, inside = _matrix(g * 2 + head, e, C // 2)
-    mixing = tl.load(matrix + offset, inside, 0.0)
-    shift = tl.load(bias + g // B * C + c, c < end, 0.0).to(tl.float32)
-    q += _picture(g, B, q_s, q_b, C)
-    v += _picture(g, B, v_s, v_b, C)
-    result += _picture(g, B, r_s, r_b, C)
-    tiles = tl.cdiv(H, PIXELS // 8) * tl.cdiv(W, 8)
-    for tile in range(run * TILES, tl.minimum(run * TILES + TILES, tiles)):
-        y, x = _pixels(tile, W, PIXELS)
-        query = _load(q, y, x, c, end, H, W, q_y, q_x, C)
-        position = _convolve_segment(g // B, v, taps, y, x, c, end, H, W, v_y, v_x, C, False, PIXELS, BLOCK)
-        attended = tl.dot(query, mixing, input_precision=PRECISION)
-        _store(result, scale * attended + query * (position + shift[None, :]), y, x, c, end, H, W, r_y, r_x, C)
+    """Attention: scale * Q @ matrix + Q * (convolution of V + bias). One picture and segment, and run of strips.
+
+    A fifth segment is a copy of `local`.
+    """
+    g, run = tl.program_id(0), tl.program_id(1)
+    segment, b = g // B, g % B
+    c, end = _channels(WIDTH, BLOCK)
+    nothing = tl.zeros((STRIPS,), tl.int32)
+    result += segment.to(tl.int64) * r_s * C
+    first, last = run * run_length, tl.minimum(run * run_length + run_length, strips)
+    if segment == 4:
+        for start in range(first, last, STRIPS):
+            held, _, y, x = _strips(start, strips, H, across, STRIPS)
+            source = _pixels(local, nothing, nothing + b, y, x, c, W, 0, l_b, l_n, C)
+            target = _pixels(result, nothing, nothing + b, y, x, c, W, 0, r_b, r_n, C)
+            for r in tl.static_range(4):
+                value = tl.load(source + r * l_n * C, (held & (x + r < W))[:, None] & (c < end)[None, :], 0.0)
+                _store(target + r * r_n * C, value, held, x + r, c, end, W)
+    else:
+        q, v = _pick(segment, q0, q1, q2, q3), _pick(segment, v0, v1, v2, v3)
+        offset, inside = _heads_of(g, c, end, C, TRANSPOSED)
+        mixing = tl.load(matrix + offset, inside, 0.0)
+        shift = tl.load(bias + segment * C + c, c < end, 0.0).to(tl.float32)
+        for start in range(first, last, STRIPS):
+            held, _, y, x = _strips(start, strips, H, across, STRIPS)
+            value = _pixels(v, nothing, nothing + b, y, x, c, W, 0, v_b, v_n, C)
+            s0, s1, s2, s3 = _convolve_segment(segment, value, taps, held, y, x, c, end, H, W, v_n * C, C, False, STRIPS, BLOCK)
+            query = _pixels(q, nothing, nothing + b, y, x, c, W, 0, q_b, q_n, C)
+            target = _pixels(result, nothing, nothing + b, y, x, c, W, 0, r_b, r_n, C)
+            _mix(query, target, mixing, scale, s0, shift, held, x, c, end, W, PRECISION)
+            _mix(query + q_n * C, target + r_n * C, mixing, scale, s1, shift, held, x + 1, c, end, W, PRECISION)
+            _mix(query + 2 * q_n * C, target + 2 * r_n * C, mixing, scale, s2, shift, held, x + 2, c, end, W, PRECISION)
+            _mix(query + 3 * q_n * C, target + 3 * r_n * C, mixing, scale, s3, shift, held, x + 3, c, end, W, PRECISION)
 
 
 # Plain PyTorch, differentiable.
@@ -306,36 +455,54 @@ def _accumulated(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _depthwise(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Convolve each segment of (S, J, B, H, W, C) with its kernel (C, 1, k, k), without bias."""
+def join_taps(weights: Sequence[Tensor]) -> Tensor:
+    """Join depthwise kernels (C, 1, k, k), with k = 3, 5, 7, 7, into taps (T, C), which kernels read a row at a time."""
+    return torch.cat([weight.flatten(1).t() for weight in weights])
+
+
+def _weights(taps: Tensor) -> list[Tensor]:
+    """Cut taps into depthwise kernels."""
+    sizes = SIZES if len(taps) > 83 else SIZES[:3]
+    parts = taps.split([k * k for k in sizes])
+    return [part.t().reshape(-1, 1, k, k) for part, k in zip(parts, sizes, strict=True)]
+
+
+def _depthwise(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Convolve each of S maps (J, B, H, W, C) with its kernel (C, 1, k, k), without bias. (S, J, B, H, W, C)."""
     results = []
-    for x, weight in zip(maps.flatten(1, 2).permute(0, 1, 4, 2, 3), weights, strict=True):  # (JB, C, H, W)
-        results.append(F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=len(weight)))
-    return torch.stack(results).permute(0, 1, 3, 4, 2).unflatten(1, maps.shape[1:3]).contiguous()  # (S, J, B, H, W, C)
+    for x, weight in zip(maps, weights, strict=True):
+        stacked = x.flatten(0, 1).permute(0, 3, 1, 2)  # (JB, C, H, W)
+        results.append(F.conv2d(stacked, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=len(weight)))
+    return torch.stack(results).permute(0, 1, 3, 4, 2).unflatten(1, maps[0].shape[:2]).contiguous()
 
 
-def plain_aggregate_groups(segments: Tensor, weight3: Tensor, weight5: Tensor, weight7: Tensor) -> Tensor:
+def plain_aggregate_groups(segments: Tensor, taps: Tensor) -> Tensor:
     """Do what `aggregate_groups` does."""
-    return _depthwise(segments.permute(4, 3, 0, 1, 2, 5), (weight3, weight5, weight7))  # (3, J, B, H, W, C)
+    return _depthwise(segments.unbind(0), _weights(taps))
 
 
-def plain_context(k: Tensor, v: Tensor) -> Tensor:
-    """Do what `context` does: one matrix product serves both heads, of which the blocks on the diagonal are kept."""
+def _plain_context(k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(K)^T V: one product serves both heads, of which the blocks on the diagonal are kept. (S, B, N, C)."""
     product = k.softmax(2).transpose(2, 3) @ v  # (S, B, C, C)
     blocks = product.unflatten(3, (2, -1)).unflatten(2, (2, -1))  # (S, B, 2, E, 2, E)
     return _accumulated(blocks.diagonal(dim1=2, dim2=4).movedim(4, 2).contiguous())  # (S, B, 2, E, E)
 
 
-def plain_combine(
-    q: Tensor, v: Tensor, context: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scale: float
-) -> Tensor:
-    """Do what `combine` does."""
-    shift = torch.stack(list(biases)).to(q.dtype)[:, None, None, None]  # (S, 1, 1, 1, C)
-    position = _depthwise(v[:, None], weights)[:, 0] + shift  # (S, B, H, W, C)
+def _plain_combine(q: Tensor, v: Tensor, context: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Return scale * Q @ context + Q * (convolution of V + bias). Q, V and the result are (S, B, H, W, C)."""
+    shift = bias.to(q.dtype)[:, None, None, None]  # (S, 1, 1, 1, C)
+    position = _depthwise(v[:, None].unbind(0), _weights(taps))[:, 0] + shift  # (S, B, H, W, C)
     blocks = torch.diag_embed((scale * context).to(q.dtype).movedim(2, 4))  # (S, B, E, E, 2, 2)
     attended = q.flatten(2, 3) @ blocks.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)  # (S, B, N, C)
-    mixed = torch.addcmul(attended.view_as(position), q, position)
-    return mixed.permute(1, 2, 3, 0, 4).flatten(3)  # (B, H, W, SC)
+    return torch.addcmul(attended.view_as(position), q, position)
+
+
+def plain_attend(proxies: Sequence[Tensor], local: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Do what `attend` does."""
+    q, k, v = torch.stack(list(proxies)).unbind(1)  # 3 x (4, B, H, W, C)
+    context = _plain_context(k.flatten(2, 3), v.flatten(2, 3))
+    mixed = _plain_combine(q, v, context, taps, bias, scale)
+    return torch.cat([*mixed, local], dim=3)  # (B, H, W, 5C)
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -346,115 +513,162 @@ def _joined(x: Tensor) -> Tensor:
     return x.transpose(2, 3).flatten(3)  # (S, B, N, C)
 
 
-# Each step runs as a kernel where `served`, otherwise in plain PyTorch. Sizes of blocks are rules of thumb, chosen so
-# that a block stays within registers and shared memory.
+# Each step runs as a kernel where `served`, otherwise in plain PyTorch. Sizes of blocks were chosen on an H200, so that a block
+# stays within registers and shared memory.
 
 
-def _segments(x: Tensor) -> Tensor:
-    """Return `x`, copied only if its strides are no multiples of C."""
-    C = x.shape[-1]
-    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return x if x.stride(-1) == 1 and all(size == 1 or stride % C == 0 for size, stride in outer) else x.contiguous()
+def _maps(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Return maps of the same strides, multiples of C, whose rows follow each other; copied only where they are not so."""
+    *_, H, W, C = maps[0].shape
+    strides = maps[0].stride()
+    outer = zip(maps[0].shape[:-1], strides[:-1], strict=True)
+    fit = strides[-1] == 1 and all(size == 1 or stride % C == 0 for size, stride in outer)
+    fit = fit and (H == 1 or W == 1 or strides[-3] == W * strides[-2])
+    if fit and all(x.stride() == strides for x in maps):
+        return list(maps)
+    return [x.contiguous() for x in maps]
+
+
+def _four(maps: Sequence[Tensor]) -> list[Tensor]:
+    return [*maps, *[maps[-1]] * (4 - len(maps))]
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    return tuple(stride // x.shape[-1] for stride in x.stride()[:-1])
+    """Strides of a map (..., H, W, C), of its tokens at last, in units of C."""
+    *outer, row, token, _ = x.stride()
+    return tuple(stride // x.shape[-1] for stride in (*outer, row if x.shape[-2] == 1 else token))
 
 
-def _block(x: Tensor) -> dict[str, int]:
-    """Constants of a kernel that multiplies a head's matrices, padded to what tensor cores take."""
-    block = max(16, triton.next_power_of_2(x.shape[-1] // 2))
-    return {"C": x.shape[-1], "BLOCK": block, "num_warps": 8 if block > 32 else 4}
+def _channel_block(C: int) -> dict[str, int]:
+    """Constants of a kernel that takes channels by blocks."""
+    block = 16 if C % 32 else 32
+    return {"C": C, "STRIPS": 32, "BLOCK": block, "num_warps": block // 8, "maxnreg": 128}
 
 
-def _precision(x: Tensor) -> str:
+def _matrix_block(x: Tensor) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel that multiplies the matrices of heads, both of a segment in one up to 64 channels; its programs."""
+    C = x.shape[-1]
+    width = C if C <= 64 else C // 2
     # TF32 holds every float16 and bfloat16 exactly and, unlike float16, the small weights of a softmax over many tokens.
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    return {"C": C, "WIDTH": width, "BLOCK": max(16, triton.next_power_of_2(width)), "PRECISION": precision}, C // width
 
 
-def _weights(taps: Tensor, C: int) -> list[Tensor]:
-    """Cut taps (T, C) into depthwise kernels (C, 1, k, k)."""
-    sizes = SIZES if len(taps) > 83 else SIZES[:3]
-    parts = taps.split([k * k for k in sizes])
-    return [part.t().reshape(C, 1, k, k) for part, k in zip(parts, sizes, strict=True)]
+def _token_block(x: Tensor) -> tuple[dict[str, Any], int]:
+    """Do the same for a kernel that goes by tokens."""
+    exact = x.dtype == torch.float32
+    constants, programs = _matrix_block(x)
+    wide = exact or constants["BLOCK"] > 64
+    return {**constants, "TOKENS": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}, programs
 
 
-def _taps(weights: Sequence[Tensor]) -> Tensor:
-    """Join depthwise kernels (C, 1, k, k) into taps (T, C), which kernels read a row at a time."""
-    return torch.cat([weight.flatten(1).t() for weight in weights])
+def _run_length(blocks: int, block: int, programs: int, wanted: int) -> int:
+    """Return how many items of `blocks` blocks a program takes, so that about `wanted` programs run."""
+    return triton.cdiv(blocks, max(1, min(blocks, wanted // programs))) * block
 
 
-def _convolve_maps(maps: Tensor, taps: Tensor, result: Tensor, flip: bool = False) -> Tensor:
-    """Convolve into `result`; with flipped kernels this is the gradient of a convolution's input."""
-    S, J, B, H, W, C = maps.shape
-    if not served(maps):
-        return result.copy_(_depthwise(maps, [w.flip(2, 3) if flip else w for w in _weights(taps, C)]))
-    maps, taps = _segments(maps), taps.contiguous()
-    grid = (J * B * triton.cdiv(H, 16) * triton.cdiv(W, 8), S, triton.cdiv(C, 16))
-    sizes = (B, H, W, *_strides(maps), *_strides(result))
-    _depthwise_kernel[grid](maps, taps, result, *sizes, C=C, FLIP=flip, PIXELS=128, BLOCK=16)
+def _convolve_maps(maps: Sequence[Tensor], taps: Tensor, result: Tensor, flip: bool = False) -> Tensor:
+    """Convolve into `result` (S, J, B, H, W, C); with flipped kernels this is the gradient of a convolution's input."""
+    S, J, B, H, W, C = result.shape
+    if not served(maps[0]):
+        return result.copy_(_depthwise(maps, [w.flip(2, 3) if flip else w for w in _weights(taps)]))
+    maps, taps = _maps(maps), taps.contiguous()
+    constants = _channel_block(C)
+    across = triton.cdiv(W, 4)
+    strips = J * B * H * across
+    grid = (triton.cdiv(strips, constants["STRIPS"]), S, triton.cdiv(C, constants["BLOCK"]))
+    sizes = (strips, B, H, W, across, *_strides(maps[0]), *_strides(result))
+    _depthwise_kernel[grid](*_four(maps), taps, result, *sizes, FLIP=flip, **constants)
     return result
 
 
-def _taps_gradient(grad: Tensor, maps: Tensor, taps: Tensor) -> Tensor:
+def _taps_gradient(grads: Sequence[Tensor], maps: Sequence[Tensor], taps: Tensor) -> Tensor:
     """Return the gradient of the taps (T, C) with which `maps` were convolved."""
-    S, J, B, H, W, C = maps.shape
-    if not served(maps):
-        grads = []
-        for g, x, weight in zip(grad, maps, _weights(taps, C), strict=True):
+    J, B, H, W, C = maps[0].shape
+    if not served(maps[0]):
+        result = []
+        for g, x, weight in zip(grads, maps, _weights(taps), strict=True):
             g, x = (t.flatten(0, 1).permute(0, 3, 1, 2) for t in (g, x))  # (JB, C, H, W)
             padding = weight.shape[-1] // 2
-            grads.append(conv2d_weight(x, weight.shape, g, padding=padding, groups=C))
-        return _taps(grads).to(taps.dtype)
-    grad, maps = _segments(grad), _segments(maps)
-    runs = triton.cdiv(J * B * triton.cdiv(H, 16) * triton.cdiv(W, 8), 8)
-    partial = maps.new_empty(runs, *taps.shape, dtype=torch.float32)
-    sizes = (J * B, B, H, W, len(taps), *_strides(grad), *_strides(maps))
-    grid = (runs, S, triton.cdiv(C, 16))
-    _taps_gradient_kernel[grid](grad, maps, partial, *sizes, C=C, TILES=8, PIXELS=128, BLOCK=16)
+            result.append(conv2d_weight(x, weight.shape, g, padding=padding, groups=C))
+        return join_taps(result).to(taps.dtype)
+    grads, maps = _maps(grads), _maps(maps)
+    constants = _channel_block(C)
+    across = triton.cdiv(W, 4)
+    strips, rows, blocks = J * B * H * across, sum(SIZES[: len(maps)]), triton.cdiv(C, constants["BLOCK"])
+    run_length = _run_length(triton.cdiv(strips, constants["STRIPS"]), constants["STRIPS"], rows * blocks, 1056)
+    runs = triton.cdiv(strips, run_length)
+    partial = maps[0].new_empty(runs, *taps.shape, dtype=torch.float32)
+    sizes = (strips, run_length, B, H, W, across, len(taps), *_strides(grads[0]), *_strides(maps[0]))
+    _taps_gradient_kernel[runs, rows, blocks](*_four(grads), *_four(maps), partial, *sizes, **constants)
     return partial.sum(0).to(taps.dtype)
 
 
-def _products(left: Tensor, right: Tensor, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return left^T @ right of each head over runs of tokens (runs, S, B, 2, E, E), and maxima and sums (runs, S, B, C)."""
-    left, right = _segments(left), _segments(right)
-    S, B, N, C = left.shape
-    runs = triton.cdiv(N, 2048)
-    product = left.new_empty(runs, S, B, 2, C // 2, C // 2, dtype=torch.float32)
-    maxima, sums = product.new_empty(2, runs, S, B, C).unbind(0)
-    sizes = (B, N, *_strides(left), *_strides(right))
-    constants = {"SOFTMAX": softmax, "RUN": 2048, "TOKENS": 64, "PRECISION": _precision(left), **_block(left)}
-    _product_kernel[S * B, runs, 2](left, right, product, maxima, sums, *sizes, **constants)
+def _products(left: Sequence[Tensor], right: Sequence[Tensor], softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return left^T @ right of each head of S maps (B, H, W, C) over runs of tokens (runs, S, B, 2, E, E).
+
+    With softmax the left's maxima and sums (runs, S, B, C) beside it, and products normalised if there is one run.
+    """
+    left, right = _maps(left), _maps(right)
+    S, (B, H, W, C) = len(left), left[0].shape
+    N, (constants, programs) = H * W, _token_block(left[0])
+    run_length = _run_length(triton.cdiv(N, constants["TOKENS"]), constants["TOKENS"], S * B * programs, 1056)
+    runs = triton.cdiv(N, run_length)
+    product = left[0].new_empty(runs, S, B, 2, C // 2, C // 2, dtype=torch.float32)
+    maxima, sums = product.new_empty(runs, S, B, C), product.new_empty(runs, S, B, C)
+    sizes = (B, N, run_length, *_strides(left[0]), *_strides(right[0]))
+    tensors = (*_four(left), *_four(right), product, maxima, sums)
+    _product_kernel[S * B, runs, programs](*tensors, *sizes, SOFTMAX=softmax, WHOLE=runs == 1, **constants)
     return product, maxima, sums
 
 
-def _combine_maps(q: Tensor, v: Tensor, matrix: Tensor, taps: Tensor, bias: Tensor, scale: float, result: Tensor) -> Tensor:
-    """Write scale * Q @ matrix + Q * (convolution of V + bias) into `result`. Maps are (S, B, H, W, C)."""
-    S, B, H, W, C = q.shape
-    if not served(q):
-        mixed = plain_combine(q, v, matrix, _weights(taps, C), list(bias), scale)
-        return result.copy_(mixed.unflatten(3, (S, C)).permute(3, 0, 1, 2, 4))
-    q, v = _segments(q), _segments(v)
-    constants = _block(q)
-    pixels = 64 if constants["BLOCK"] > 32 else 128
-    grid = (S * B, triton.cdiv(triton.cdiv(H, pixels // 8) * triton.cdiv(W, 8), 4), 2)
-    sizes = (B, H, W, *_strides(q), *_strides(v), *_strides(result))
-    tensors = (q, v, matrix.contiguous(), taps.contiguous(), bias.contiguous(), result)
-    _combine_kernel[grid](*tensors, scale, *sizes, TILES=4, PIXELS=pixels, PRECISION=_precision(q), **constants)
+def _combine_maps(
+    q: Sequence[Tensor], v: Sequence[Tensor], local: Tensor | None, matrix: Tensor, taps: Tensor, bias: Tensor, scale: float,
+    result: Tensor, transposed: bool = False,
+) -> Tensor:  # fmt: skip
+    """Write scale * Q @ matrix + Q * (convolution of V + bias) into `result` (S, B, H, W, C), `local` as the last."""
+    B, H, W, _ = q[0].shape
+    if not served(q[0]):
+        mixing = matrix.transpose(3, 4) if transposed else matrix
+        mixed = _plain_combine(torch.stack(list(q)), torch.stack(list(v)), mixing, taps, bias, scale)
+        return result.copy_(torch.cat([mixed, *([] if local is None else [local[None]])]))
+    q, v = _maps(q), _maps(v)
+    (other,) = _maps([q[0] if local is None else local])
+    (constants, programs), across = _matrix_block(q[0]), triton.cdiv(W, 4)
+    strips, size = H * across, 32 if constants["BLOCK"] < 64 else 16
+    run_length = _run_length(triton.cdiv(strips, size), size, len(result) * B * programs, 2112)
+    grid = (len(result) * B, triton.cdiv(strips, run_length), programs)
+    sizes = (strips, run_length, B, H, W, across, *_strides(q[0]), *_strides(v[0]), *_strides(other), *_strides(result))
+    constants |= {"TRANSPOSED": transposed, "STRIPS": size, "num_warps": size * constants["BLOCK"] // 256}
+    constants |= {} if q[0].dtype == torch.float32 else {"maxnreg": 128}
+    tensors = (*_four(q), *_four(v), other, matrix.contiguous(), taps.contiguous(), bias.contiguous(), result)
+    _combine_kernel[grid](*tensors, scale, *sizes, **constants)
     return result
 
 
 # The operators. A backward pass is an operator too: compilers look at no kernel.
 
 
-@torch.library.custom_op("groupmixformer::aggregate_groups", mutates_args=())
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(x: Tensor, *inputs: Any) -> Any:  # Triton starts kernels on the current one
+            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+                return function(x, *inputs)
+
+        return torch.library.custom_op(f"groupmixformer::{name}", on_its_device, mutates_args=())
+
+    return register
+
+
+@_operator("aggregate_groups")
 def _aggregate_groups(maps: Tensor, taps: Tensor) -> Tensor:
-    return _convolve_maps(maps, taps, torch.empty_like(maps, memory_format=torch.contiguous_format))
+    return _convolve_maps(maps.unbind(0), taps, maps.new_empty(maps.shape))
 
 
 @_aggregate_groups.register_fake
 def _(maps: Tensor, taps: Tensor) -> Tensor:
-    return torch.empty_like(maps, memory_format=torch.contiguous_format)
+    return maps.new_empty(maps.shape)
 
 
 def _empty_as_tokens(maps: Tensor) -> Tensor:
@@ -463,9 +677,10 @@ def _empty_as_tokens(maps: Tensor) -> Tensor:
     return maps.new_empty(B, H, W, J, S, C).permute(4, 3, 0, 1, 2, 5)
 
 
-@torch.library.custom_op("groupmixformer::aggregate_groups_backward", mutates_args=())
+@_operator("aggregate_groups_backward")
 def _aggregate_groups_backward(grad: Tensor, maps: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
-    return _convolve_maps(grad, taps, _empty_as_tokens(maps), flip=True), _taps_gradient(grad, maps, taps)
+    to_maps = _convolve_maps(grad.unbind(0), taps, _empty_as_tokens(maps), flip=True)
+    return to_maps, _taps_gradient(grad.unbind(0), maps.unbind(0), taps)
 
 
 @_aggregate_groups_backward.register_fake
@@ -473,151 +688,134 @@ def _(grad: Tensor, maps: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_as_tokens(maps), torch.empty_like(taps)
 
 
-@torch.library.custom_op("groupmixformer::context", mutates_args=())
-def _context(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    S, B = k.shape[:2]
-    if not served(k):
-        maximum = _accumulated(k.amax(2))
-        return plain_context(k, v), maximum, (_accumulated(k) - maximum[:, :, None]).exp().sum(2)
-    product, maxima, sums = _products(k, v, softmax=True)
-    result, maximum, norm = torch.empty_like(product[0]), torch.empty_like(maxima[0]), torch.empty_like(sums[0])
-    _merge_kernel[S * B, 1, 2](product, maxima, sums, result, maximum, norm, len(product), **_block(k))
-    return result, maximum, norm
-
-
-@_context.register_fake
-def _(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    S, B, _, C = k.shape
-    result = _accumulated(k.new_empty(S, B, 2, C // 2, C // 2))
-    return result, result.new_empty(S, B, C), result.new_empty(S, B, C)
-
-
-@torch.library.custom_op("groupmixformer::context_backward", mutates_args=())
-def _context_backward(
-    grad: Tensor, result: Tensor, maximum: Tensor, norm: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    S, B, N, _ = k.shape
-    if not served(k):
-        weight = _heads((_accumulated(k) - maximum[:, :, None]).exp() / norm[:, :, None])  # (S, B, 2, N, E)
-        to_k = weight * (_heads(_accumulated(v)) @ grad.transpose(3, 4) - (grad * result).sum(4)[:, :, :, None])
-        return _joined(to_k).to(k.dtype), _joined(weight @ grad).to(v.dtype)
-    k, v = _segments(k), _segments(v)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    sizes = (B, N, *_strides(k), *_strides(v))
-    constants = {"RUN": 512, "TOKENS": 64, "PRECISION": _precision(k), **_block(k)}
-    tensors = (grad.contiguous(), result, maximum, norm, k, v, dk, dv)
-    _context_backward_kernel[S * B, triton.cdiv(N, 512), 2](*tensors, *sizes, **constants)
-    return dk, dv
-
-
-@_context_backward.register_fake
-def _(grad: Tensor, result: Tensor, maximum: Tensor, norm: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@torch.library.custom_op("groupmixformer::combine", mutates_args=())
-def _combine(q: Tensor, v: Tensor, context: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
-    S, B, H, W, C = q.shape
-    result = q.new_empty(B, H, W, S, C)
-    _combine_maps(q, v, context, taps, bias, scale, result.permute(3, 0, 1, 2, 4))
-    return result
-
-
-@_combine.register_fake
-def _(q: Tensor, v: Tensor, context: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
-    S, B, H, W, C = q.shape
-    return q.new_empty(B, H, W, S, C)
-
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@torch.library.custom_op("groupmixformer::combine_backward", mutates_args=())
-def _combine_backward(
-    grad: Tensor, q: Tensor, v: Tensor, context: Tensor, taps: Tensor, bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad.permute(3, 0, 1, 2, 4)  # (S, B, H, W, C)
-    dq, dv = q.new_empty(q.shape), v.new_empty(v.shape)
-    _combine_maps(grad, v, context.transpose(3, 4), taps, bias, scale, dq)  # the gradient of Q is the same function of `grad`
-    if served(q):
-        product = _products(q.flatten(2, 3), grad.flatten(2, 3), softmax=False)[0].sum(0)  # (S, B, 2, E, E)
+@_operator("attend")
+def _attend(
+    single: Tensor, group3: Tensor, group5: Tensor, group7: Tensor, local: Tensor, taps: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    proxies = (single, group3, group5, group7)
+    q, k, v = ([proxy[j] for proxy in proxies] for j in range(3))
+    if served(single):
+        product, maxima, sums = _products(k, v, softmax=True)
+        context, maximum, norm = product[0], maxima[0], sums[0]
+        if len(product) > 1:
+            context, maximum, norm = torch.empty_like(context), torch.empty_like(maximum), torch.empty_like(norm)
+            C = single.shape[-1]
+            tensors = (product, maxima, sums, context, maximum, norm)
+            _merge_kernel[(4 * single.shape[1],)](*tensors, len(product), C=C, BLOCK=triton.next_power_of_2(C))
     else:
-        product = _heads(_accumulated(q.flatten(2, 3))).transpose(3, 4) @ _heads(_accumulated(grad.flatten(2, 3)))
-    to_position = (grad * q)[:, None]  # (S, 1, B, H, W, C)
-    _convolve_maps(to_position, taps, dv[:, None], flip=True)
-    dbias = to_position.sum((1, 2, 3, 4), dtype=product.dtype).to(bias.dtype)  # (S, C)
-    return dq, dv, scale * product, _taps_gradient(to_position, v[:, None], taps), dbias
+        keys, values = (torch.stack(x).flatten(2, 3) for x in (k, v))  # (4, B, N, C)
+        maximum = _accumulated(keys.amax(2))
+        context, norm = _plain_context(keys, values), (_accumulated(keys) - maximum[:, :, None]).exp().sum(2)
+    B, H, W, C = local.shape
+    result = single.new_empty(B, H, W, 5, C)  # under autocast `local` can be more exact
+    _combine_maps(q, v, local, context, taps, bias, scale, result.permute(3, 0, 1, 2, 4))
+    return result, context, maximum, norm
 
 
-@_combine_backward.register_fake
-def _(grad: Tensor, q: Tensor, v: Tensor, context: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Gradients:
-    return q.new_empty(q.shape), v.new_empty(v.shape), torch.empty_like(context), torch.empty_like(taps), torch.empty_like(bias)
+@_attend.register_fake
+def _(
+    single: Tensor, group3: Tensor, group5: Tensor, group7: Tensor, local: Tensor, taps: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, W, C = local.shape
+    context = _accumulated(single.new_empty(4, B, 2, C // 2, C // 2))
+    return single.new_empty(B, H, W, 5, C), context, context.new_empty(4, B, C), context.new_empty(4, B, C)
 
 
-def _keep_for_groups(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+@_operator("attend_backward")
+def _attend_backward(
+    grad: Tensor, single: Tensor, group3: Tensor, group5: Tensor, group7: Tensor, taps: Tensor, bias: Tensor, context: Tensor,
+    maximum: Tensor, norm: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    proxies = (single, group3, group5, group7)
+    q, k, v = ([proxy[j] for proxy in proxies] for j in range(3))
+    _, B, H, W, C = single.shape
+    grads = list(grad.unbind(3)[:4])  # 4 x (B, H, W, C)
+    result = single.new_empty(4, 3, B, H, W, C)
+    dq, dk, dv = result.unbind(1)
+    _combine_maps(grads, v, None, context, taps, bias, scale, dq, transposed=True)  # the same function, of the gradient
+    to_position = single.new_empty(4, 1, B, H, W, C)
+    for segment, g, x in zip(to_position, grads, q, strict=True):
+        torch.mul(g, x, out=segment[0])
+    _convolve_maps(to_position.unbind(0), taps, dv[:, None], flip=True)
+    to_taps = _taps_gradient(to_position.unbind(0), [x[None] for x in v], taps)
+    to_bias = to_position.sum((1, 2, 3, 4), dtype=context.dtype).to(bias.dtype)  # (4, C)
+    if served(single):
+        to_context = scale * _products(q, grads, softmax=False)[0].sum(0)  # (4, B, 2, E, E)
+        both = _maps([*k, *v])
+        N, (constants, programs) = H * W, _token_block(single)
+        run_length = _run_length(triton.cdiv(N, constants["TOKENS"]), constants["TOKENS"], 4 * B * programs, 2112)
+        tensors = (to_context, context, maximum, norm, *both, dk, dv)
+        grid, sizes = (4 * B, triton.cdiv(N, run_length), programs), (B, N, run_length, *_strides(both[0]))
+        _context_backward_kernel[grid](*tensors, *sizes, **constants)
+    else:
+        queries, keys, values, gradients = (torch.stack(x).flatten(2, 3) for x in (q, k, v, grads))  # (4, B, N, C)
+        to_context = scale * (_heads(_accumulated(queries)).transpose(3, 4) @ _heads(_accumulated(gradients)))
+        weight = _heads((_accumulated(keys) - maximum[:, :, None]).exp() / norm[:, :, None])  # (4, B, 2, N, E)
+        shift = (to_context * context).sum(4)[:, :, :, None]
+        to_k = weight * (_heads(_accumulated(values)) @ to_context.transpose(3, 4) - shift)
+        dk.copy_(_joined(to_k).view_as(dk))
+        dv.add_(_joined(weight @ to_context).view_as(dv).to(dv.dtype))
+    return result, to_taps, to_bias
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor, single: Tensor, group3: Tensor, group5: Tensor, group7: Tensor, taps: Tensor, bias: Tensor, context: Tensor,
+    maximum: Tensor, norm: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return single.new_empty(4, *single.shape), torch.empty_like(taps), torch.empty_like(bias)
+
+
+def _keep_for_groups(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _keep_for_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs)
+def _keep_for_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *proxies, local, taps, bias, scale = inputs
+    ctx.save_for_backward(*proxies, taps, bias, *output[1:])
+    ctx.scale, ctx.type_of_local = scale, local.dtype
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _keep_for_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.scale = inputs[5]
+def _attend_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    to_proxies, to_taps, to_bias = _attend_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return *to_proxies.unbind(0), grad[:, :, :, 4].to(ctx.type_of_local), to_taps, to_bias, None
 
 
 _aggregate_groups.register_autograd(
     lambda ctx, grad: _aggregate_groups_backward(grad, *ctx.saved_tensors), setup_context=_keep_for_groups
 )
-_context.register_autograd(lambda ctx, grad, *_: _context_backward(grad, *ctx.saved_tensors), setup_context=_keep_for_context)
-_combine.register_autograd(
-    lambda ctx, grad: (*_combine_backward(grad, *ctx.saved_tensors, ctx.scale), None), setup_context=_keep_for_combine
-)
+_attend.register_autograd(_attend_gradients, setup_context=_keep_for_attend)
 
 
-def aggregate_groups(segments: Tensor, weight3: Tensor, weight5: Tensor, weight7: Tensor) -> Tensor:
+def aggregate_groups(segments: Tensor, taps: Tensor) -> Tensor:
     """Aggregate Q, K and V over 3 x 3, 5 x 5 and 7 x 7 neighbours: the depthwise convolutions of three segments (Sec. 3).
 
     Args:
-        segments: Segments 1 to 3 of Q, K and V as the linear layer wrote them (B, H, W, J, 3, C).
-        weight3: Depthwise kernel of the first (C, 1, 3, 3), the same for Q, K and V.
-        weight5: Of the second (C, 1, 5, 5).
-        weight7: Of the third (C, 1, 7, 7).
+        segments: Segments 1 to 3 of Q, K and V (3, J, B, H, W, C), a view of what the linear layer wrote.
+        taps: Their depthwise kernels, the same for Q, K and V (83, C).
 
     Returns:
-        (3, J, B, H, W, C), contiguous: by group size, with Q, K and V stacked along the batch.
+        (3, J, B, H, W, C), contiguous.
     """
-    return _aggregate_groups(segments.permute(4, 3, 0, 1, 2, 5), _taps((weight3, weight5, weight7)))
+    return _aggregate_groups(segments, taps)
 
 
-def context(k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(K)^T V of the two heads of each segment; the softmax is taken over the tokens.
+def attend(proxies: Sequence[Tensor], local: Tensor, taps: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attend with the four segments and their relative position encoding, beside the branch without attention (Sec. 3).
+
+    For each segment scale * Q @ context + Q * (convolution of V + bias), where context = softmax(K)^T V of each of its two
+    heads; the softmax is taken over the tokens. The context is in float32 at least: it is small, and its gradient, a sum over
+    all tokens, can exceed what float16 holds.
 
     Args:
-        k: (S, B, N, C).
-        v: (S, B, N, C).
-
-    Returns:
-        (S, B, 2, E, E), for each head. In float32 at least: it is small, and its gradient, a sum over all tokens, can exceed
-        what float16 holds.
-    """
-    return _context(k, v)[0]
-
-
-def combine(q: Tensor, v: Tensor, context: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scale: float) -> Tensor:
-    """Add attention and relative position encoding: scale * Q @ context + Q * (convolution of V + bias).
-
-    Args:
-        q: (S, B, H, W, C).
-        v: (S, B, H, W, C).
-        context: (S, B, 2, E, E).
-        weights: A depthwise kernel (C, 1, k, k) for each segment, with k = 3, 5, 7, 7.
-        biases: Their biases (C).
+        proxies: Of each segment Q, K and V (3, B, H, W, C), in memory all alike.
+        local: What the branch without attention gives (B, H, W, C).
+        taps: The depthwise kernels of the position encoding (132, C).
+        bias: Their biases (4, C).
         scale: Factor of the attention, not of the position encoding.
 
     Returns:
-        (B, H, W, SC), segments side by side.
+        (B, H, W, 5C): the segments side by side, `local` at last.
     """
-    return _combine(q, v, context, _taps(weights), torch.stack(list(biases)), scale).flatten(3)
+    return _attend(*proxies, local, taps, bias, scale)[0].flatten(3)

@@ -130,7 +130,7 @@ class Runner:
         self.parameters = sum(p.numel() for p in network.parameters())
         self.fused = settings.fuse and _is_ours(network)
         if self.fused:
-            network = fuse(network.eval())
+            network = fuse(network.to(settings.device).eval())
         elif settings.channels_last and not _is_ours(network):
             network = network.to(memory_format=torch.channels_last)
         dtype = TYPES[settings.dtype] if not settings.train and settings.task == "classification" else torch.float32
