@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, fuse, kernels
 
@@ -237,13 +238,43 @@ def test_autocast(randomise, plainly):
         assert (one - other).float().norm() < 0.05 * other.float().norm()
 
 
-@pytest.mark.parametrize("touch", ["hook", "adapter"])
+@pytest.mark.parametrize("touch", ["hook", "adapter", "forward"])
 def test_what_a_user_puts_in_the_way_is_run(randomise, plainly, touch):
     attention = randomise(GroupMixAttention(20)).to(DEVICE).eval()
-    if touch == "hook":
+    if touch == "forward":
+        aggregator, forward = attention.aggregators[3], attention.aggregators[3].forward
+        aggregator.forward = lambda x: 2 * forward(x)
+    elif touch == "hook":
         attention.aggregators[2].register_forward_hook(lambda module, inputs, output: 2 * output)
     else:
         attention.aggregators[1].depthwise = nn.Sequential(attention.aggregators[1].depthwise, nn.Hardtanh()).to(DEVICE)
     x = torch.randn(1, 20, 3, 2).to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(attention(x), plainly(lambda: attention(x)))
+
+
+def test_a_fused_one_is_differentiable_at_one_pixel(randomise, plainly):
+    attention = fuse(randomise(GroupMixAttention(20)).to(DEVICE).eval())
+    x = torch.randn(1, 20, 1, 1).to(DEVICE).requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(attention(x).square().sum(), x)[0]
+
+    torch.testing.assert_close(gradient(), plainly(gradient))
+
+
+def test_other_inputs_take_plain_pytorch(randomise):
+    attention = randomise(GroupMixAttention(20)).to(DEVICE).eval()
+    assert attention(torch.zeros(0, 20, 3, 2, device=DEVICE)).shape == (0, 20, 3, 2)
+    x = torch.randn(1, 20, 3, 2).to(DEVICE)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(attention(forward_ad.make_dual(x, x))).tangent.isfinite().all()
+    assert torch.func.grad(lambda y: attention(y).sum())(x).isfinite().all()
+    assert not GroupMixAttention(5 * kernels.WIDEST + 10)._suits_kernels()
+
+
+def test_proxies_of_different_types():
+    tensors = leaves("attend", 1, 3, 4, 16, torch.bfloat16)
+    exact = operate("attend", [tensor.double() for tensor in tensors], plain=True)
+    tensors[1] = tensors[1].float()
+    assert_near([operate("attend", tensors)], [exact], 1e-5)

@@ -59,10 +59,16 @@ class Driver:
             raise self.error
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_no_kernel_is_asked_for():
+    assert not kernels._runs_on(torch.device("cuda", 0))
+
+
 @needs_triton
 def test_without_a_c_compiler_plain_pytorch_takes_over(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(kernels, "_known", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     error = RuntimeError("Failed to find C compiler")
     monkeypatch.setattr(

@@ -184,7 +184,7 @@ class FusedAttention(Fused):
         factor, shift = _scale_and_shift(next(single.children()))
         weight[0] *= factor[:, None]
         bias[0] = bias[0] * factor + shift
-        self.with_kernels = kernels.served(like)
+        self.with_kernels = kernels.served(like) and C <= kernels.WIDEST
         if self.with_kernels:
             weight, bias = weight.reshape(1, 15, C, D), bias.reshape(1, 15, C)
         layers = zip(weight.to(like), bias.to(like), strict=True)
@@ -253,7 +253,7 @@ class FusedAttention(Fused):
         qkv = self.qkv[0](x).view(B, H, W, 5, 3, C)
         single, *_, last = qkv.unbind(3)  # (B, H, W, 3, C)
         grouped = kernels.aggregate_groups(qkv.permute(3, 4, 0, 1, 2, 5)[1:4], self.taps)  # (3, 3, B, H, W, C)
-        proxies = [F.hardswish(single.permute(3, 0, 1, 2, 4).contiguous(), inplace=True)]  # (3, B, H, W, C)
+        proxies = [F.hardswish(single.permute(3, 0, 1, 2, 4)).contiguous()]  # (3, B, H, W, C)
         for group, pointwise in zip(grouped, self.pointwise, strict=True):
             proxies.append(F.hardswish(pointwise(group), inplace=True))
         local = self.non_attention(last.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C)

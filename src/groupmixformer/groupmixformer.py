@@ -40,6 +40,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import kernels, recompute
 from .depthwise import Depthwise, depthwise
@@ -184,8 +185,12 @@ def _takes_kernels(x: Tensor) -> bool:
     return (
         kernels.WANTED
         and not (_is_exporting() or torch.jit.is_tracing())
-        and (torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None)
+        and (
+            torch.compiler.is_compiling()
+            or (torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0)
+        )
         and kernels.served(x)
+        and x.numel() > 0
     )
 
 
@@ -245,7 +250,7 @@ class GroupMixAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend. `x` and the result are (B, D, H, W)."""
         _check_map(x, self.dim)
-        if not torch.jit.is_scripting() and _takes_kernels(x) and self._is_untouched():
+        if not torch.jit.is_scripting() and _takes_kernels(x) and self._suits_kernels():
             return self._forward_kernels(x)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
@@ -258,12 +263,15 @@ class GroupMixAttention(nn.Module):
         return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
 
     @torch.jit.unused
-    def _is_untouched(self) -> bool:
-        """Tell whether no adapter or hook is on what the kernels would run past."""
+    def _suits_kernels(self) -> bool:
+        """Tell whether it is narrow enough, and no adapter or hook is on what the kernels would run past."""
+        if self.dim > 5 * kernels.WIDEST:
+            return False
         aggregators: Any = self.aggregators
         for aggregator in aggregators[1:]:
             for module, kind in ((aggregator, SeparableConv), (aggregator[0], Depthwise)):
-                if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+                if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
                     return False
         return True
 
@@ -278,7 +286,8 @@ class GroupMixAttention(nn.Module):
         norm_and_act, *separable = aggregators
         taps = kernels.join_taps([s.depthwise.weight for s in separable])
         grouped = kernels.aggregate_groups(groups.permute(4, 3, 0, 1, 2, 5), taps)  # (3, 3, B, H, W, C)
-        proxies = [norm_and_act(single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2))]  # (3B, C, H, W)
+        stacked = single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).contiguous()  # see `group_proxies`
+        proxies = [norm_and_act(stacked.permute(0, 3, 1, 2))]  # (3B, C, H, W)
         for (_, pointwise, norm, act), group in zip(separable, grouped.flatten(1, 2), strict=True):
             proxies.append(recompute.run([norm, act], pointwise(group.permute(0, 3, 1, 2))))  # (3B, C, H, W)
         local = self.non_attention(local.flatten(3).permute(0, 3, 1, 2))  # (B, C, H, W)

@@ -46,6 +46,7 @@ __all__ = ["aggregate_groups", "attend", "join_taps", "plain_aggregate_groups", 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether the network takes them where they serve.
 WANTED = os.environ.get("GROUPMIXFORMER_KERNELS") != "0"
+WIDEST = 128  # C of a wider segment needs more shared memory than the smallest of these GPUs has
 SIZES = (3, 5, 7, 7)  # k of the depthwise kernel, by segment
 
 
@@ -54,6 +55,8 @@ _known: dict[torch.device, bool] = {}
 
 def _runs_on(device: torch.device) -> bool:
     """Tell whether a GPU is new enough and Triton can start kernels, for which it needs a C compiler and Python's headers."""
+    if not torch.cuda.is_available():  # of a tensor that is not real
+        return False
     if device not in _known:
         _known[device] = torch.cuda.get_device_capability(device) >= (8, 0)
         if _known[device]:
@@ -818,4 +821,5 @@ def attend(proxies: Sequence[Tensor], local: Tensor, taps: Tensor, bias: Tensor,
     Returns:
         (B, H, W, 5C): the segments side by side, `local` at last.
     """
-    return _attend(*proxies, local, taps, bias, scale)[0].flatten(3)
+    kind = functools.reduce(torch.promote_types, [proxy.dtype for proxy in proxies])  # norms can differ under autocast
+    return _attend(*(proxy.to(kind) for proxy in proxies), local, taps, bias, scale)[0].flatten(3)
