@@ -24,6 +24,24 @@ OPTIONS = [
     "--window-size=1200,900",
 ]
 
+# The point of an element at shares of its width and height, or null while a click there may miss it.
+PLACE = """
+async (selector, across, down) => {
+    const find = () => {
+        const element = document.querySelector(selector);
+        if (element === null || element.complete === false) return null;
+        const {x, y, width, height} = element.getBoundingClientRect();
+        return {element, x: x + across * width, y: y + down * height};
+    };
+    const before = find();
+    await new Promise(resolve => setTimeout(resolve, 100));
+    const after = find();
+    if (!before || !after || before.element !== after.element || before.x !== after.x || before.y !== after.y) return null;
+    const top = document.elementFromPoint(after.x, after.y);
+    return after.element.contains(top) ? {x: after.x, y: after.y} : null;
+}
+"""
+
 
 class Tab:
     """A page.
@@ -76,15 +94,12 @@ class Tab:
         self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
     def click(self, selector, across=0.5, down=0.5):
-        """Click at shares of an element's width and height."""
+        """Click at shares of the width and height of an element that has loaded, keeps its place and is not covered."""
         self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = self.run(
-            f"(({{x, y, width, height}}) => [x, y, width, height])(document.querySelector({json.dumps(selector)})"
-            ".getBoundingClientRect())"
-        )
-        place = {"x": box[0] + across * box[2], "y": box[1] + down * box[3], "button": "left", "clickCount": 1}
+        place = self.until(f"({PLACE})({json.dumps(selector)}, {across}, {down})")
+        mouse = {**place, "button": "left", "clickCount": 1}
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, **place)
+            self.call("Input.dispatchMouseEvent", type=kind, **mouse)
 
     def screenshot(self, path):
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
