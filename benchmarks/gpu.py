@@ -21,6 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -153,6 +154,8 @@ def comparisons(device: str, rounds: int) -> Iterator[tuple[str, Settings, Calla
 class Turns:
     """Lets comparisons in processes of their own compile together, and be measured one at a time with nothing else running."""
 
+    held = False
+
     def __init__(self, context: Any, number: int) -> None:
         self.ready, self.turn = context.Barrier(number), context.Lock()
 
@@ -161,52 +164,55 @@ class Turns:
             with contextlib.suppress(threading.BrokenBarrierError):  # another one failed, and no longer waits
                 self.ready.wait()
             self.turn.acquire()
+            self.held = True
         return items
 
-    def end(self, failed: bool) -> None:
-        if failed:
-            self.ready.abort()
-        with contextlib.suppress(ValueError):  # it never had the turn
+    def end(self) -> None:
+        if self.held:
             self.turn.release()
+        else:
+            self.ready.abort()
+        self.held = False
 
 
-def compare(name: str, device: str, rounds: int, turns: Turns | None = None) -> Any:
+turns: Turns | None = None  # of a process beside others
+
+
+def _take_part(of: Turns) -> None:
+    global turns
+    turns = of
+
+
+def compare(name: str, device: str, rounds: int) -> Any:
     """Rows of a comparison, or what went wrong."""
     torch.set_float32_matmul_precision("high")  # as anyone would on a GPU; bfloat16 is not touched by it
     torch._dynamo.config.recompile_limit = 64  # blocks of all stages and rows are one function
     torch.compiler.reset()
     settings, builds = next((settings, builds) for its, settings, builds in comparisons(device, rounds) if its == name)
-    result: Any = None
     try:
-        result = run(builds(settings), settings, turns or (lambda items, *_: items))
+        result: Any = run(builds(settings), settings, turns or (lambda items, *_: items))
     except ValueError as error:  # it says which row, such as one that needs more memory than there is
         print(f"  {error}", flush=True)
         result = str(error)
     finally:
         if turns:
-            turns.end(not isinstance(result, list))
+            turns.end()
     if device != "cpu":
         torch.accelerator.empty_cache()
     return result
 
 
-def compare_together(names: list[str], device: str, rounds: int) -> Iterator[tuple[str, Any]]:
-    """Compile side by side, each in a process of its own, then measure in turns."""
+def compare_all(names: list[str], device: str, rounds: int) -> Iterator[tuple[str, Any]]:
+    """Compare, several side by side in processes of their own that compile together and measure in turns."""
+    if len(names) == 1:
+        yield names[0], compare(names[0], device, rounds)
+        return
     context = get_context("spawn")
-    turns = Turns(context, len(names))
-    answers = context.Queue()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(names)))
-    processes = [context.Process(target=_answer, args=(answers, name, device, rounds, turns)) for name in names]
-    for process in processes:
-        process.start()
-    for _ in names:
-        yield answers.get()
-    for process in processes:
-        process.join()
-
-
-def _answer(answers: Any, name: str, *rest: Any) -> None:
-    answers.put((name, compare(name, *rest)))
+    with ProcessPoolExecutor(len(names), context, _take_part, (Turns(context, len(names)),)) as pool:
+        futures = {pool.submit(compare, name, device, rounds): name for name in names}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def main() -> None:
@@ -234,9 +240,7 @@ def main() -> None:
     while left and time.monotonic() - start <= 60 * args.minutes:
         group, left = left[: args.jobs], left[args.jobs :]
         print(f"{'; '.join(group)} ({time.monotonic() - start:.0f} s)", flush=True)
-        together = len(group) > 1
-        pairs: Any = compare_together(group, args.device, args.rounds) if together else None
-        for name, rows in pairs or [(group[0], compare(group[0], args.device, args.rounds))]:
+        for name, rows in compare_all(group, args.device, args.rounds):
             result["comparisons"][name] = rows
             write_file(path, (json.dumps(result, indent=2) + "\n").encode())
     print(f"{len(result['comparisons'])} comparisons in {path}, {len(left)} left for another run")

@@ -201,7 +201,7 @@ class FusedAttention(Fused):
         self.position = nn.Conv2d(4 * C, 4 * C, 7, padding=3, groups=4 * C, device="meta")
         self.position.weight = nn.Parameter(torch.cat(widened))
         self.position.bias = nn.Parameter(torch.cat([b for _, b in position]))
-        if self.with_kernels:
+        if self.with_kernels:  # made here, as making them takes operations in each forward pass
             self.register_buffer("taps", kernels.join_taps(depthwise))
             self.register_buffer("position_taps", kernels.join_taps([w for w, _ in position]))
         self.factor = attention.scale

@@ -291,10 +291,10 @@ class GroupMixAttention(nn.Module):
         for (_, pointwise, norm, act), group in zip(separable, grouped.flatten(1, 2), strict=True):
             proxies.append(recompute.run([norm, act], pointwise(group.permute(0, 3, 1, 2))))  # (3B, C, H, W)
         local = self.non_attention(local.flatten(3).permute(0, 3, 1, 2))  # (B, C, H, W)
-        weights, biases = zip(*self.position.kernels(), strict=True)
+        position, biases = zip(*self.position.kernels(), strict=True)
         maps = [proxy.permute(0, 2, 3, 1).unflatten(0, (3, B)) for proxy in proxies]  # 4 x (3, B, H, W, C)
-        taps, bias = kernels.join_taps(weights), torch.stack(biases)
-        mixed = kernels.attend(maps, local.permute(0, 2, 3, 1), taps, bias, self.scale)  # (B, H, W, D)
+        position_taps, bias = kernels.join_taps(position), torch.stack(biases)
+        mixed = kernels.attend(maps, local.permute(0, 2, 3, 1), position_taps, bias, self.scale)  # (B, H, W, D)
         return self.proj(mixed).permute(0, 3, 1, 2)  # (B, D, H, W)
 
 

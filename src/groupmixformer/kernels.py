@@ -49,15 +49,14 @@ WANTED = os.environ.get("GROUPMIXFORMER_KERNELS") != "0"
 WIDEST = 128  # C of a wider segment needs more shared memory than the smallest of these GPUs has
 SIZES = (3, 5, 7, 7)  # k of the depthwise kernel, by segment
 
-
 _known: dict[torch.device, bool] = {}
 
 
 def _runs_on(device: torch.device) -> bool:
     """Tell whether a GPU is new enough and Triton can start kernels, for which it needs a C compiler and Python's headers."""
-    if not torch.cuda.is_available():  # of a tensor that is not real
-        return False
     if device not in _known:
+        if not torch.cuda.is_available():  # the device of a tensor that is not real
+            return False
         _known[device] = torch.cuda.get_device_capability(device) >= (8, 0)
         if _known[device]:
             try:
@@ -127,10 +126,8 @@ def _convolve(
     STRIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Neighbours of the pixels at the addresses `source`, weighted by `taps` (K * K, C). 4 x (STRIPS, BLOCK)."""
-    s0 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    s1 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    s2 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    s3 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    zero = tl.zeros((STRIPS, BLOCK), tl.float32)
+    s0, s1, s2, s3 = zero, zero, zero, zero
     for i in range(K):
         row = y + (i - K // 2)
         there = held & (row >= 0) & (row < H)
@@ -200,13 +197,8 @@ def _row_gradient(
     C: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of gradient times neighbour for the K taps of row i."""
-    t0 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    t1 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    t2 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    t3 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    t4 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    t5 = tl.zeros((STRIPS, BLOCK), tl.float32)
-    t6 = tl.zeros((STRIPS, BLOCK), tl.float32)
+    zero = tl.zeros((STRIPS, BLOCK), tl.float32)
+    t0, t1, t2, t3, t4, t5, t6 = zero, zero, zero, zero, zero, zero, zero
     for start in range(first, last, STRIPS):
         held, picture, y, x = _strips(start, strips, H, across, STRIPS)
         here = _pixels(grad, picture // B, picture % B, y, x, c, W, g_j, g_b, g_n, C)
