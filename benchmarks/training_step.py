@@ -4,10 +4,11 @@ python benchmarks/training_step.py [--model small] [--batch-size 4]   # writes b
 
 First the gradient of the depthwise kernels, of the sizes that the model has: PyTorch's beside ours, in float32 and bfloat16,
 and their relative difference. Then a whole step on one thread: as it is; with all activations kept; with PyTorch's gradient of
-depthwise kernels; with both.
+depthwise kernels; with PyTorch's products of linear layers; with none of the means.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 from functools import partial
@@ -21,32 +22,45 @@ from forms import tensor_memory
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from groupmixformer import depthwise, recompute
+from groupmixformer import onednn, recompute
 from groupmixformer.bench import conditions
 from groupmixformer.checkpoint import model_name
-from groupmixformer.depthwise import _weight_gradient
 from groupmixformer.files import write_file
 from groupmixformer.groupmixformer import Stage
+from groupmixformer.onednn import _weight_gradient
 from groupmixformer.speed import TYPES, Runner, Settings, measure, seconds_of
 
-FORMS = {"as it is": (False, False), "all kept": (True, False), "PyTorch's gradient": (False, True), "both": (True, True)}
+FORMS: dict[str, tuple[bool, bool, bool]] = {
+    "as it is": (False, False, False),
+    "all kept": (True, False, False),
+    "PyTorch's gradient": (False, True, False),
+    "PyTorch's products": (False, False, True),
+    "all three": (True, True, True),
+}
 
 
 class Step(Runner):
-    """A training step with the means of `recompute` or `depthwise` turned off."""
+    """A training step with means of `recompute` and `onednn` turned off."""
 
-    def __init__(self, network: nn.Module, settings: Settings, keep: bool, plain: bool) -> None:
+    def __init__(self, network: nn.Module, settings: Settings, keep: bool, gradient: bool, products: bool) -> None:
         super().__init__(network, settings)
-        self.run = recompute._run if keep else recompute.run
-        self.is_faster = (lambda x, weight: False) if plain else depthwise._is_faster
+        self.off: list[Any] = []
+        if keep:
+            self.off.append(patch.object(recompute, "run", recompute._run))
+        if gradient:
+            self.off.append(patch.object(onednn, "_is_faster", lambda *_: False))
+        if products:
+            self.off.append(patch.object(onednn, "_is_faster_by_onednn", lambda *_: False))
 
     def step(self) -> None:
-        with patch.object(recompute, "run", self.run), patch.object(depthwise, "_is_faster", self.is_faster):
+        with contextlib.ExitStack() as stack:
+            for means in self.off:
+                stack.enter_context(means)
             super().step()
 
 
-def build(model: str, settings: Settings, keep: bool, plain: bool) -> Runner:
-    return Step(timm.create_model(model), settings, keep, plain)
+def build(model: str, settings: Settings, *off: bool) -> Runner:
+    return Step(timm.create_model(model), settings, *off)
 
 
 def gradients(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -86,9 +100,7 @@ def main() -> None:
     settings = Settings(train=True, batch_size=args.batch_size, rounds=args.rounds)
     found = conditions(settings)
     result: dict[str, Any] = {**found, "model": args.model, "gradients": gradients(timm.create_model(args.model), settings)}
-    builds = {
-        form: partial(lambda *off: Step(timm.create_model(args.model), settings, *off), *off) for form, off in FORMS.items()
-    }
+    builds = {form: partial(build, args.model, settings, *off) for form, off in FORMS.items()}
     result["steps"] = measure(builds, settings)
     for row in result["steps"]:
         row["tensor_memory"] = tensor_memory(builds[row["model"]])

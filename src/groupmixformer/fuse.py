@@ -24,13 +24,10 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import groupmixformer as network
 from . import kernels
-from .depthwise import Depthwise
 from .groupmixformer import (
     Block,
     GroupMixAttention,
@@ -38,46 +35,10 @@ from .groupmixformer import (
     Stem,
     _check_images,
     _check_map,
-    _is_exporting,
     _takes_kernels,
     scale_within_heads,
 )
-
-_ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-_HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-# Multiply-adds from which oneDNN's product is the faster one: its call takes longer.
-_LARGE = 2**21
-
-
-@torch.library.custom_op("groupmixformer::linear", mutates_args=())
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
-
-
-@_onednn_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    """Apply a linear layer and an activation, in one step of oneDNN where that is faster. (..., D_in) -> (..., D_out)."""
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if (
-        _HAS_ONEDNN
-        and not torch.jit.is_tracing()  # graphs for other programs keep PyTorch's own operators
-        and not _is_exporting()  # before the size, or it becomes a limit of the exported program
-        and x.device.type == "cpu"
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and not torch.compiler.is_compiling()))
-        and x.numel() * weight.shape[0] >= _LARGE
-        and not differentiable  # it has no backward pass
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        if torch.compiler.is_compiling():  # Inductor would take MKL's product, and stumbles over oneDNN's own operator
-            return _onednn_linear(x, weight, bias, activation)
-        if not (forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(x)):  # nor derivatives of another kind
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
-    return _ACTIVATIONS[activation](F.linear(x, weight, bias))
+from .onednn import Depthwise, Linear, linear
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -162,7 +123,7 @@ class FusedSeparableConv(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D_out, ceil(H/s), ceil(W/s))."""
         x = self.depthwise(x).permute(0, 2, 3, 1)  # (B, H, W, D_in)
-        return _linear(x, self.pointwise.weight, self.pointwise.bias, "hardswish").permute(0, 3, 1, 2)
+        return linear(x, self.pointwise.weight, self.pointwise.bias, "hardswish").permute(0, 3, 1, 2)
 
 
 class FusedAttention(Fused):
@@ -215,10 +176,10 @@ class FusedAttention(Fused):
         layers: list[Any] = [*self.qkv]
         single, *others = layers
         if not others:
-            first, *rest = _linear(x, single.weight, single.bias).split(3 * (self.dim // 5), dim=3)
+            first, *rest = linear(x, single.weight, single.bias).split(3 * (self.dim // 5), dim=3)
             return [F.hardswish(first), *rest]
-        first = _linear(x, single.weight, single.bias, "hardswish")
-        return [first, *(_linear(x, layer.weight, layer.bias) for layer in others)]
+        first = linear(x, single.weight, single.bias, "hardswish")
+        return [first, *(linear(x, layer.weight, layer.bias) for layer in others)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H, W, D)."""
@@ -234,7 +195,7 @@ class FusedAttention(Fused):
             grouped = F.conv2d(group.permute(0, 3, 1, 2), kernel, padding=kernel.shape[-1] // 2, groups=3 * C)  # (B, 3C, H, W)
             grouped = grouped.permute(0, 2, 3, 1).reshape(B, N, 3, C)
             assert isinstance(pointwise, nn.Linear)
-            proxies.append(_linear(grouped, pointwise.weight, pointwise.bias, "hardswish"))
+            proxies.append(linear(grouped, pointwise.weight, pointwise.bias, "hardswish"))
         qkv = [proxy.unbind(2) for proxy in proxies]  # 4 x 3 x (B, N, C)
         values = torch.cat([v for _, _, v in qkv], dim=2).view(B, H, W, 4 * C)
         position = self.position(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(B, N, 4 * C)
@@ -244,7 +205,7 @@ class FusedAttention(Fused):
             mixed.append(torch.addcmul(q @ context, q, encoded))  # (B, N, C)
         local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, C, H, W)
         mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
-        return _linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
+        return linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
 
     @torch.jit.unused
     def _forward_kernels(self, x: Tensor) -> Tensor:
@@ -280,8 +241,8 @@ class FusedBlock(Fused):
         x = self.cpe(x).permute(0, 2, 3, 1)  # (B, H, W, D)
         x = x + self.attn(x)
         hidden = F.layer_norm(x, (self.attn.dim,), None, None, self.eps)
-        hidden = _linear(hidden, self.fc1.weight, self.fc1.bias, "gelu")  # (B, H, W, hidden)
-        x = x + _linear(hidden, self.fc2.weight, self.fc2.bias)
+        hidden = linear(hidden, self.fc1.weight, self.fc1.bias, "gelu")  # (B, H, W, hidden)
+        x = x + linear(hidden, self.fc2.weight, self.fc2.bias)
         return x.permute(0, 3, 1, 2)
 
 
@@ -311,7 +272,7 @@ _FUSED: dict[type[nn.Module], Any] = {
 _OWN = {
     *_FUSED,
     *(network.NonAttention, network.ConvRelativePosition, network.Mlp, network._Lean),
-    *(Depthwise, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
+    *(Depthwise, nn.Conv2d, Linear, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
     *(nn.Hardswish, nn.GELU, nn.Identity, timm.layers.DropPath, nn.Sequential, nn.ModuleList),
 }
 

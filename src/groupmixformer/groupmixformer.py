@@ -40,10 +40,9 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import kernels, recompute
-from .depthwise import Depthwise, depthwise
+from . import kernels, modes, recompute
+from .onednn import Depthwise, Linear, depthwise
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
@@ -174,21 +173,13 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
     return torch.addcmul(q @ context, q, position)
 
 
-def _is_exporting() -> bool:
-    flag: bool = torch.compiler._is_exporting_flag  # of is_exporting() itself older compilers think that it is always true
-    return flag
-
-
 @torch.jit.unused
 def _takes_kernels(x: Tensor) -> bool:
     # Graphs for other runtimes keep PyTorch's own operators, and so do derivatives of another kind.
     return (
         kernels.WANTED
-        and not (_is_exporting() or torch.jit.is_tracing())
-        and (
-            torch.compiler.is_compiling()
-            or (torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0)
-        )
+        and not (modes.is_exporting() or torch.jit.is_tracing())
+        and (torch.compiler.is_compiling() or not modes.is_transformed())
         and kernels.served(x)
         and x.numel() > 0
     )
@@ -216,7 +207,7 @@ class GroupMixAttention(nn.Module):
         segment_dim = dim // 5
         self.head_dim = dim // 10
         self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         # Segment 0 keeps single tokens. One aggregator serves Q, K and V.
         single = OrderedDict(norm=nn.BatchNorm2d(segment_dim, **dd), act=nn.Hardswish())
         self.aggregators = nn.ModuleList(
@@ -224,7 +215,7 @@ class GroupMixAttention(nn.Module):
         )
         self.non_attention = NonAttention(segment_dim, **dd)
         self.position = ConvRelativePosition(self.head_dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def group_proxies(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return Q, K, V of the four attention segments and the input of the non-attention branch.
@@ -303,9 +294,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""

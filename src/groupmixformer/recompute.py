@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import modes
+
 __all__ = ["checkpoint", "run", "scope"]
 
 
@@ -131,11 +133,9 @@ def scope() -> AbstractContextManager[None]:
     other hooks on saved tensors, such as those of `checkpoint`, which decide then.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        not modes.is_at_once()
         or not torch.is_grad_enabled()
         or _active.scope is not None
-        or torch._C._functorch.maybe_current_level() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return nullcontext()
