@@ -1,0 +1,67 @@
+"""How PyTorch runs what is called is told apart."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from groupmixformer import modes
+
+SEEN = []
+
+
+class Asking(torch.nn.Module):
+    """Notes what the modes are while it runs."""
+
+    def forward(self, x):
+        SEEN.append((modes.is_at_once(), modes.is_exporting()))
+        return 2 * x
+
+
+def call(module, x):
+    module(x)
+
+
+def differentiate(module, x):
+    module(x.requires_grad_()).sum().backward()
+
+
+def compile_it(module, x):
+    torch.compile(module, backend="eager")(x)
+
+
+def trace(module, x):
+    torch.jit.trace(module, (x,), check_trace=False)
+
+
+def export(module, x):
+    torch.export.export(module, (x,), strict=False)
+
+
+def along(module, x):
+    with forward_ad.dual_level():
+        module(forward_ad.make_dual(x, x))
+
+
+def transform(module, x):
+    torch.func.vmap(module)(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        (call, (True, False)),
+        (differentiate, (True, False)),
+        (compile_it, (False, False)),
+        (trace, (False, False)),
+        (export, (False, True)),
+        (along, (False, False)),
+        (transform, (False, False)),
+    ],
+)
+def test_modes(way, expected):
+    SEEN.clear()
+    way(Asking(), torch.randn(2))
+    assert set(SEEN) == {expected}
+    call(Asking(), torch.randn(2))
+    assert SEEN[-1] == (True, False)
