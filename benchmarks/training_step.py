@@ -48,9 +48,9 @@ class Step(Runner):
         if keep:
             self.off.append(patch.object(recompute, "run", recompute._run))
         if gradient:
-            self.off.append(patch.object(onednn, "_is_faster", lambda *_: False))
+            self.off.append(patch.object(onednn, "_has_faster_gradient", lambda *_: False))
         if products:
-            self.off.append(patch.object(onednn, "_is_faster_by_onednn", lambda *_: False))
+            self.off.append(patch.object(onednn, "_has_faster_product", lambda *_: False))
 
     def step(self) -> None:
         with contextlib.ExitStack() as stack:

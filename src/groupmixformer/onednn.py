@@ -21,7 +21,7 @@ from . import modes
 
 __all__ = ["Depthwise", "Linear", "depthwise", "linear"]
 
-_IS_THERE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+_IS_THERE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 _HAS_BFLOAT16 = _IS_THERE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Multiply-adds from which oneDNN's product is the faster one: its call takes longer.
 _LARGE = 2**21
@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _is_faster_by_onednn(x: Tensor, weight: Tensor, has_gradient: bool) -> bool:
+def _has_faster_product(x: Tensor, weight: Tensor, has_gradient: bool) -> bool:
     compiling = torch.compiler.is_compiling()
     return (
         _IS_THERE
@@ -99,7 +99,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     """
     given = [tensor for tensor in (x, weight, bias) if isinstance(tensor, Tensor)]  # no proxy of torch.fx
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    if not _is_faster_by_onednn(x, weight, has_gradient):
+    if not _has_faster_product(x, weight, has_gradient):
         return _ACTIVATIONS[activation](F.linear(x, weight, bias))
     if torch.compiler.is_compiling():
         return _compiled_product(x, weight, bias, activation)
@@ -156,7 +156,7 @@ def _type(x: Tensor) -> torch.dtype:
 
 
 @torch.jit.unused
-def _is_faster(x: Tensor, weight: Tensor) -> bool:
+def _has_faster_gradient(x: Tensor, weight: Tensor) -> bool:
     return (
         _IS_THERE
         and isinstance(x, Tensor)  # no proxy of torch.fx
@@ -189,7 +189,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (B, C, H, W).
     """
-    if not torch.jit.is_scripting() and _is_faster(x, weight):
+    if not torch.jit.is_scripting() and _has_faster_gradient(x, weight):
         return _with_fast_gradient(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
