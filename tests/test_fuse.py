@@ -22,7 +22,7 @@ from groupmixformer.segmentation import Segmenter
 FOLDED = {"Stem": 1, "SeparableConv": 4, "Block": 6}  # of STAGES
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 6}  # quick to compile
 
-needs_onednn = pytest.mark.skipif(not onednn._IS_THERE, reason="PyTorch is built without oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn._IS_THERE, reason="needs oneDNN and AVX2")
 needs_bfloat16 = pytest.mark.skipif(not onednn._HAS_BFLOAT16, reason="this processor has no bfloat16 for oneDNN")
 either_product = pytest.mark.parametrize(
     "large", [pytest.param(0, marks=needs_onednn, id="oneDNN"), pytest.param(onednn._LARGE, id="by size")]

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer import onednn as module
+from groupmixformer.groupmixformer import Block
 from groupmixformer.onednn import Depthwise, Linear, depthwise, linear
 
 needs_onednn = pytest.mark.skipif(not module._IS_THERE, reason="needs oneDNN and AVX2")
@@ -237,3 +238,27 @@ def test_its_operations_are_counted():
             layer(torch.randn(2, 8, 8, 96, requires_grad=True)).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts == [3 * 2 * 128 * 96 * 192] * 2
+
+
+@needs_onednn
+def test_a_block_takes_them():
+    block, x = Block(160, 4), torch.randn(1, 160, 16, 16, requires_grad=True)
+    with Products() as products:
+        result = block(x)
+        assert products.number == 4  # Q, K and V; the projection; two of the MLP
+        result.sum().backward()
+        assert products.number == 8
+
+
+@needs_onednn
+@pytest.mark.parametrize("wanted", [False, True])
+def test_compiled_without_a_gradient(wanted):
+    layer, x, targets = Linear(96, 192).requires_grad_(wanted), operands()[0].detach(), []
+
+    def look(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(layer, backend=look, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x), torch.nn.Linear.forward(layer, x))
+    assert any("groupmixformer" in str(target) for target in targets) is not wanted

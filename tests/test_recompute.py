@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 from groupmixformer import GroupMixFormer, recompute
@@ -141,6 +142,12 @@ def test_other_hooks_decide(net, x):
     assert net.runs == 1
     torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False).square().sum().backward()
     assert net.runs == 3
+
+
+def test_derivatives_in_a_direction_keep_all(net, x):
+    with forward_ad.dual_level():
+        net(forward_ad.make_dual(x, torch.ones_like(x))).sum().backward()
+    assert net.runs == 1
 
 
 def test_a_scope_ends_with_an_error(net, x):

@@ -175,14 +175,7 @@ def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
 
 @torch.jit.unused
 def _takes_kernels(x: Tensor) -> bool:
-    # Graphs for other runtimes keep PyTorch's own operators, and so do derivatives of another kind.
-    return (
-        kernels.WANTED
-        and not (modes.is_exporting() or torch.jit.is_tracing())
-        and (torch.compiler.is_compiling() or not modes.is_transformed())
-        and kernels.served(x)
-        and x.numel() > 0
-    )
+    return kernels.WANTED and modes.is_at_once_or_compiled() and kernels.served(x) and x.numel() > 0
 
 
 class GroupMixAttention(nn.Module):

@@ -70,18 +70,17 @@ class _Linear(torch.autograd.Function):
 
 
 def _has_faster_product(x: Tensor, weight: Tensor, has_gradient: bool) -> bool:
-    compiling = torch.compiler.is_compiling()
+    at_once = modes.is_at_once()
     return (
         _IS_THERE
         and isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and not (compiling or has_gradient)))
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and at_once and not has_gradient))
         and type(weight) in (Tensor, nn.Parameter)  # not quantised or spread over devices
         and not torch.is_autocast_enabled("cpu")
-        # Before the size, or it becomes a limit of an exported program.
-        and (not (modes.is_exporting() or torch.jit.is_tracing() or has_gradient) if compiling else modes.is_at_once())
-        and x.numel() * weight.shape[0] >= _LARGE
+        and (at_once or (modes.is_at_once_or_compiled() and not has_gradient))
+        and x.numel() * weight.shape[0] >= _LARGE  # at last, or it becomes a limit of an exported program
     )
 
 
