@@ -27,11 +27,11 @@ from PIL import Image, features
 from timm.data import create_dataset
 
 import groupmixformer
-from groupmixformer.data import Pictures, train_transform
-from groupmixformer.pictures import decode
-from groupmixformer.recipe import Augmentation
-from groupmixformer.shards import write_shards
-from groupmixformer.streaming import open_stream
+from groupmixformer.tasks.classification.data import Pictures, train_transform
+from groupmixformer.data.images import decode
+from groupmixformer.training.recipe import Augmentation
+from groupmixformer.data.shards import write_shards
+from groupmixformer.data.streaming import open_stream
 
 # Of the paper's ImageNet training; colour jitter is not used beside RandAugment.
 PUBLISHED = Augmentation(scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)

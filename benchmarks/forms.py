@@ -38,10 +38,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import groupmixformer
-from groupmixformer.bench import conditions, count_macs
+from groupmixformer.bench.side_by_side import conditions, count_macs
 from groupmixformer.files import write_file
-from groupmixformer.published import published_top1
-from groupmixformer.speed import Runner, Settings, matrix_speed, measure
+from groupmixformer.bench.published import published_top1
+from groupmixformer.bench.timing import Runner, Settings, matrix_speed, measure
 
 BIRDER = {"mobile": "mobile", "tiny": "t", "small": "s", "base": "b", "large": "l"}
 PEERS = ["coat_lite_small", "swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2", "davit_tiny", "gcvit_tiny"]

@@ -34,10 +34,10 @@ from forms import PEERS, Builds, Checked, ours, released, run
 from torch import nn
 
 import groupmixformer
-from groupmixformer import kernels
-from groupmixformer.bench import conditions, create_network
+from groupmixformer.ops import triton_kernels as kernels
+from groupmixformer.bench.side_by_side import conditions, create_network
 from groupmixformer.files import write_file
-from groupmixformer.speed import Runner, Settings, matrix_speed
+from groupmixformer.bench.timing import Runner, Settings, matrix_speed
 
 BLOCKS = "by block"
 

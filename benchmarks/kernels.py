@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import groupmixformer
-from groupmixformer import kernels
+from groupmixformer.ops import triton_kernels as kernels
 from groupmixformer.files import write_file
 
 Tensors = list[Tensor]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import groupmixformer
-from groupmixformer.bench import conditions
-from groupmixformer.checkpoint import model_name
+from groupmixformer.bench.side_by_side import conditions
+from groupmixformer.models.checkpoint import model_name
 from groupmixformer.files import write_file
-from groupmixformer.speed import TYPES, Settings, matrix_speed, seconds_of, set_threads
+from groupmixformer.bench.timing import TYPES, Settings, matrix_speed, seconds_of, set_threads
 
 
 def copy_speed(settings: Settings) -> float:

@@ -21,11 +21,11 @@ import torch
 from matplotlib.figure import Figure
 
 import groupmixformer
-from groupmixformer.bench import conditions, count_macs, create_network
-from groupmixformer.checkpoint import model_name
-from groupmixformer.figures import BLUE, ORANGE, write_figure
+from groupmixformer.bench.side_by_side import conditions, count_macs, create_network
+from groupmixformer.models.checkpoint import model_name
+from groupmixformer.visual.figures import BLUE, ORANGE, write_figure
 from groupmixformer.files import write_file
-from groupmixformer.speed import Runner, Settings, measure
+from groupmixformer.bench.timing import Runner, Settings, measure
 
 VIT = "vit_tiny_patch16_224"
 SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536)

@@ -31,12 +31,12 @@ import torch
 from PIL import Image
 
 import groupmixformer
-from groupmixformer.bench import conditions
-from groupmixformer.checkpoint import save_checkpoint
+from groupmixformer.bench.side_by_side import conditions
+from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.files import write_file
-from groupmixformer.inference import Classes
-from groupmixformer.pictures import decode
-from groupmixformer.speed import Settings
+from groupmixformer.tasks.classification.predict import Classes
+from groupmixformer.data.images import decode
+from groupmixformer.bench.timing import Settings
 
 
 def photographs(number: int) -> list[bytes]:
@@ -78,7 +78,7 @@ def repeat(look: Callable[[bytes], bool], pictures: list[bytes], seconds: float)
 
 @contextmanager
 def server(run: Path, threads: int, *options: str) -> Any:
-    command = [sys.executable, "-m", "groupmixformer.cli", "serve", str(run), "--port", "0", *options]
+    command = [sys.executable, "-m", "groupmixformer.cli.main", "serve", str(run), "--port", "0", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr

@@ -22,13 +22,14 @@ from forms import tensor_memory
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from groupmixformer import onednn, recompute
-from groupmixformer.bench import conditions
-from groupmixformer.checkpoint import model_name
+from groupmixformer.ops import onednn
+from groupmixformer.ops import recompute
+from groupmixformer.bench.side_by_side import conditions
+from groupmixformer.models.checkpoint import model_name
 from groupmixformer.files import write_file
-from groupmixformer.groupmixformer import Stage
-from groupmixformer.onednn import _weight_gradient
-from groupmixformer.speed import TYPES, Runner, Settings, measure, seconds_of
+from groupmixformer.models.groupmixformer import Stage
+from groupmixformer.ops.onednn import _weight_gradient
+from groupmixformer.bench.timing import TYPES, Runner, Settings, measure, seconds_of
 
 FORMS: dict[str, tuple[bool, bool, bool]] = {
     "as it is": (False, False, False),

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.groupmixformer import checkpoint_filter_fn
+from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # One thread: results must not depend on the machine, and OpenMP's barriers make many small operations up to 100 times slower
 # when workers of pytest-xdist or other programs share the cores.
@@ -33,7 +33,7 @@ SLOW = (
     "test_bench.py::test_others_are_not_fused",
     "test_cli.py::test_data_sets_of_torchvision_and_hugging_face_train",
     "test_cli.py::test_light_things_import_nothing_heavy[from",
-    "test_cli.py::test_light_things_import_nothing_heavy[import groupmixformer.evaluation",
+    "test_cli.py::test_light_things_import_nothing_heavy[import groupmixformer.tasks.classification.metrics",
     "test_cli.py::test_models_lists_what_it_counts",
     "test_cli.py::test_the_installed_command_leaves_stdout_to_the_result",
     "test_cli.py::test_the_same_seed_gives_the_same_run",

@@ -26,10 +26,10 @@ from shapes import write_shapes
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import groupmixformer.report
-import groupmixformer.training  # noqa: F401 - imported once here, so that each start below takes a moment only
-from groupmixformer.cli import main
-from groupmixformer.training import read_metrics
+import groupmixformer.tasks.classification.report
+import groupmixformer.training.trainer  # noqa: F401 - imported once here, so that each start below takes a moment only
+from groupmixformer.cli.main import main
+from groupmixformer.training.trainer import read_metrics
 
 SMALL = [
     "--device",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from groupmixformer.classification import Classification
-from groupmixformer.cli import main
+from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.cli.main import main
 
 real = Classification.training_step
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import speed
-from groupmixformer.bench import bench, create_network, headline, read_earlier, table
-from groupmixformer.cli import main
-from groupmixformer.published import PEERS_TOP1, accuracy_against_speed, at_published_size, published_top1
-from groupmixformer.speed import Runner, Settings, measure
+from groupmixformer.bench import timing as speed
+from groupmixformer.bench.side_by_side import bench, create_network, headline, read_earlier, table
+from groupmixformer.cli.main import main
+from groupmixformer.bench.published import PEERS_TOP1, accuracy_against_speed, at_published_size, published_top1
+from groupmixformer.bench.timing import Runner, Settings, measure
 
 FAST = {"size": (64, 64), "rounds": 2, "seconds": 0.0}
 COMMAND = ["bench", "test_resnet", "--size", "48", "64", "--rounds", "1", "--threads", "1"]

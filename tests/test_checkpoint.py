@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.checkpoint import architecture, load_model, read_state_dict, save_checkpoint
-from groupmixformer.groupmixformer import checkpoint_filter_fn
+from groupmixformer.models.checkpoint import architecture, load_model, read_state_dict, save_checkpoint
+from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2.5, 1, 1.5, 3)}
 IMAGES = torch.randn(2, 3, 64, 45, generator=torch.Generator().manual_seed(0))

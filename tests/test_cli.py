@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from groupmixformer import load_checkpoint
-from groupmixformer.cli import main
-from groupmixformer.recipe import RecipeError, read_recipe, shipped, write_recipe
-from groupmixformer.training import read_metrics
+from groupmixformer.cli.main import main
+from groupmixformer.training.recipe import RecipeError, read_recipe, shipped, write_recipe
+from groupmixformer.training.trainer import read_metrics
 
 FAST = ["--image_size", "32", "--batch_size", "8", "--workers", "0", "--crop_pct", "1.0"]
 
@@ -307,7 +307,7 @@ def test_eval_refuses_another_number_of_classes(run, capsys):
 
 
 def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
-    argv = [sys.executable, "-m", "groupmixformer.cli", "eval", str(run), "--json"]
+    argv = [sys.executable, "-m", "groupmixformer.cli.main", "eval", str(run), "--json"]
     result = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["images"] == 16
 
@@ -316,8 +316,8 @@ def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
     ("statement", "unwanted"),
     [
         ("import groupmixformer", ["lightning", "torchmetrics", "matplotlib", "sklearn", "jsonargparse", "transformers"]),
-        ("from groupmixformer.cli import main; main(['predict', 'nowhere', 'x'])", ["lightning", "matplotlib", "jsonargparse"]),
-        ("import groupmixformer.evaluation, groupmixformer.data", ["lightning", "matplotlib"]),
+        ("from groupmixformer.cli.main import main; main(['predict', 'nowhere', 'x'])", ["lightning", "matplotlib", "jsonargparse"]),
+        ("import groupmixformer.tasks.classification.metrics, groupmixformer.data", ["lightning", "matplotlib"]),
     ],
 )
 def test_light_things_import_nothing_heavy(statement, unwanted):

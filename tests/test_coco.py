@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from shapes import CATEGORIES, COLORS, polygon, runs, write_coco, write_shapes
 from torchvision.ops import masks_to_boxes
 
-from groupmixformer.coco import NUMBERS, CocoImages, coco_numbers, collate, to_results, to_tensor, train_transform
+from groupmixformer.tasks.detection.data import NUMBERS, CocoImages, coco_numbers, collate, to_results, to_tensor, train_transform
 
 PLAIN = train_transform(0.0, 0.0, 0.0)
 WIDTH, HEIGHT = 40, 30

@@ -17,14 +17,14 @@ from chromium import CHROMIUM, open_tab
 from PIL import Image
 
 from groupmixformer import GroupMixFormer, attention_maps
-from groupmixformer.backbone import Backbone
-from groupmixformer.checkpoint import save_checkpoint, save_network
-from groupmixformer.cli import main
-from groupmixformer.demo import Page, application
-from groupmixformer.explain import by_group_size
-from groupmixformer.figures import GROUPS, ORANGE
-from groupmixformer.inference import Classes
-from groupmixformer.scenes import Segments
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.cli.main import main
+from groupmixformer.deploy.demo import Page, application
+from groupmixformer.models.attention_maps import by_group_size
+from groupmixformer.visual.figures import GROUPS, ORANGE
+from groupmixformer.tasks.classification.predict import Classes
+from groupmixformer.tasks.predictor import Segments
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
 NAMES = ["ash", "birch", "crane", "crane", "elm", "fir"]
@@ -44,7 +44,7 @@ def run(tmp_path_factory, randomise):
 @pytest.fixture(scope="module")
 def segments(tmp_path_factory, randomise):
     """The folder of a segmenter."""
-    from groupmixformer.segmentation import Segmenter
+    from groupmixformer.tasks.segmentation.training import Segmenter
 
     folder, backbone = tmp_path_factory.mktemp("runs") / "ground", Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 128}
@@ -84,7 +84,7 @@ def test_the_page_shows_what_the_model_says(classes, picture):
 def test_no_frame_where_all_is_seen(run, picture):
     model = Classes(run, CPU)
     model.config |= {"crop_mode": "squash", "crop_pct": 1.0}
-    from groupmixformer.data import eval_transform
+    from groupmixformer.tasks.classification.data import eval_transform
 
     model.transform = eval_transform(model.config)
     shown = Page({"trees": (model, "classification")}).predict("trees", str(picture)).shown
@@ -168,7 +168,7 @@ def started(run, segments, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "groupmixformer.cli", "demo", str(run), str(segments), "--port", "0"]
+    command = [sys.executable, "-m", "groupmixformer.cli.main", "demo", str(run), str(segments), "--port", "0"]
     log = tmp_path / "log"
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
     with (

@@ -23,15 +23,15 @@ from shapes import CATEGORIES, write_coco, write_shapes, write_split
 from torch import nn
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.backbone import Backbone, start_from
-from groupmixformer.checkpoint import load_model, save_checkpoint, save_network
-from groupmixformer.cli import main
-from groupmixformer.coco import NUMBERS, CocoImages, coco_numbers, collate
-from groupmixformer.detection import Detection, Detector, load_detector, start
-from groupmixformer.recipe import Detector as Settings
-from groupmixformer.recipe import Recipe, read_recipe
-from groupmixformer.scenes import Objects
-from groupmixformer.training import read_metrics, train
+from groupmixformer.tasks.backbone import Backbone, start_from
+from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
+from groupmixformer.cli.main import main
+from groupmixformer.tasks.detection.data import NUMBERS, CocoImages, coco_numbers, collate
+from groupmixformer.tasks.detection.training import Detection, Detector, load_detector, start
+from groupmixformer.training.recipe import Detector as Settings
+from groupmixformer.training.recipe import Recipe, read_recipe
+from groupmixformer.tasks.predictor import Objects
+from groupmixformer.training.trainer import read_metrics, train
 
 ARCHITECTURES = ("retinanet", "faster_rcnn", "mask_rcnn")
 BACKBONES = ("groupmixformer_mobile", "resnet18", "pvt_v2_b0", "coat_lite_tiny")
@@ -742,7 +742,7 @@ def test_processes_measure_what_one_does(shapes, trained, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     fit(shapes, one, *more)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    argv = [*launcher, "-m", "groupmixformer.cli", "train", "nuclei", *options(shapes, two, *more)]
+    argv = [*launcher, "-m", "groupmixformer.cli.main", "train", "nuclei", *options(shapes, two, *more)]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "total batch 4 = 2 images x 2 processes" in done.stderr

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from test_groupmixformer import SIZE, STAGES, relative_error
 
-from groupmixformer import GroupMixFormer, fuse
-from groupmixformer.groupmixformer import checkpoint_filter_fn
+from groupmixformer import GroupMixFormer
+from groupmixformer.models import fuse
+from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FORMS = {
@@ -85,7 +86,7 @@ def test_low_precision_stays_finite(randomise, device, dtype, strength):
 @pytest.mark.parametrize("mode", [None, pytest.param("default", marks=needs_gpu)])
 @pytest.mark.parametrize("train", [False, True])
 def test_it_is_measured(device, mode, train):
-    from groupmixformer.speed import Runner, Settings, measure
+    from groupmixformer.bench.timing import Runner, Settings, measure
 
     settings = Settings(
         train=train, batch_size=2, size=(64, 64), dtype="bf16", compile=mode, device=device, rounds=1, seconds=0.0

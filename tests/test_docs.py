@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.checkpoint import save_checkpoint
-from groupmixformer.cli import main
-from groupmixformer.groupmixformer import checkpoint_filter_fn
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.cli.main import main
+from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,8 +98,8 @@ def test_code_blocks_run(page, workplace):
 
 def test_the_readme_names_commands_that_parse(workplace, capsys):
     """Each `gmf` line of the README is understood: its options exist (the run itself is left out)."""
-    from groupmixformer.cli import _parser
-    from groupmixformer.recipe import read_recipe
+    from groupmixformer.cli.main import _parser
+    from groupmixformer.training.recipe import read_recipe
 
     lines = re.findall(r"^gmf .*$", (ROOT / "README.md").read_text(), re.M)
     assert len(lines) >= 5

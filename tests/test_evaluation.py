@@ -19,9 +19,9 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.checkpoint import save_checkpoint
-from groupmixformer.cli import main
-from groupmixformer.evaluation import BINS, evaluate, per_class, reliability
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.cli.main import main
+from groupmixformer.tasks.classification.metrics import BINS, evaluate, per_class, reliability
 
 DOCS = Path(__file__).parents[1] / "docs" / "evaluate.md"
 
@@ -379,7 +379,7 @@ def test_the_plot_is_a_file_of_its_kind(name, start, checkpoint, pictures, capsy
 
 
 def test_the_diagram_shows_the_bins():
-    from groupmixformer.report import reliability_diagram
+    from groupmixformer.tasks.classification.report import reliability_diagram
 
     found = given(torch.randn(400, 5) * 2, torch.randint(5, (400,)))
     accuracy_axes, count_axes = reliability_diagram(found).axes

@@ -13,16 +13,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from groupmixformer import GroupMixFormer, attention_maps, explanations
-from groupmixformer.backbone import Backbone
-from groupmixformer.checkpoint import save_checkpoint, save_network
-from groupmixformer.cli import main
-from groupmixformer.detection import Detector
-from groupmixformer.explain import class_relevance, overlays
-from groupmixformer.explanations import open_explainer
-from groupmixformer.figures import Row, overlay_figure
-from groupmixformer.inference import View
-from groupmixformer.segmentation import Segmenter
+from groupmixformer import GroupMixFormer
+from groupmixformer import attention_maps
+from groupmixformer.tasks import explainer as explanations
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.cli.main import main
+from groupmixformer.tasks.detection.training import Detector
+from groupmixformer.models.attention_maps import class_relevance, overlays
+from groupmixformer.tasks.explainer import open_explainer
+from groupmixformer.visual.figures import Row, overlay_figure
+from groupmixformer.tasks.classification.predict import View
+from groupmixformer.tasks.segmentation.training import Segmenter
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 1, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
 NAMES = ["cat", "dog", "a house"]
@@ -143,7 +145,7 @@ def test_what_is_not_seen_is_refused(folder):
 @pytest.mark.slow
 def test_a_classifier_is_explained_without_lightning(folder, tmp_path):
     command = ["explain", str(folder / "classifier"), str(folder / "wide.png"), "--out", str(tmp_path)]
-    script = f"import sys; from groupmixformer.cli import main; assert main({command}) == 0; print('lightning' in sys.modules)"
+    script = f"import sys; from groupmixformer.cli.main import main; assert main({command}) == 0; print('lightning' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
 

@@ -15,12 +15,12 @@ from test_cli import error, output
 from test_groupmixformer import STAGES
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.backbone import Backbone
-from groupmixformer.checkpoint import save_checkpoint, save_network
-from groupmixformer.detection import Detector
-from groupmixformer.export import FORMATS, TOLERANCE, Exported, export
-from groupmixformer.export_detector import unlike
-from groupmixformer.segmentation import Segmenter
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.tasks.detection.training import Detector
+from groupmixformer.deploy.export import FORMATS, TOLERANCE, Exported, export
+from groupmixformer.deploy.export_detector import unlike
+from groupmixformer.tasks.segmentation.training import Segmenter
 
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 3}  # quick to export
 NAMES = ["rose", "lily & co", "Löwenzahn"]

@@ -13,11 +13,14 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer, fuse, onednn
-from groupmixformer.backbone import Backbone
-from groupmixformer.detection import Detector
-from groupmixformer.groupmixformer import VARIANTS, Block, SeparableConv, Stem
-from groupmixformer.segmentation import Segmenter
+from groupmixformer import GroupMixAttention
+from groupmixformer import GroupMixFormer
+from groupmixformer.models import fuse
+from groupmixformer.ops import onednn
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.tasks.detection.training import Detector
+from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
+from groupmixformer.tasks.segmentation.training import Segmenter
 
 FOLDED = {"Stem": 1, "SeparableConv": 4, "Block": 6}  # of STAGES
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 6}  # quick to compile

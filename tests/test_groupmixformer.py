@@ -15,8 +15,10 @@ from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
-from groupmixformer.groupmixformer import checkpoint_filter_fn
+from groupmixformer import GroupMixAttention
+from groupmixformer import GroupMixFormer
+from groupmixformer.models import fuse
+from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # Dims, depths and ratios that differ between neighbours, so that a mixed-up index shows.
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}

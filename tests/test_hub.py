@@ -14,10 +14,10 @@ import yaml
 from hub_server import TOKEN, serve
 
 from groupmixformer import GroupMixFormer, load_checkpoint, push_to_hub
-from groupmixformer.checkpoint import load_model, save_checkpoint
-from groupmixformer.cli import main
-from groupmixformer.hub import model_card, write_folder
-from groupmixformer.recipe import read_recipe
+from groupmixformer.models.checkpoint import load_model, save_checkpoint
+from groupmixformer.cli.main import main
+from groupmixformer.deploy.hub import model_card, write_folder
+from groupmixformer.training.recipe import read_recipe
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2.5, 1, 1.5, 3)}
 IMAGES = torch.randn(2, 3, 64, 45, generator=torch.Generator().manual_seed(0))
@@ -268,7 +268,7 @@ def test_offline(run):
 
 SCRIPT = """
 import sys
-from groupmixformer.cli import main
+from groupmixformer.cli.main import main
 run, picture, images, logits = sys.argv[1:]
 assert main(["push", run, "me/photos", "--license", "mit", "--json"]) == 0
 assert main(["predict", "hf-hub:me/photos", picture, "--json"]) == 0
@@ -315,19 +315,19 @@ def test_a_real_run_over_http(photos, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_scenes(task, tmp_path, hub):
-    from groupmixformer.backbone import Backbone
-    from groupmixformer.checkpoint import save_network
+    from groupmixformer.tasks.backbone import Backbone
+    from groupmixformer.models.checkpoint import save_network
 
     backbone = Backbone("groupmixformer_small", {name: list(value) for name, value in STAGES.items()})
     stored = {"name": backbone.name, "arguments": backbone.arguments}
     if task == "detection":
-        from groupmixformer.detection import Detector, load_detector
+        from groupmixformer.tasks.detection.training import Detector, load_detector
 
         settings = {"num_classes": 2, "architecture": "retinanet", "image_size": 64, "max_size": 96, "width": 16}
         made, load, more, column = Detector, load_detector, {"category_ids": [3, 7]}, "val_box_AP"
         pictures = [torch.rand(3, 70, 90)]
     else:
-        from groupmixformer.segmentation import Segmenter, load_segmenter
+        from groupmixformer.tasks.segmentation.training import Segmenter, load_segmenter
 
         settings = {"num_classes": 2, "decoder": "fpn", "image_size": 64, "channels": 64, "auxiliary": False}
         made, load, more, column = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from groupmixformer import modes
+from groupmixformer.ops import dispatch as modes
 
 SEEN = []
 

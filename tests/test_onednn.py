@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer import onednn as module
-from groupmixformer.groupmixformer import Block
-from groupmixformer.onednn import Depthwise, Linear, depthwise, linear
+from groupmixformer.models.groupmixformer import Block
+from groupmixformer.ops.onednn import Depthwise, Linear, depthwise, linear
 
 needs_onednn = pytest.mark.skipif(not module._IS_THERE, reason="needs oneDNN and AVX2")
 

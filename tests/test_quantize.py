@@ -12,10 +12,10 @@ from sklearn.datasets import load_sample_image
 from test_cli import error, output
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.checkpoint import load_checkpoint, save_checkpoint
-from groupmixformer.data import eval_loader, open_images
-from groupmixformer.export import FORMATS, Exported
-from groupmixformer.quantize import BATCH, PICTURES, from_data, from_folder, quantize, verdict
+from groupmixformer.models.checkpoint import load_checkpoint, save_checkpoint
+from groupmixformer.tasks.classification.data import eval_loader, open_images
+from groupmixformer.deploy.export import FORMATS, Exported
+from groupmixformer.deploy.quantize import BATCH, PICTURES, from_data, from_folder, quantize, verdict
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 ABOUT = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": [str(digit) for digit in range(10)]}

@@ -10,7 +10,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
-from groupmixformer import GroupMixFormer, recompute
+from groupmixformer import GroupMixFormer
+from groupmixformer.ops import recompute
 
 MAP = (2, 16, 40, 40)  # above the size from which it pays
 

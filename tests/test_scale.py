@@ -21,10 +21,10 @@ from kill_and_resume import differences, scalars
 from safetensors.torch import load_file
 
 from groupmixformer import load_checkpoint
-from groupmixformer.classification import Classification
-from groupmixformer.cli import main
-from groupmixformer.recipe import read_recipe
-from groupmixformer.training import read_metrics, train
+from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.cli.main import main
+from groupmixformer.training.recipe import read_recipe
+from groupmixformer.training.trainer import read_metrics, train
 
 HELD_OUT = 29  # which no number of processes divides
 STRATEGY = {"torchrun": [], "fsdp": ["--strategy", "fsdp", "--epochs", "1", "--ema", "null"]}  # it takes long on CPUs

@@ -31,13 +31,13 @@ from test_semantic import IDS, NAMES, stored, write_classes, write_pair, write_s
 from torch import nn
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.backbone import Backbone, open_backbone, start_from
-from groupmixformer.checkpoint import load_model, save_checkpoint, save_network
-from groupmixformer.cli import main
-from groupmixformer.recipe import Recipe, read_recipe
-from groupmixformer.segmentation import Segmentation, Segmenter, load_segmenter, segment, start
-from groupmixformer.semantic import IGNORE
-from groupmixformer.training import read_metrics, train
+from groupmixformer.tasks.backbone import Backbone, open_backbone, start_from
+from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
+from groupmixformer.cli.main import main
+from groupmixformer.training.recipe import Recipe, read_recipe
+from groupmixformer.tasks.segmentation.training import Segmentation, Segmenter, load_segmenter, segment, start
+from groupmixformer.tasks.segmentation.data import IGNORE
+from groupmixformer.training.trainer import read_metrics, train
 
 OPTIONS = [
     *("--variant", "test_resnet", "--image_size", "64", "--batch_size", "4", "--epochs", "1", "--workers", "0"),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from groupmixformer.drawing import SIDE, draw_objects, draw_segments
-from groupmixformer.semantic import IGNORE, SemanticImages, collate, confusion_matrix, numbers, palette, train_transform
+from groupmixformer.visual.drawing import SIDE, draw_objects, draw_segments
+from groupmixformer.tasks.segmentation.data import IGNORE, SemanticImages, collate, confusion_matrix, numbers, palette, train_transform
 
 NAMES = ["sky", "road", "car"]
 IDS = np.array([3, 7, 10])  # in the mask files

@@ -21,14 +21,15 @@ import pytest
 import torch
 from PIL import Image
 
-from groupmixformer import GroupMixFormer, serve
-from groupmixformer.backbone import Backbone
-from groupmixformer.checkpoint import save_checkpoint, save_network
-from groupmixformer.cli import main
-from groupmixformer.inference import Classes, most_pixels
-from groupmixformer.pictures import decode
-from groupmixformer.scenes import Objects, Segments
-from groupmixformer.serve import Limits, application, listen, server, service
+from groupmixformer import GroupMixFormer
+from groupmixformer.deploy import serve
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.cli.main import main
+from groupmixformer.tasks.classification.predict import Classes, most_pixels
+from groupmixformer.data.images import decode
+from groupmixformer.tasks.predictor import Objects, Segments
+from groupmixformer.deploy.serve import Limits, application, listen, server, service
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
 NAMES = ["ash", "birch", "cedar", "date", "elm", "fir", "gorse", "holly"]
@@ -267,7 +268,7 @@ def test_the_server_outlives_a_model_that_fails(classes, caplog):
 
 @pytest.fixture(scope="module")
 def segments(tmp_path_factory, randomise):
-    from groupmixformer.segmentation import Segmenter
+    from groupmixformer.tasks.segmentation.training import Segmenter
 
     folder, backbone = tmp_path_factory.mktemp("segmenter"), Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 128}
@@ -278,7 +279,7 @@ def segments(tmp_path_factory, randomise):
 
 
 def detector(folder, architecture):
-    from groupmixformer.detection import Detector
+    from groupmixformer.tasks.detection.training import Detector
 
     backbone = Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16}
@@ -348,7 +349,7 @@ def test_the_command_says_where_it_listens_and_what_is_wrong(run, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_it_is_stopped(run, classes, stop):
-    command = [sys.executable, "-m", "groupmixformer.cli", "serve", str(run), "--port", "0"]
+    command = [sys.executable, "-m", "groupmixformer.cli.main", "serve", str(run), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard) as process:

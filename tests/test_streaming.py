@@ -23,12 +23,13 @@ from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from torch.utils.data import DataLoader
 
-from groupmixformer import sources, streaming
-from groupmixformer.cli import main
-from groupmixformer.data import train_transform
-from groupmixformer.recipe import Augmentation
-from groupmixformer.shards import write_shards
-from groupmixformer.streaming import open_stream
+from groupmixformer.data import sources
+from groupmixformer.data import streaming
+from groupmixformer.cli.main import main
+from groupmixformer.tasks.classification.data import train_transform
+from groupmixformer.training.recipe import Augmentation
+from groupmixformer.data.shards import write_shards
+from groupmixformer.data.streaming import open_stream
 
 CLASSES = {"1": 19, "2": 17, "10": 11}  # pictures for training: 47 in all, which nothing here divides; timm's order
 HELD_OUT = 7  # of each class

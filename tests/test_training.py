@@ -26,15 +26,15 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from groupmixformer import load_checkpoint
-from groupmixformer.checkpoint import load_model
-from groupmixformer.classification import Classification
-from groupmixformer.cli import main
-from groupmixformer.data import ImageData, Pictures, collate, eval_loader, eval_transform, open_images, train_transform
-from groupmixformer.evaluation import evaluate
-from groupmixformer.loading import EvaluationOrder, TrainingOrder
-from groupmixformer.pictures import decode
-from groupmixformer.recipe import Augmentation, Recipe, read_recipe
-from groupmixformer.training import read_metrics, train
+from groupmixformer.models.checkpoint import load_model
+from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.cli.main import main
+from groupmixformer.tasks.classification.data import ImageData, Pictures, collate, eval_loader, eval_transform, open_images, train_transform
+from groupmixformer.tasks.classification.metrics import evaluate
+from groupmixformer.training.loaders import EvaluationOrder, TrainingOrder
+from groupmixformer.data.images import decode
+from groupmixformer.training.recipe import Augmentation, Recipe, read_recipe
+from groupmixformer.training.trainer import read_metrics, train
 
 SMALL = ["--image_size", "32", "--crop_pct", "1.0", "--batch_size", "8", "--workers", "0", "--device", "cpu", "--epochs", "1"]
 TINY = [*SMALL, "--variant", "test_resnet"]  # where the model does not matter

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.checkpoint import save_checkpoint
-from groupmixformer.inference import Classes
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.tasks.classification.predict import Classes
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from groupmixformer import load_checkpoint
-from groupmixformer.cli import main
-from groupmixformer.groupmixformer import VARIANTS
+from groupmixformer.cli.main import main
+from groupmixformer.models.groupmixformer import VARIANTS
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""gmf: the command line."""

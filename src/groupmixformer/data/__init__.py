@@ -1,0 +1,1 @@
+"""Images and streams, whatever the task."""

@@ -1,0 +1,98 @@
+"""Writes a data set as WebDataset shards, which stream from a disk or a URL."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .images import decode
+
+Files = Sequence[tuple[str, int]]  # pictures and their classes
+
+
+def write_shards(
+    folder: Path,
+    splits: Mapping[str, Files],
+    class_names: Sequence[str],
+    out: Path,
+    per_shard: int,
+    seed: int,
+    workers: int,
+    progress: Callable[[Any, str, int], Any],
+) -> dict[str, Any]:
+    """Write pictures as shards that timm's `wds/` reads too: the files as they are, those for training in random order.
+
+    Each picture is decoded to see that it can be, and left out if not. The shards lie in a folder beside `out` that is renamed
+    when it is complete: what was interrupted is begun again.
+
+    Args:
+        folder: Where the pictures lie; they are named relative to it.
+        splits: Pictures of train and validation.
+        class_names: In the order of the classes' numbers.
+        out: Folder to write.
+        per_shard: Pictures in a shard.
+        seed: Of the order of the pictures for training.
+        workers: Threads.
+        progress: Given the shards as they are done, a word for it and their number, it passes them on.
+
+    Returns:
+        The number of pictures in each split, of `shards` and `bytes`, and `skipped`: a line for each picture that was left out.
+
+    Raises:
+        ValueError: If `out` exists and is not empty.
+    """
+    from webdataset import TarWriter
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already: choose another folder with --out")
+    part = out.with_name(out.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    jobs: list[tuple[str, int, Files]] = []
+    for split, files in splits.items():
+        for old in part.glob(f"{split}-[0-9]*.tar"):
+            old.unlink()
+        order = np.random.default_rng(seed).permutation(len(files)) if split == "train" else range(len(files))
+        files = [files[index] for index in order]
+        jobs += [(split, first, files[first : first + per_shard]) for first in range(0, len(files), per_shard)]
+
+    def write(job: tuple[str, int, Files]) -> tuple[str, str, int, list[str]]:
+        split, first, files = job
+        name, skipped = f"{split}-{first // per_shard:06d}.tar", []
+        with (part / name).open("wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
+            for number, (path, label) in enumerate(files, first):
+                content = Path(path).read_bytes()
+                try:
+                    decode(content, path)
+                except ValueError as error:
+                    skipped.append(str(error))
+                    continue
+                suffix = Path(path).suffix[1:].lower().replace("jpeg", "jpg")  # timm looks for jpg, png and webp
+                notes = json.dumps({"filename": os.path.relpath(path, folder), "label": label})
+                shard.write({"__key__": f"{number:08d}", suffix: content, "cls": str(label).encode(), "json": notes.encode()})
+        return split, name, len(files) - len(skipped), skipped
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        done = list(progress(pool.map(write, jobs), "writing shards", len(jobs)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    info: dict[str, Any] = {"class_names": list(class_names), "splits": {}}
+    for split in splits:
+        written = [(name, length) for other, name, length, _ in done if other == split]
+        info["splits"][split] = {
+            "name": split,
+            "num_samples": sum(length for _, length in written),
+            "filenames": [name for name, _ in written],
+            "shard_lengths": [length for _, length in written],
+        }
+    size = sum(path.stat().st_size for path in part.glob("*.tar"))
+    (part / "_info.json").write_text(json.dumps(info, indent=1))
+    if out.exists():
+        out.rmdir()
+    part.rename(out)
+    counts = {split: info["splits"][split]["num_samples"] for split in splits}
+    return {**counts, "shards": len(jobs), "bytes": size, "skipped": [line for *_, lines in done for line in lines]}

@@ -1,0 +1,1 @@
+"""Out of the door: export, quantisation, HTTP, a demo page, the Hub."""

@@ -1,0 +1,209 @@
+"""A page to try runs on: drop a picture, see what is found in it, click a point and see what it attends to.
+
+Nothing is loaded from elsewhere and nothing is sent anywhere: gradio brings its fonts and scripts, and what it would report and
+look up is switched off before it is imported.
+"""
+
+import html
+import io
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image, ImageDraw
+
+from ..models.attention_maps import overlays, suited_stage
+from ..visual.figures import GROUPS, ORANGE
+from ..models.groupmixformer import GroupMixFormer
+from ..tasks.classification.predict import most_pixels
+from ..data.images import IMAGE_SUFFIXES, decode
+
+SIDE = 640  # longer side of a picture on the page
+MEGABYTES = 20  # of an uploaded file
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run sees in a picture.
+
+    Attributes:
+        shown: The picture as the page shows it, with a frame around what the model sees if that is less.
+        classes: Probabilities by name, for a classifier.
+        drawn: The picture with boxes, masks or segments, for other tasks.
+        text: What was found in a line, for other tasks.
+        milliseconds: That the model took, preparing and drawing included.
+    """
+
+    shown: Image.Image
+    classes: dict[str, float] | None
+    drawn: Image.Image | None
+    text: str
+    milliseconds: float
+
+
+def _for_the_page(picture: Image.Image) -> Image.Image:
+    factor = SIDE / max(picture.size)
+    return picture.resize([max(1, round(side * factor)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+class Page:
+    """What the page does, without the page.
+
+    Args:
+        runs: Models by the names of their runs, ready to look at pictures, each with its task.
+    """
+
+    def __init__(self, runs: Mapping[str, tuple[Any, str]]) -> None:
+        self.runs = dict(runs)
+
+    def _read(self, run: str, file: str) -> Image.Image:
+        return decode(Path(file), Path(file).name, most_pixels(*self.runs[run]))
+
+    def predict(self, run: str, file: str) -> Seen:
+        """Look at a picture.
+
+        Raises:
+            ValueError: If it cannot be read; says why in a line.
+        """
+        model, task = self.runs[run]
+        picture = self._read(run, file)
+        start = time.perf_counter()
+        found = model.predict(picture, Path(file).name)
+        milliseconds = 1000 * (time.perf_counter() - start)
+        shown = _for_the_page(picture)
+        if task != "classification":
+            drawn = Image.open(io.BytesIO(next(iter(found.files.values()))))
+            return Seen(shown, None, drawn, found.text, milliseconds)
+        left, top, right, bottom = model.view(shown).frame
+        if max(left, top, shown.width - right, shown.height - bottom) > SIDE / 100:
+            ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=2)
+        classes: dict[str, float] = {}
+        for one in found.result["classes"]:  # ImageNet has two cranes
+            name = f"{one['class']} ({one['index']})" if one["class"] in classes else one["class"]
+            classes[name] = one["probability"]
+        return Seen(shown, classes, None, "", milliseconds)
+
+    def attend(self, run: str, file: str, point: tuple[float, float], stage: int) -> list[tuple[Image.Image, str]]:
+        """Show what a point attends to.
+
+        Args:
+            run: Name of the run.
+            file: The picture.
+            point: Shares of the picture's width and height, from the top left.
+            stage: From 0 to 3.
+
+        Returns:
+            Four pictures of what the model sees, the point marked and the strength of attention laid over, each with the size
+            of the groups that are compared.
+
+        Raises:
+            ValueError: If the run holds no classifier with Group-Mix Attention, or the model does not see this point.
+        """
+        model, task = self.runs[run]
+        if not isinstance(model.model, GroupMixFormer):
+            kind = type(model.model).__name__ if task == "classification" else f"a model for {task}"
+            raise ValueError(f"{run} holds {kind}: attention is shown for classifiers with Group-Mix Attention")
+        picture = self._read(run, file)
+        view = model.view(picture)
+        try:
+            query = view.seen([int(share * side) for share, side in zip(reversed(point), view.original, strict=True)])
+        except ValueError as error:
+            raise ValueError("the model does not see this point: it looks at what is inside the orange frame") from error
+        strengths = overlays(model.model, view.images[0], query, stage).numpy()  # (4, H, W)
+        grey, colors = view.pixels.mean(axis=2, keepdims=True) / 255, mpl.colormaps["viridis"]  # grey: (H, W, 1)
+        return [
+            (_marked(0.35 * grey + 0.65 * colors(strength)[..., :3], query), name)
+            for strength, name in zip(strengths, GROUPS, strict=True)
+        ]
+
+
+def _marked(pixels: np.ndarray[Any, Any], query: Sequence[int]) -> Image.Image:
+    """Enlarge a picture (H, W, 3) of values from 0 to 1 for the page, and mark a pixel of it."""
+    small = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    picture = _for_the_page(small)
+    (y, x), arm = ((at + 0.5) * picture.width / small.width for at in query), SIDE // 30
+    pen = ImageDraw.Draw(picture)
+    for color, wide in (("white", 14), (ORANGE, 8)):
+        pen.line((x - arm, y - arm, x + arm, y + arm), color, wide)
+        pen.line((x - arm, y + arm, x + arm, y - arm), color, wide)
+    return picture
+
+
+def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
+    """Return the page as a web application.
+
+    Args:
+        page: What it does.
+        examples: Files of pictures to try.
+    """
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    import gradio as gr
+
+    names = list(page.runs)
+
+    def refuse(error: ValueError) -> gr.Error:
+        return gr.Error(html.escape(str(error)), print_exception=False)
+
+    def see(run: str, file: str | None) -> list[Any]:
+        if file is None:
+            return [None, gr.Label(None, visible=True), gr.Image(None, visible=False), "", None, None]
+        try:
+            seen = page.predict(run, file)
+        except ValueError as error:
+            raise refuse(error) from error
+        label = gr.Label(seen.classes, visible=seen.classes is not None)
+        drawn = gr.Image(seen.drawn, visible=seen.drawn is not None)
+        return [seen.shown, label, drawn, f"{seen.text}\n\n{seen.milliseconds:.0f} ms", None, None]
+
+    def attend(run: str, file: str | None, stage: int, point: tuple[float, float] | None) -> Any:
+        if file is None or point is None:
+            return None
+        try:
+            return page.attend(run, file, point, stage)
+        except ValueError as error:
+            raise refuse(error) from error
+
+    def click(run: str, file: str | None, stage: int, shown: Any, event: gr.SelectData) -> Any:
+        if None in event.index:  # the picture was still on its way to the browser
+            return gr.skip(), gr.skip()
+        height, width = shown.shape[:2]
+        point = ((event.index[0] + 0.5) / width, (event.index[1] + 0.5) / height)
+        return point, attend(run, file, stage, point)
+
+    with gr.Blocks(title="GroupMixFormer", analytics_enabled=False) as blocks:
+        point = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=240):
+                run = gr.Dropdown(names, value=names[0], label="Run", elem_id="run")
+                suffixes = sorted(IMAGE_SUFFIXES)
+                file = gr.File(label="Picture", file_types=suffixes, height=140, elem_id="file")
+                if examples:
+                    gr.Examples([[str(Path(path).resolve())] for path in examples], [file], label="To try")
+            with gr.Column(scale=3, min_width=280):
+                shown = gr.Image(label="Click a point", interactive=False, buttons=[], height=360, elem_id="shown")
+            with gr.Column(scale=3, min_width=280):
+                label = gr.Label(label="Classes", elem_id="classes")
+                drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
+                said = gr.Markdown(elem_id="said")
+        stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
+        config = getattr(page.runs[names[0]][0], "config", {"input_size": (3, 224, 224)})  # others have no maps to show
+        start = suited_stage(config["input_size"][1:], range(3))
+        stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
+        maps = gr.Gallery(
+            label="Strength of attention to each position", columns=4, height=260, buttons=[], preview=False, elem_id="maps"
+        )
+
+        found, one = [shown, label, drawn, said, point, maps], {"concurrency_id": "model", "api_visibility": "private"}
+        gr.on([file.change, run.change], see, [run, file], found, **one)
+        shown.select(click, [run, file, stage, shown], [point, maps], **one)  # type: ignore[arg-type]
+        stage.change(attend, [run, file, stage, point], maps, **one)  # type: ignore[arg-type]
+    folders = sorted({str(Path(path).resolve().parent) for path in examples})
+    settings: dict[str, Any] = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False}
+    settings |= {"max_file_size": f"{MEGABYTES}mb", "allowed_paths": folders, "enable_monitoring": False, "pwa": False}
+    return gr.mount_gradio_app(FastAPI(docs_url=None, redoc_url=None), blocks, "/", **settings)

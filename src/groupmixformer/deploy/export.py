@@ -1,0 +1,328 @@
+"""Networks as files for other programs: ONNX, torch.export, AOTInductor, OpenVINO.
+
+A file is written under another name, opened again by the program that it is for, and compared with the network on random and
+real pictures of several sizes. Only then does it get its name.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._sympy.value_ranges import ValueRanges
+from torchvision.transforms import v2
+
+from ..models.fuse import fuse
+from ..data.images import find_images, read_image
+
+OPSET = 20  # of ONNX: the first with GELU
+TOLERANCE = 1e-4  # of the largest difference, relative to the largest value
+SIZES = ((32, 32), (97, 129), (160, 224))  # to compare at, beside the network's own
+NAME = "groupmixformer"  # where OpenVINO keeps the metadata
+
+Outputs = Sequence[Tensor]
+
+
+class Exported(nn.Module):
+    """What a file holds: images (batch, channels, height, width), normalised, to a tuple of tensors.
+
+    Args:
+        network: A classifier or segmenter, for logits.
+        features: Give a classifier's maps of strides 4, 8, 16 and 32 instead.
+    """
+
+    def __init__(self, network: nn.Module, features: bool = False) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.features = features
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits alone, or the maps, the finest first."""
+        if self.features:
+            return tuple(self.network.forward_intermediates(images, intermediates_only=True))
+        return (self.network(images),)
+
+
+def to_program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Trace a network, with batch, height and width left open."""
+    free = torch.export.Dim.DYNAMIC
+    return leave_open(torch.export.export(network, (images,), dynamic_shapes=({0: free, 2: free, 3: free},)))
+
+
+def leave_open(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take back conditions that a program does not depend on, which PyTorch states whenever it traces or rewrites one."""
+    # Where it works out memory formats it takes for granted that a map is not 1 x 1, which it is for images of 32 x 32. Nothing
+    # else depends on that: the comparison at that size holds without.
+    program._guards_code = []
+    for symbol, values in program.range_constraints.items():
+        program.range_constraints[symbol] = ValueRanges(1 if values.lower <= 2 else 32, values.upper)
+    return program
+
+
+def save_program(program: torch.export.ExportedProgram, metadata: Mapping[str, str], path: Path) -> None:
+    """Write a program with what is said about it, and without the paths of the source files that it was traced from."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("from_node", None)
+    torch.export.save(program, path, extra_files=dict(metadata))
+
+
+def _write_onnx(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+    program = torch.onnx.export(
+        network,
+        (images,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+        verbose=False,
+    )
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where in which source file it comes from: a fifth of the size of mobile
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+
+
+def _load_onnx(path: Path) -> Callable[[Tensor], Outputs]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+
+
+def _write_pt2(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+    save_program(to_program(network, images), metadata, path)
+
+
+def _load_pt2(path: Path) -> Callable[[Tensor], Outputs]:
+    return torch.export.load(path).module()
+
+
+def _write_aoti(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+    settings = {"aot_inductor.metadata": dict(metadata)}
+    torch._inductor.aoti_compile_and_package(to_program(network, images), package_path=str(path), inductor_configs=settings)
+
+
+def _load_aoti(path: Path) -> Callable[[Tensor], Outputs]:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
+    """Write a model of OpenVINO in float32, with what is said about it."""
+    import openvino
+
+    for key, value in metadata.items():
+        model.set_rt_info(value, [NAME, key])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _write_openvino(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+    import openvino
+
+    model = openvino.convert_model(to_program(network, images))
+    model.inputs[0].tensor.set_names({"images"})
+    for output, name in zip(model.outputs, names, strict=True):
+        output.tensor.set_names({name})
+    save_openvino(model, metadata, path)
+
+
+def _load_openvino(path: Path) -> Callable[[Tensor], Outputs]:
+    import openvino
+
+    # Where the processor has bf16, that is what OpenVINO computes in unless it is told not to.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = openvino.compile_model(path, "CPU", settings)
+    return lambda images: [torch.from_numpy(output.copy()) for output in model(images.numpy()).values()]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file is written and read.
+
+    Attributes:
+        title: What it is called.
+        suffix: How its name must end.
+        write: Takes a fused network, images to trace it with, names of the outputs, metadata and the path.
+        load: Takes the path and gives what computes the outputs, in as many threads as PyTorch has then.
+        packages: What must be installed.
+        data: How the names of further files end that belong to it.
+    """
+
+    title: str
+    suffix: str
+    write: Callable[[nn.Module, Tensor, Sequence[str], Mapping[str, str], Path], None]
+    load: Callable[[Path], Callable[[Tensor], Outputs]]
+    packages: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "onnx": Format(f"ONNX, opset {OPSET}", ".onnx", _write_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "pt2": Format("torch.export program", ".pt2", _write_pt2, _load_pt2),
+    "aoti": Format("AOTInductor package", ".pt2", _write_aoti, _load_aoti),
+    "openvino": Format("OpenVINO IR", ".xml", _write_openvino, _load_openvino, ("openvino",), (".bin",)),
+}
+
+
+def real_picture(folder: Path) -> Image.Image:
+    """Return a picture of the examples in the folder of a run, or a photograph that ships with scikit-learn."""
+    for path in find_images([str(folder / "examples")]) if (folder / "examples").is_dir() else []:
+        return read_image(path)
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+def to_pixels(
+    picture: Image.Image, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Return a picture as normalised images (1, channels, *size); grey for other than three channels."""
+    pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+    pixels = v2.functional.resize(pixels, list(size), antialias=True)
+    if channels != 3:
+        pixels = pixels.mean(dim=0, keepdim=True).expand(channels, -1, -1)
+    return v2.functional.normalize(pixels, list(mean), list(std))[None].contiguous()  # AOTInductor takes that for granted
+
+
+def compared_sizes(input_size: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Return the network's own size and those that every file is tried at."""
+    return list(dict.fromkeys([input_size[1:], *SIZES]))
+
+
+def _difference(got: Outputs, expected: Outputs) -> float:
+    """Return the largest difference relative to the largest value of each output; infinity for other shapes and NaN."""
+    worst = 0.0
+    for one, other in zip(got, expected, strict=True):
+        error = (one - other).abs().max() / other.abs().max() if one.shape == other.shape else torch.tensor(torch.inf)
+        worst = max(worst, torch.nan_to_num(error, nan=torch.inf).item())
+    return worst
+
+
+def first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Leave out what the exporters say about their own code."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _files(path: Path, target: Format) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in (*target.data, target.suffix)]
+
+
+def move_into_place(written: Path, path: Path, target: Format) -> None:
+    """Rename a written file, and those that belong to it first."""
+    for file, name in zip(_files(written, target), _files(path, target), strict=True):
+        file.replace(name)
+
+
+def size_on_disk(path: Path, target: Format) -> int:
+    """Return the bytes of a file and those that belong to it."""
+    return sum(file.stat().st_size for file in _files(path, target))
+
+
+@torch.no_grad()
+def export(
+    network: nn.Module,
+    format: str,
+    path: str | Path,
+    picture: Image.Image,
+    input_size: tuple[int, int, int],
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    names: Sequence[str] = ("logits",),
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write the inference form of a network, in float32 for a CPU, for any batch, height and width, and compare.
+
+    Args:
+        network: An `Exported` in eval mode. It is left as it is.
+        format: One of `FORMATS`.
+        path: The file; its folder is created if need be.
+        picture: A real one to compare on.
+        input_size: Channels, height and width that the network is used at.
+        classes: Their names, in order.
+        mean: Of the pixels, by channel.
+        std: Their standard deviation.
+        names: Of the outputs.
+        progress: Is told what is done.
+
+    Returns:
+        file, format, bytes (of all its files), opset for ONNX, metadata, tolerance, and errors: by size, the largest difference
+        relative to the largest value.
+
+    Raises:
+        ValueError: If the name or the network does not fit the format, or the file is not the same function; then nothing is
+            left of it, and an earlier file of that name is kept.
+        ModuleNotFoundError: If a package that the format needs is missing.
+        OSError: If the file cannot be written.
+    """
+    path, target = Path(path), FORMATS[format]
+    if path.suffix != target.suffix:
+        raise ValueError(f"{path}: expected a name that ends in {target.suffix} for {format}")
+    for package in target.packages:
+        importlib.import_module(package)
+    channels = input_size[0]
+    metadata = {
+        "classes": json.dumps(list(classes)),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+        "input_size": json.dumps(list(input_size)),
+        "layout": "images: float32, contiguous, (batch, channels, height, width), RGB, from 0 to 1, minus mean, divided by std",
+        "outputs": json.dumps(list(names)),
+        "version": importlib.metadata.version(NAME),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder, quietly():
+        written = Path(folder, path.name)
+        progress(f"writing {target.title}")
+        fused = fuse(network)
+        try:
+            target.write(fused, torch.randn(2, channels, *SIZES[1]), names, metadata, written)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{format} cannot carry this network ({first_line(error)})") from error
+        errors = {}
+        try:
+            run = target.load(written)
+            for size in compared_sizes(input_size):
+                progress(f"comparing at {size[0]} x {size[1]}")
+                pixels = to_pixels(picture, channels, size, mean, std)
+                pairs = [(run(images), network(images)) for images in (pixels, torch.randn(3, channels, *size))]
+                errors[f"{size[0]}x{size[1]}"] = max(_difference(got, expected) for got, expected in pairs)
+        except Exception as error:
+            raise ValueError(f"{path}: the written file does not run, so it is removed ({first_line(error)})") from error
+        if max(errors.values()) > TOLERANCE:
+            found = ", ".join(f"{error:.1e} at {size}" for size, error in errors.items())
+            raise ValueError(f"{path}: the file differs from the model by {found}, above {TOLERANCE:g}, so it is removed")
+        size_of_all = size_on_disk(written, target)
+        move_into_place(written, path, target)
+    result = {"file": str(path), "format": format, "bytes": size_of_all, "errors": errors, "tolerance": TOLERANCE}
+    return result | ({"opset": OPSET} if format == "onnx" else {}) | {"metadata": metadata}

@@ -1,0 +1,316 @@
+"""A model behind HTTP: POST a picture, get JSON.
+
+Pictures that arrive together are looked at together. LitServe (0.2.19) does that too, but the queue to its workers has no
+bound, they are processes that it terminates with what still waits for them, and it exports no metrics. What is left to write is
+short: requests wait in one event loop, and one thread runs the model.
+"""
+
+import asyncio
+import base64
+import io
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from ..tasks.classification.predict import Predicted, most_pixels
+from ..data.images import decode
+
+BODY_SECONDS = 30.0  # to send a picture in
+GATHER_SECONDS = 0.005  # that a picture waits for others which are on their way
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes on.
+
+    Attributes:
+        batch: Pictures that the model looks at together.
+        queue: Requests that are taken in and not yet answered; more are turned away.
+        megabytes: Size of a request's body.
+    """
+
+    batch: int = 16
+    queue: int = 64
+    megabytes: int = 20
+
+
+class Histogram:
+    """Counts values up to each of some bounds, as Prometheus does."""
+
+    def __init__(self, name: str, about: str, bounds: Sequence[float]) -> None:
+        self.name, self.about, self.bounds = name, about, bounds
+        self._counts = [0] * len(bounds)
+        self.sum, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        for index, bound in enumerate(self.bounds):
+            self._counts[index] += value <= bound
+        self.sum += value
+        self.count += 1
+
+    def text(self) -> str:
+        """Write it in Prometheus' format."""
+        lines = [f"# HELP {self.name} {self.about}", f"# TYPE {self.name} histogram"]
+        lines += [f'{self.name}_bucket{{le="{bound:g}"}} {n}' for bound, n in zip(self.bounds, self._counts, strict=True)]
+        lines += [
+            f'{self.name}_bucket{{le="+Inf"}} {self.count}',
+            f"{self.name}_sum {self.sum:.6f}",
+            f"{self.name}_count {self.count}",
+        ]
+        return "\n".join(lines)
+
+
+class Service:
+    """A model, the pictures that wait for it, and what is counted.
+
+    Args:
+        prepare: From a file's content to the model's input; runs in several threads.
+        look: From inputs to what was found in each; runs in one thread.
+        limits: What is taken on.
+    """
+
+    def __init__(self, prepare: Callable[[bytes], Any], look: Callable[[list[Any]], list[Predicted]], limits: Limits) -> None:
+        self._prepare, self._look, self._limits = prepare, look, limits
+        self._readers = ThreadPoolExecutor(torch.get_num_threads(), "reader")
+        self._model = ThreadPoolExecutor(1, "model")
+        self._waiting: asyncio.Queue[tuple[Any, asyncio.Future[Predicted]]] = asyncio.Queue()
+        self._inside = 0
+        self._answers: Counter[int] = Counter()
+        self._seconds = Histogram("gmf_request_seconds", "From the arrival of a request to its answer.", SECONDS)
+        self._sizes = Histogram("gmf_batch_pictures", "Pictures that the model looked at together.", SIZES)
+
+    def warm_up(self) -> None:
+        """Look at a grey picture, so that what cannot work fails before anybody waits."""
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
+        self._look([self._prepare(buffer.getvalue())])
+
+    async def answer(self, request: Request) -> Predicted:
+        """Take a request in and wait for what the model finds.
+
+        Raises:
+            HTTPException: If it is turned away; the detail says why in a line.
+        """
+        if self._inside >= self._limits.queue:  # before the body is read, so that the memory is bounded too
+            waiting = f"{self._inside} requests are waiting already: try again later"
+            raise HTTPException(503, waiting, {"Retry-After": "1", "Connection": "close"})
+        self._inside += 1
+        try:
+            content = await self._picture(request)
+            loop = asyncio.get_running_loop()
+            found: asyncio.Future[Predicted] = loop.create_future()
+            self._waiting.put_nowait((await loop.run_in_executor(self._readers, self._prepare, content), found))
+            return await found
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        finally:
+            self._inside -= 1
+
+    async def _picture(self, request: Request) -> bytes:
+        """Read the picture of a request: its body, or the file of a form."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        form = kind == "multipart/form-data"
+        if not (form or kind.startswith("image/") or kind == "application/octet-stream"):
+            expected = "expected a picture as the body (Content-Type: image/...) or as the file of a multipart form"
+            raise HTTPException(415, f"got Content-Type {kind or 'of no kind'}, {expected}", {"Connection": "close"})
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._body(request)
+        except TimeoutError:
+            raise HTTPException(408, f"the picture took over {BODY_SECONDS:g} s to arrive", {"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the client went away") from None
+        if not form:
+            return body
+
+        async def replay() -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        async with Request(request.scope, replay).form(max_files=1) as fields:  # raises HTTPException 400 itself
+            file = next((value for value in fields.values() if isinstance(value, UploadFile)), None)
+            if file is None:
+                raise HTTPException(400, "got a form without a file, expected one with a picture")
+            return await file.read()
+
+    async def _body(self, request: Request) -> bytes:
+        most = self._limits.megabytes * 1_000_000
+        too_large = HTTPException(413, f"the request is over {self._limits.megabytes} MB", {"Connection": "close"})
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise too_large
+        return bytes(body)
+
+    async def _gather(self) -> list[tuple[Any, asyncio.Future[Predicted]]]:
+        """Wait for a picture, and for a moment for others if there are requests on their way."""
+        batch = [await self._waiting.get()]
+        try:
+            async with asyncio.timeout(GATHER_SECONDS):
+                while len(batch) < min(self._limits.batch, self._inside):
+                    batch.append(await self._waiting.get())
+        except TimeoutError:
+            pass
+        return batch
+
+    async def work(self) -> None:
+        """Look at what waits, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = await self._gather()
+            try:
+                found = await loop.run_in_executor(self._model, self._look, [image for image, _ in batch])
+            except Exception as error:  # the next picture may be another matter
+                for _, future in batch:
+                    if not future.done():  # whoever waited may have been cancelled
+                        future.set_exception(error)
+                continue
+            self._sizes.add(len(batch))
+            for (_, future), one in zip(batch, found, strict=True):
+                if not future.done():
+                    future.set_result(one)
+
+    def count(self, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self._answers[status] += 1
+        self._seconds.add(seconds)
+
+    def metrics(self) -> str:
+        """Write what was counted in Prometheus' format."""
+        lines = ["# HELP gmf_requests_total Answers by HTTP status.", "# TYPE gmf_requests_total counter"]
+        lines += [f'gmf_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._answers.items())]
+        lines += ["# HELP gmf_queue_length Requests that are taken in and not yet answered.", "# TYPE gmf_queue_length gauge"]
+        lines += [f"gmf_queue_length {self._inside}", self._seconds.text(), self._sizes.text()]
+        return "\n".join(lines) + "\n"
+
+
+def service(model: Any, task: str, limits: Limits, score: float = 0.5) -> Service:
+    """Return the service of a model: classifiers look at several pictures at once, others at one.
+
+    Args:
+        model: `inference.Classes`, or one of scenes.py.
+        task: Of the model.
+        limits: What it takes on.
+        score: For detection, the least of an object that is listed.
+    """
+    most = most_pixels(model, task)
+    if task == "classification":
+        return Service(
+            lambda content: model.transform(decode(content, "picture", most)),
+            lambda images: [model.ranked(row) for row in model.probabilities(torch.stack(images))],
+            limits,
+        )
+    # Decoded where it is looked at, so that large pictures do not wait in the memory.
+    return Service(
+        lambda content: content,
+        lambda files: [_with_masks(model.predict(decode(content, "picture", most), score=score), model) for content in files],
+        Limits(1, limits.queue, limits.megabytes),
+    )
+
+
+def _with_masks(found: Predicted, model: Any) -> Predicted:
+    """Add masks to a result: a segmenter's as a PNG of the data set's numbers, an object's in COCO's run lengths."""
+    if "-mask.png" in found.files:
+        numbers = dict(zip(model.class_names, model.config["class_ids"], strict=True))
+        found.result["numbers"] = {name: numbers[name] for name in found.result["shares"]}
+        found.result["mask"] = base64.b64encode(found.files["-mask.png"]).decode()
+    for thing, stored in zip(found.result.get("objects", []), found.results, strict=False):  # both begin with the best
+        if "segmentation" in stored:
+            thing["mask"] = stored["segmentation"]
+    return found
+
+
+def application(serving: Service, name: str, task: str) -> FastAPI:
+    """Return the routes: POST /predict, GET /health and /metrics.
+
+    Args:
+        serving: Gives the answers.
+        name: Of the model, for answers.
+        task: Of the model.
+    """
+
+    @asynccontextmanager
+    async def working(_: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(serving.work())
+        yield
+        worker.cancel()
+
+    # No pages of documentation: they load scripts from elsewhere.
+    app = FastAPI(title="gmf serve", lifespan=working, docs_url=None, redoc_url=None)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> JSONResponse:
+        start = time.perf_counter()
+        try:
+            found = await serving.answer(request)
+            milliseconds = round(1000 * (time.perf_counter() - start), 2)
+            response = JSONResponse({**found.result, "model": name, "task": task, "milliseconds": milliseconds})
+        except HTTPException as refused:
+            response = JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            logging.getLogger(__name__).error("gmf serve: the model failed: %s: %s", type(error).__name__, lines[0])
+            response = JSONResponse({"error": f"the model failed: {type(error).__name__}"}, 500)
+        serving.count(response.status_code, time.perf_counter() - start)
+        return response
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"ready": True, "model": name, "task": task}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(serving.metrics(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Open a port; 0 takes one that is free.
+
+    Returns:
+        The socket and its address for a browser.
+
+    Raises:
+        ValueError: If there is no such host or the port is taken.
+    """
+    try:
+        opened = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {host} port {port}: {error}: choose others with --host and --port") from error
+    shown = f"[{host}]" if ":" in host else host
+    return opened, f"http://{shown}:{opened.getsockname()[1]}"
+
+
+def server(app: FastAPI, patience: int | None = None) -> uvicorn.Server:
+    """Return what serves until SIGTERM or Ctrl-C, and then answers what was taken in: ``server(app).run([socket])``.
+
+    Args:
+        app: The routes.
+        patience: Seconds after which connections are cut, without a word, when it is stopped; none by default.
+    """
+    config = uvicorn.Config(
+        app, log_level="critical" if patience else "warning", access_log=False, timeout_graceful_shutdown=patience
+    )
+    return uvicorn.Server(config)

@@ -1,0 +1,1 @@
+"""The paper: the network, its checkpoints, its inference form, its attention maps."""

@@ -1,0 +1,713 @@
+"""GroupMixFormer: a hierarchical vision backbone with Group-Mix Attention, in one file.
+
+Paper: "Advancing Vision Transformers with Group-Mix Attention" (Ge et al., 2023), https://arxiv.org/abs/2311.15157
+
+Self-attention compares single tokens. Group-Mix Attention (GMA, Sec. 3) also compares *groups* of tokens: the channels of
+Q, K and V are cut into segments, a segment is aggregated over 3 x 3, 5 x 5 or 7 x 7 neighbours into *group proxies*, and
+attention runs over single tokens and proxies alike. The attention is factorised, softmax(K)^T V first, so its cost is
+linear in the number of tokens.
+
+The function is that of the authors' release, weight for weight. What differs:
+- Sizes come from the tensors, so any H, W >= 32 works. The release assumes H and W to be multiples of 32.
+- Tokens lie in memory as (B, H, W, D) from stem to head, which PyTorch calls channels_last: convolutions and linear layers
+  read the same tensor, and `permute` below is a view. The release copies between two layouts several times a block.
+- Modules have the paper's or timm's names. `checkpoint_filter_fn` renames the release's parameters, one to one.
+
+Letters: B batch, H x W feature map, N = H * W tokens, D width of a stage, C = D / 5 width of a segment.
+Every module takes and returns (B, D, H, W).
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    calculate_drop_path_rates,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from ..ops import triton_kernels as kernels
+from ..ops import dispatch as modes
+from ..ops import recompute
+from ..ops.onednn import Depthwise, Linear, depthwise
+
+__all__ = ["GroupMixAttention", "GroupMixFormer"]
+
+
+@torch.fx.wrap
+def _check_images(x: Tensor, in_chans: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:
+        raise ValueError(
+            f"got an input of shape {list(x.shape)}, expected (batch, {in_chans}, height, width) with height and width "
+            "of at least 32: resize or pad the images, or create the model with another in_chans"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"got an input of type {x.dtype}, expected floating point: convert the images and normalise them")
+
+
+@torch.fx.wrap
+def _check_map(x: Tensor, dim: int) -> None:
+    if x.dim() != 4 or x.shape[1] != dim:
+        raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
+
+
+class _Lean(nn.Sequential):
+    """Modules in turn that end in a norm and an activation, whose results no training step keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run them."""
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+        else:
+            *convolutions, norm, act = self
+            for convolution in convolutions:
+                x = convolution(x)
+            x = recompute.run([norm, act], x)
+        return x
+
+
+class SeparableConv(_Lean):
+    """Depthwise k x k and pointwise convolution, BN, Hardswish. (B, D_in, H, W) -> (B, D_out, ceil(H/s), ceil(W/s))."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, device: Any = None, dtype: Any = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            OrderedDict(
+                depthwise=Depthwise(in_dim, kernel_size, stride, **dd),
+                pointwise=nn.Conv2d(in_dim, out_dim, 1, bias=False, **dd),
+                norm=nn.BatchNorm2d(out_dim, **dd),
+                act=nn.Hardswish(),
+            )
+        )
+
+
+class NonAttention(_Lean):
+    """The branch without attention: mixes the last segments of Q, K and V locally. (B, 3C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            OrderedDict(
+                depthwise=Depthwise(3 * dim, 3, **dd),
+                pointwise=nn.Conv2d(3 * dim, dim, 1, bias=False, **dd),
+                norm=LayerNorm2d(dim, eps=1e-5, **dd),
+                act=nn.Hardswish(),
+            )
+        )
+
+
+class ConvRelativePosition(nn.Module):
+    """Kernels of the convolutional relative position encoding (CoaT, arXiv 2104.06399).
+
+    Of the 8 heads, 2 have a 3 x 3 kernel per channel, 3 a 5 x 5 and 3 a 7 x 7. Segments hold 2 heads each, so the third
+    segment has one head of 5 x 5 and one of 7 x 7.
+    """
+
+    def __init__(self, head_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        two, three = 2 * head_dim, 3 * head_dim
+        self.head_dim = head_dim
+        self.conv3 = nn.Conv2d(two, two, 3, padding=1, groups=two, **dd)
+        self.conv5 = nn.Conv2d(three, three, 5, padding=2, groups=three, **dd)
+        self.conv7 = nn.Conv2d(three, three, 7, padding=3, groups=three, **dd)
+
+    def kernels(self) -> list[tuple[Tensor, Tensor]]:
+        """Return weight (C, 1, k, k) and bias (C) for each of the four segments."""
+        one, two = self.head_dim, 2 * self.head_dim
+        bias3, bias5, bias7 = self.conv3.bias, self.conv5.bias, self.conv7.bias
+        assert bias3 is not None and bias5 is not None and bias7 is not None  # for TorchScript
+        mixed = torch.cat([F.pad(self.conv5.weight[two:], (1, 1, 1, 1)), self.conv7.weight[:one]])  # (C, 1, 7, 7)
+        return [
+            (self.conv3.weight, bias3),
+            (self.conv5.weight[:two], bias5[:two]),
+            (mixed, torch.cat([bias5[two:], bias7[:one]])),
+            (self.conv7.weight[one:], bias7[one:]),
+        ]
+
+
+@torch.fx.wrap
+def scale_within_heads(scale: float, segment_dim: int, like: Tensor) -> Tensor:
+    """Return (C, C) with `scale` within each of the two heads of a segment and 0 between them.
+
+    One matrix product serves both heads then: what crosses them is multiplied by zero.
+    """
+    head = torch.arange(segment_dim, device=like.device) // (segment_dim // 2)
+    return (head[:, None] == head).to(like.dtype) * scale
+
+
+@torch.fx.wrap
+def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+    """Attention of the two heads of one segment, with position encoding (Sec. 3): scale Q softmax(K)^T V + Q * conv(V).
+
+    Args:
+        qkv: Q, K and V stacked along the batch (3B, C, H, W). The softmax of K is taken over the tokens.
+        weight: Depthwise kernels of the position encoding (C, 1, k, k).
+        bias: Its bias (C).
+        scale: Factor of the attention, not of the position encoding: (C, C), see `scale_within_heads`.
+
+    Returns:
+        (B, N, C).
+    """
+    B = qkv.shape[0] // 3
+    q, k, v = qkv.split([B, B, B])  # 3 x (B, C, H, W)
+    position = depthwise(v, weight, bias).flatten(2).transpose(1, 2)  # (B, N, C)
+    q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
+    context = (k.softmax(dim=1).transpose(1, 2) @ v) * scale  # (B, C, C)
+    return torch.addcmul(q @ context, q, position)
+
+
+@torch.jit.unused
+def _takes_kernels(x: Tensor) -> bool:
+    return kernels.WANTED and modes.is_at_once_or_compiled() and kernels.served(x) and x.numel() > 0
+
+
+class GroupMixAttention(nn.Module):
+    """Group-Mix Attention over a feature map (Sec. 3). (B, D, H, W) -> (B, D, H, W).
+
+    Works on any feature map and can stand in for another attention; it has no normalisation before it and no residual.
+    Feed it memory in ``torch.channels_last`` to spare a copy.
+
+    Args:
+        dim: Width D, a multiple of 10: five segments, of which four hold two heads each.
+
+    Raises:
+        ValueError: If `dim` is not a positive multiple of 10, or the input is not (B, `dim`, H, W).
+    """
+
+    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+        if dim <= 0 or dim % 10:
+            raise ValueError(f"got dim={dim}, expected a positive multiple of 10 (5 segments, 8 heads over 4 of them)")
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        segment_dim = dim // 5
+        self.head_dim = dim // 10
+        self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        # Segment 0 keeps single tokens. One aggregator serves Q, K and V.
+        single = OrderedDict(norm=nn.BatchNorm2d(segment_dim, **dd), act=nn.Hardswish())
+        self.aggregators = nn.ModuleList(
+            [_Lean(single), *(SeparableConv(segment_dim, segment_dim, k, **dd) for k in (3, 5, 7))]
+        )
+        self.non_attention = NonAttention(segment_dim, **dd)
+        self.position = ConvRelativePosition(self.head_dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
+
+    def group_proxies(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return Q, K, V of the four attention segments and the input of the non-attention branch.
+
+        Args:
+            x: Feature map (B, D, H, W).
+
+        Returns:
+            Four tensors (3B, C, H, W), for single tokens and groups of 3 x 3, 5 x 5 and 7 x 7, with Q, K and V stacked
+            along the batch, so that in training each BN sees the joint statistics of all three; and one (B, 3C, H, W).
+        """
+        B, D, H, W = x.shape
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5)
+        segments = qkv.permute(4, 3, 0, 1, 2, 5).unbind(0)  # 5 x (3, B, H, W, C)
+        proxies = []
+        for i, aggregator in enumerate(self.aggregators):
+            # Of a single image `flatten` makes no copy, and convolutions would leave the layout.
+            segment = segments[i].flatten(0, 1).contiguous().permute(0, 3, 1, 2)  # (3B, C, H, W)
+            proxies.append(aggregator(segment))
+        local = segments[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
+        return proxies, local
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend. `x` and the result are (B, D, H, W)."""
+        _check_map(x, self.dim)
+        if not torch.jit.is_scripting() and _takes_kernels(x) and self._suits_kernels():
+            return self._forward_kernels(x)
+        B, D, H, W = x.shape
+        proxies, local = self.group_proxies(x)
+        scale = scale_within_heads(self.scale, D // 5, proxies[0])
+        mixed = []
+        for qkv, (weight, bias) in zip(proxies, self.position.kernels()):  # noqa: B905 (TorchScript has no strict=)
+            mixed.append(factorised_attention(qkv, weight, bias, scale))  # (B, N, C)
+        local = self.non_attention(local)  # (B, C, H, W)
+        mixed.append(local.flatten(2).transpose(1, 2))
+        return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
+
+    @torch.jit.unused
+    def _suits_kernels(self) -> bool:
+        """Tell whether it is narrow enough, and no adapter or hook is on what the kernels would run past."""
+        if self.dim > 5 * kernels.WIDEST:
+            return False
+        aggregators: Any = self.aggregators
+        for aggregator in aggregators[1:]:
+            for module, kind in ((aggregator, SeparableConv), (aggregator[0], Depthwise)):
+                hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+                if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
+                    return False
+        return True
+
+    @torch.jit.unused
+    def _forward_kernels(self, x: Tensor) -> Tensor:
+        """Do the same with the fused kernels, which take the four segments together."""
+        B, D, H, W = x.shape
+        C = D // 5
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
+        single, groups, local = qkv.split((1, 3, 1), dim=4)  # of split, unlike of slices, the gradient is one copy
+        aggregators: Any = self.aggregators
+        norm_and_act, *separable = aggregators
+        taps = kernels.join_taps([s.depthwise.weight for s in separable])
+        grouped = kernels.aggregate_groups(groups.permute(4, 3, 0, 1, 2, 5), taps)  # (3, 3, B, H, W, C)
+        stacked = single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).contiguous()  # see `group_proxies`
+        proxies = [norm_and_act(stacked.permute(0, 3, 1, 2))]  # (3B, C, H, W)
+        for (_, pointwise, norm, act), group in zip(separable, grouped.flatten(1, 2), strict=True):
+            proxies.append(recompute.run([norm, act], pointwise(group.permute(0, 3, 1, 2))))  # (3B, C, H, W)
+        local = self.non_attention(local.flatten(3).permute(0, 3, 1, 2))  # (B, C, H, W)
+        position, biases = zip(*self.position.kernels(), strict=True)
+        maps = [proxy.permute(0, 2, 3, 1).unflatten(0, (3, B)) for proxy in proxies]  # 4 x (3, B, H, W, C)
+        position_taps, bias = kernels.join_taps(position), torch.stack(biases)
+        mixed = kernels.attend(maps, local.permute(0, 2, 3, 1), position_taps, bias, self.scale)  # (B, H, W, D)
+        return self.proj(mixed).permute(0, 3, 1, 2)  # (B, D, H, W)
+
+
+class Mlp(nn.Module):
+    """Two linear layers over the channels with GELU (exact, by erf) between. (B, D, H, W) -> (B, D, H, W)."""
+
+    def __init__(self, dim: int, hidden_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, H, W)."""
+        x = self.fc1(x.permute(0, 2, 3, 1))  # (B, H, W, hidden)
+        if torch.jit.is_scripting():
+            x = self.act(x)
+        else:
+            x = recompute.run([self.act], x)
+        return self.fc2(x).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Convolutional position encoding, Group-Mix Attention and MLP, each with a residual. (B, D, H, W) -> same."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.attn = GroupMixAttention(dim, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, H, W)."""
+        x = x + self.cpe(x)
+        if torch.jit.is_scripting():
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        else:
+            x = x + self.drop_path1(self.attn(recompute.run([self.norm1], x)))
+            x = x + self.drop_path2(self.mlp(recompute.run([self.norm2], x)))
+        return x
+
+
+class Stem(nn.Module):
+    """Two 3 x 3 convolutions of stride 2. (B, in_chans, H, W) -> (B, D, ceil(H/4), ceil(W/4)), channels_last.
+
+    Raises:
+        ValueError: If the images do not have `in_chans` channels, a side is under 32, or they are not floating point.
+    """
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.act1 = nn.Hardswish()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.act2 = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, ceil(H/4), ceil(W/4))."""
+        _check_images(x, self.in_chans)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.act1(self.norm1(self.conv1(x)))
+        return self.act2(self.norm2(self.conv2(x)))
+
+
+class Stage(nn.Module):
+    """Patch embedding, then blocks; no norm after them. (B, D_in, H, W) -> (B, D, ceil(H/s), ceil(W/s))."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        stride: int,
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.patch_embed = SeparableConv(in_dim, dim, 3, stride, **dd)
+        self.blocks = nn.Sequential(*(Block(dim, mlp_ratio, rate, **dd) for rate in drop_path))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, ceil(H/s), ceil(W/s))."""
+        if torch.jit.is_scripting():
+            x = self._forward(x)
+        else:
+            with recompute.scope():
+                x = self._forward(x)
+        return x
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = recompute.checkpoint([block], x)
+            else:
+                x = block(x)
+        return x
+
+
+class GroupMixFormer(nn.Module):
+    """The network (Sec. 3): a stem and stages at strides 4, 8, 16, 32.
+
+    Args:
+        in_chans: Channels of the input images.
+        num_classes: Size of the classifier; 0 for none.
+        global_pool: Pooling before the classifier: 'avg' (as trained), 'max', 'avgmax', 'catavgmax' or '' for none.
+        embed_dims: Width of each stage, multiples of 10.
+        depths: Blocks of each stage.
+        mlp_ratios: Hidden width of the MLP over the stage's width, per stage.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 over all blocks.
+
+    Raises:
+        ValueError: If the stages' settings differ in number or a width is not a multiple of 10.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (80, 160, 320, 320),
+        depths: Sequence[int] = (2, 4, 12, 4),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not len(embed_dims) == len(depths) == len(mlp_ratios) > 0:
+            raise ValueError(
+                f"got {len(embed_dims)} embed_dims, {len(depths)} depths and {len(mlp_ratios)} mlp_ratios, "
+                "expected one of each per stage"
+            )
+        dd = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = embed_dims[-1]
+
+        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path: list[Any] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        self.feature_info = []
+        in_dim = embed_dims[0]
+        for i, (dim, mlp_ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
+            stages.append(Stage(in_dim, dim, 1 if i == 0 else 2, mlp_ratio, drop_path[i], **dd))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            in_dim = dim
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(self.num_features, **dd)
+        self.head = self._head(num_classes, global_pool, drop_rate, **dd)
+        self.apply(self._init_weights)
+
+    def _head(self, num_classes: int, pool_type: str, drop_rate: float, **dd: Any) -> ClassifierHead:
+        head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
+        return head
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        # Convolutions and norms keep PyTorch's default, as in the release.
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, other than biases and norms, to keep from weight decay: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^stages\.(\d+)\.patch_embed", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one of `num_classes` (0: none); `global_pool` None keeps the pooling."""
+        self.num_classes = num_classes
+        pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
+        weight = self.stem.conv1.weight
+        self.head = self._head(num_classes, pool_type, self.head.drop.p, device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what comes after the last of the stages `indices`; return their positive indices."""
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        prune_end = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_end or prune_norm:
+            self.norm = nn.Identity()  # type: ignore[assignment]
+        if prune_end:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_end or prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, list[int]]] = None,  # noqa: UP007, UP045 (TorchScript)
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:  # noqa: UP007
+        """Return the maps after chosen stages.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Stages to return: the last n if an int, all if None.
+            norm: Apply the final BN to the last stage's map.
+            stop_early: Do not run stages after the last one asked for.
+            output_fmt: 'NCHW', the only format.
+            intermediates_only: Return only the maps, not the result of `forward_features`.
+
+        Returns:
+            The result of `forward_features`, unless left out, and the maps (B, D_i, ceil(H/2^(i+2)), ceil(W/2^(i+2))).
+        """
+        assert output_fmt == "NCHW", f"output_fmt must be NCHW, not {output_fmt}"
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        final = len(self.stages) - 1
+        intermediates = []
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
+            stages = self.stages
+        else:
+            stages = self.stages[: last + 1]
+        stage_index = 0
+        for stage_index, stage in enumerate(stages):
+            x = stage(x)
+            if stage_index in take_indices:
+                intermediates.append(self.norm(x) if norm and stage_index == final else x)
+        if intermediates_only:
+            return intermediates
+        if stage_index == final:
+            x = self.norm(x)
+        return x, intermediates
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> last map after BN (B, D, ceil(H/32), ceil(W/32))."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map of `forward_features` -> logits (B, num_classes), or pooled features with `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+# Parameter names of the release and here, applied in this order.
+_RELEASED_NAMES = (
+    (r"^conv_stem\.proj", "stem.conv"),
+    (r"^conv_stem\.", "stem."),
+    (r"^patch_embed_layers\.(\d+)\.(proj\.)?", r"stages.\1.patch_embed."),
+    (r"^groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.cpe\.proj\.", ".cpe."),
+    (r"\.att\.aggregator\.agg0\.(conv\.)?", ".attn.non_attention."),
+    (r"\.att\.aggregator\.norm(\d)\.", r".attn.aggregators.\1.norm."),
+    (r"\.att\.aggregator\.agg(\d)\.", r".attn.aggregators.\1."),
+    (r"\.att\.crpe\.conv_list\.0\.", ".attn.position.conv3."),
+    (r"\.att\.crpe\.conv_list\.1\.", ".attn.position.conv5."),
+    (r"\.att\.crpe\.conv_list\.2\.", ".attn.position.conv7."),
+    (r"\.att\.", ".attn."),
+    (r"(patch_embed|aggregators\.\d|non_attention)\.conv1\.", r"\1.depthwise."),
+    (r"\.pointwise_conv\.", ".pointwise."),
+    (r"^norm4\.", "norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Rename the parameters of a released checkpoint; leave a checkpoint of this package as it is.
+
+    Args:
+        state_dict: Tensors by name. A released training checkpoint's ``{"model": state_dict, ...}`` is unpacked.
+        model: Not needed; timm passes it.
+    """
+    state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
+    if "conv_stem.proj1.weight" not in state_dict:
+        return state_dict
+    renamed = {}
+    for name, tensor in state_dict.items():
+        for pattern, ours in _RELEASED_NAMES:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, 32, 32),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,  # resize to 256, crop 224
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2311.15157",
+        "paper_name": "Advancing Vision Transformers with Group-Mix Attention",
+        "origin_url": "https://github.com/AILab-CVC/GroupMixFormer",
+        **kwargs,
+    }
+
+
+# The release's weights lie behind links that need a browser, so there is no url: pass a path, see checkpoint.py.
+default_cfgs = generate_default_cfgs(
+    {
+        "groupmixformer_mobile": _cfg(),
+        "groupmixformer_tiny": _cfg(),
+        "groupmixformer_small": _cfg(),
+        "groupmixformer_base": _cfg(),
+        "groupmixformer_large": _cfg(),
+        "groupmixformer_large_384": _cfg(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+    }
+)
+
+
+# Widths, depths and MLP ratios of the stages.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "groupmixformer_mobile": {"embed_dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
+    "groupmixformer_tiny": {"embed_dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
+    "groupmixformer_small": {"embed_dims": (80, 160, 320, 320), "depths": (2, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)},
+    "groupmixformer_base": {"embed_dims": (200, 240, 320, 480), "depths": (8, 8, 12, 8), "mlp_ratios": (2, 2, 4, 4)},
+    # As the release configures it, with the remark "need to adjust": 71.8 M parameters and 38.3 GMACs where the paper says
+    # 70.3 M and 36.1. `groupmixformer.load_checkpoint` reads the widths and depths from the file instead.
+    "groupmixformer_large": {"embed_dims": (240, 320, 360, 480), "depths": (8, 10, 30, 10), "mlp_ratios": (4, 4, 2, 2)},
+}
+VARIANTS["groupmixformer_large_384"] = VARIANTS["groupmixformer_large"]
+
+# ImageNet-1K top-1 in percent, as published in the paper.
+PUBLISHED_TOP1 = {
+    "groupmixformer_mobile": 79.6,
+    "groupmixformer_tiny": 82.6,
+    "groupmixformer_small": 83.4,
+    "groupmixformer_base": 84.7,
+    "groupmixformer_large": 85.0,
+    "groupmixformer_large_384": 86.2,
+}
+
+
+def _create_groupmixformer(variant: str, pretrained: bool, **kwargs: Any) -> GroupMixFormer:
+    return build_model_with_cfg(
+        GroupMixFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def groupmixformer_mobile(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-M, 5.7 M parameters, 1.4 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_mobile", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-T, 11.0 M parameters, 3.7 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-S, 22.4 M parameters, 5.2 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_small", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-B, 45.8 M parameters, 17.6 GMACs at 224."""
+    return _create_groupmixformer("groupmixformer_base", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-L as the release configures it, 71.8 M parameters, 38.3 GMACs at 224; see `VARIANTS`."""
+    return _create_groupmixformer("groupmixformer_large", pretrained, **kwargs)
+
+
+@register_model
+def groupmixformer_large_384(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """`groupmixformer_large` for images of 384 x 384."""
+    return _create_groupmixformer("groupmixformer_large_384", pretrained, **kwargs)

@@ -1,0 +1,206 @@
+"""Layers that a CPU computes faster than PyTorch has it do, by asking oneDNN in another way. Elsewhere they are PyTorch's.
+
+- Products of linear layers in float32 PyTorch leaves to MKL; large ones of oneDNN are faster where this was measured, and take
+  the activation along, which the fused form makes use of.
+- Gradients of depthwise kernels: oneDNN has a fast one for kernels that are up to three columns wide; wider ones take its
+  general path, which is several times slower. The columns of a gradient do not depend on each other, so that of a wide kernel
+  is put together from those of narrow ones, over shifted maps.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+from torch.utils.flop_counter import register_flop_formula
+
+from . import dispatch as modes
+
+__all__ = ["Depthwise", "Linear", "depthwise", "linear"]
+
+_IS_THERE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_HAS_BFLOAT16 = _IS_THERE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Multiply-adds from which oneDNN's product is the faster one: its call takes longer.
+_LARGE = 2**21
+_ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return result
+
+
+@torch.library.custom_op("groupmixformer::linear", mutates_args=())
+def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return _product(x, weight, bias, activation)  # Inductor would take MKL's, and stumbles over oneDNN's own operator
+
+
+@_compiled_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _operations(shape: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * math.prod(shape) * out_shape[-1]
+
+
+if _IS_THERE:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_operations)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias, "none")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)  # (N, D_out)
+        return (
+            linear(grad, weight.t()) if to_x else None,
+            rows.t() @ x.flatten(0, -2) if to_weight else None,  # MKL is no slower here
+            rows.sum(0) if to_bias else None,
+        )
+
+
+def _has_faster_product(x: Tensor, weight: Tensor, has_gradient: bool) -> bool:
+    at_once = modes.is_at_once()
+    return (
+        _IS_THERE
+        and isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and at_once and not has_gradient))
+        and type(weight) in (Tensor, nn.Parameter)  # not quantised or spread over devices
+        and not torch.is_autocast_enabled("cpu")
+        and (at_once or (modes.is_at_once_or_compiled() and not has_gradient))
+        and x.numel() * weight.shape[0] >= _LARGE  # at last, or it becomes a limit of an exported program
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """Apply a linear layer and an activation.
+
+    Args:
+        x: (..., D_in), at least two dimensions.
+        weight: (D_out, D_in).
+        bias: (D_out).
+        activation: 'gelu', 'hardswish' or 'none'.
+
+    Returns:
+        (..., D_out).
+    """
+    given = [tensor for tensor in (x, weight, bias) if isinstance(tensor, Tensor)]  # no proxy of torch.fx
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if not _has_faster_product(x, weight, has_gradient):
+        return _ACTIVATIONS[activation](F.linear(x, weight, bias))
+    if torch.compiler.is_compiling():
+        return _compiled_product(x, weight, bias, activation)
+    if has_gradient:
+        return _ACTIVATIONS[activation](_Linear.apply(x, weight, bias))
+    return _product(x, weight, bias, activation)
+
+
+class Linear(nn.Linear):
+    """A linear layer. (..., D_in) -> (..., D_out)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., D_out)."""
+        if torch.jit.is_scripting():
+            x = F.linear(input, self.weight, self.bias)
+        else:
+            x = linear(input, self.weight, self.bias)
+        return x
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient (C, 1, k, k) of a kernel, three columns at a time. `grad` and `x` are (B, C, H, W)."""
+    k = weight.shape[-1]
+    columns = []
+    for first in range(0, k - 2, 2):
+        left, right = k // 2 - first, first + 2 - k // 2  # of what three columns reach; negative where the map is cut
+        both = max(0, min(left, right))
+        shifted = F.pad(x, (left - both, right - both)) if left != right else x
+        part = conv2d_weight(shifted, (*weight.shape[:3], 3), grad, padding=(k // 2, both), groups=weight.shape[0])
+        columns.append(part[..., 1:] if first else part)  # the first column is the last of those before
+    return torch.cat(columns, dim=3)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            depthwise(grad, weight.flip(2, 3)) if to_x else None,
+            _weight_gradient(grad, x, weight) if to_weight else None,
+            grad.sum((0, 2, 3)) if to_bias else None,  # oneDNN would make the weight's again for it
+        )
+
+
+def _type(x: Tensor) -> torch.dtype:
+    """Return the type in which a convolution of `x` runs."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+@torch.jit.unused
+def _has_faster_gradient(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _IS_THERE
+        and isinstance(x, Tensor)  # no proxy of torch.fx
+        and x.device.type == "cpu"
+        and x.dtype != torch.float64
+        and _type(x) in (torch.float32, torch.bfloat16)
+        and weight.shape[-1] > 3
+        and x.numel() >= 2**15
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and modes.is_at_once()
+    )
+
+
+@torch.jit.unused
+def _with_fast_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kind = _type(x)  # autocast does not reach into what follows
+    result: Tensor = _Depthwise.apply(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
+    return result
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve each channel with a kernel of its own; the map keeps its size.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, k, k), k odd.
+        bias: (C).
+
+    Returns:
+        (B, C, H, W).
+    """
+    if not torch.jit.is_scripting() and _has_faster_gradient(x, weight):
+        return _with_fast_gradient(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution k x k, k odd, without bias. (B, C, H, W) -> (B, C, ceil(H/s), ceil(W/s))."""
+
+    def __init__(self, dim: int, kernel_size: int, stride: int = 1, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (B, C, ceil(H/s), ceil(W/s))."""
+        if self.stride == (1, 1):
+            return depthwise(input, self.weight)
+        return self._conv_forward(input, self.weight, self.bias)

@@ -1,0 +1,1 @@
+"""What the backbone is used for, one folder a task."""

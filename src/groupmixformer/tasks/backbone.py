@@ -1,0 +1,239 @@
+"""What detectors and segmenters share: a backbone of timm under their own layers, new, from a checkpoint or as it was saved."""
+
+import contextlib
+import dataclasses
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from ..models.checkpoint import architecture, load_model, model_name, read_network, task_of
+from ..models.groupmixformer import GroupMixFormer
+
+
+@functools.cache
+def _any_size(name: str) -> dict[str, Any]:
+    """Return what makes a model take pictures of any size: Swin and its kin must be told, others need nothing."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg and cfg.fixed_input_size:
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, strict_img_size=False)
+        except TypeError:
+            return {}
+        return {"strict_img_size": False}
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A backbone by name, so that it can be made again.
+
+    Attributes:
+        name: Of timm.
+        arguments: Of its constructor, where they are not those of the name: widths, depths and MLP ratios.
+    """
+
+    name: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def options(self, drop_path_rate: float = 0.0, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the arguments of ``timm.create_model`` for its features, with `weights` of the whole classifier."""
+        options: dict[str, Any] = {**self.arguments, "features_only": True}
+        if drop_path_rate:
+            options["drop_path_rate"] = drop_path_rate
+        if weights is not None:
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+        if self.name.startswith("groupmixformer"):
+            options["feature_cls"] = "getter"  # keeps the network whole, with its gradient checkpointing and layer groups
+        return {**options, **_any_size(self.name)}
+
+    def indices(self, strides: Sequence[int]) -> list[int]:
+        """Return timm's indices of the features of these strides.
+
+        Raises:
+            ValueError: If the model has no such features.
+        """
+        with torch.device("meta"):
+            try:
+                features: Any = take_any_size(timm.create_model(self.name, **self.options()).eval())
+                by_stride = dict(zip(features.feature_info.reduction(), features.feature_info.out_indices, strict=True))
+                if not set(strides) - set(by_stride):
+                    features(torch.empty(1, 3, 64, 96))
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{self.name} does not serve as a backbone for pictures of any size: {reason}") from error
+        if missing := [stride for stride in strides if stride not in by_stride]:
+            raise ValueError(
+                f"{self.name} has features of strides {list(features.feature_info.reduction())}, expected {missing} too: "
+                "choose a hierarchical model, such as a groupmixformer, resnet50 or pvt_v2_b2"
+            )
+        return [by_stride[stride] for stride in strides]
+
+
+def _flat(name: str) -> str:
+    """Make names of a model and of its features alike, which have underscores for some of the dots."""
+    return name.replace(".", "_")
+
+
+def take_any_size(features: nn.Module) -> nn.Module:
+    """Tell embeddings that are made for one size of picture, such as CoaT's, the size of each that comes."""
+    for module in features.modules():
+        if isinstance(module, PatchEmbed) and module.strict_img_size and hasattr(module, "set_input_size"):
+            module.register_forward_pre_hook(lambda module, inputs: module.set_input_size(tuple(inputs[0].shape[-2:])))
+    return features
+
+
+class Dense(nn.Module):
+    """A network whose first part is a backbone of timm; `body` gives it."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.frozen_statistics = False
+
+    @property
+    @abstractmethod
+    def body(self) -> Any:
+        """The features of timm's model."""
+
+    def freeze_statistics(self) -> None:
+        """Let the backbone's BatchNorm normalise in training as it does later; its weights still learn."""
+        self.frozen_statistics = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode, which frozen statistics do not follow."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.body.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the backbone in the backward pass.
+
+        Raises:
+            ValueError: If it cannot do that.
+        """
+        network: Any
+        for network in (getattr(self.body, "model", None), self.body):
+            if hasattr(network, "set_grad_checkpointing"):
+                with contextlib.suppress(AssertionError):  # timm's way to say that it cannot
+                    network.set_grad_checkpointing(enable)
+                    return
+        raise ValueError(f"{self.backbone.name} has no gradient checkpointing: set grad_checkpointing to false")
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters of the backbone that its authors do not decay."""
+        whole = self._whole()
+        kept = {_flat(name) for name in whole.no_weight_decay()} if hasattr(whole, "no_weight_decay") else set()
+        return {name for name, in_body in self._names_in_body().items() if in_body in kept}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return, as timm's optimiser asks, what gives the layer of a parameter: the backbone's, or the last for all others."""
+        whole, in_body = self._whole(), self._names_in_body()
+        grouped = group_parameters(whole, whole.group_matcher(coarse=coarse), reverse=True)
+        layers: dict[str, int] = {_flat(name): layer for name, layer in grouped.items()}
+        last = max(layers.values())
+        return lambda name: layers.get(in_body.get(name, ""), last)
+
+    def _whole(self) -> Any:
+        """Return the classifier that the backbone is of, without its weights, for what timm knows of it alone."""
+        with torch.device("meta"):
+            return timm.create_model(self.backbone.name, **self.backbone.arguments)
+
+    def _names_in_body(self) -> dict[str, str]:
+        """Return for the parameters of the backbone their names in the classifier."""
+        own = {id(parameter): name for name, parameter in self.body.named_parameters()}
+        return {name: _flat(own[id(p)].removeprefix("model.")) for name, p in self.named_parameters() if id(p) in own}
+
+
+Network = TypeVar("Network", bound=Dense)
+
+
+def open_backbone(
+    variant: str, checkpoint: str | None, task: str
+) -> tuple[Backbone, dict[str, Tensor] | None, dict[str, list[float]]]:
+    """Find the backbone that a recipe asks for.
+
+    Args:
+        variant: Its name; that of the checkpoint counts more.
+        checkpoint: A classifier that `load_model` reads, or the folder of a run for `task`; none for new weights.
+        task: What the network is for.
+
+    Returns:
+        The backbone, the classifier's weights, if there is one, and mean and std of the pixels that it is used to.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If there is no such model, or the checkpoint cannot be used.
+    """
+
+    def colors(cfg: Mapping[str, Any] | None) -> dict[str, list[float]]:
+        return {key: list(cfg[key]) for key in ("mean", "std") if key in cfg} if cfg else {}
+
+    if not checkpoint:
+        name = model_name(variant)
+        known = timm.get_pretrained_cfg(name)
+        return Backbone(name), None, colors(known.to_dict() if known else None)
+    if task_of(checkpoint) != "classification":
+        config, _ = read_network(checkpoint, task)
+        return Backbone(**config["network"]["backbone"]), None, colors(config["network"])
+    source = load_model(checkpoint)
+    weights, cfg = source.state_dict(), source.pretrained_cfg
+    if cfg["input_size"][0] != 3:
+        raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: pictures are read as RGB")
+    if not isinstance(source, GroupMixFormer):
+        return Backbone(cfg["architecture"]), weights, colors(cfg)
+    found = architecture(weights)
+    arguments = {key: found[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+    return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
+
+
+def start_from(network: Dense, checkpoint: str | None, task: str) -> list[str]:
+    """Give a network the weights of a run for the same task, where their shapes agree.
+
+    Returns:
+        The names of the parameters that stay new, as those of other classes; nothing if the checkpoint is a classifier's.
+    """
+    if not checkpoint or task_of(checkpoint) == "classification":
+        return []
+    _, weights = read_network(checkpoint, task)
+    own = network.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    network.load_state_dict(fitting, strict=False)
+    return [name for name, _ in network.named_parameters() if name not in fitting]
+
+
+def load_network(folder: str | Path, task: str, make: Callable[..., Network]) -> tuple[Network, dict[str, Any]]:
+    """Load a network that was saved with how to make it.
+
+    Args:
+        folder: Of a run.
+        task: What the network is for.
+        make: Takes a `Backbone` and what is stored.
+
+    Returns:
+        The network in eval mode, and all that is stored with it.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds something else or is damaged.
+    """
+    config, weights = read_network(folder, task)
+    try:
+        network = dict(config["network"])
+        model = make(Backbone(**network.pop("backbone")), **network)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.eval(), config

@@ -1,0 +1,225 @@
+"""Data sets by name, mostly timm's, and the transforms that the model's configuration decides."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.readers.img_extensions import add_img_extensions
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ...data.images import IMAGE_SUFFIXES, decode, to_rgb
+from ...data.samples import Samples
+from ...data.streaming import open_stream
+
+if TYPE_CHECKING:
+    from ...training.recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
+
+VALIDATION_FOLDERS = ("val", "validation", "test")
+
+
+class Digits(Dataset[tuple[Any, int]]):
+    """The 1,797 handwritten digits of scikit-learn (UCI, 8 x 8 pixels); a fifth of each class is held out."""
+
+    def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        train, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        chosen = train if split == "train" else held_out
+        self.images, self.labels = images[chosen], labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+class Pictures(Samples):
+    """A data set of pictures as (tensor (3, H, W), class, problem); a blank is of class -1.
+
+    Args:
+        source: Pairs of a picture and its class, by index.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Name of a picture in messages: its file, if it has one."""
+        if isinstance(self.source, ImageDataset):
+            return str(self.source.filename(index, absolute=True))
+        samples = getattr(self.source, "samples", None)  # torchvision's folders
+        return str(samples[index][0]) if samples else f"picture {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return a picture as RGB and its class.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        if isinstance(self.source, ImageDataset):
+            file, label, *_ = self.source.reader[index]
+            return decode(file, self.name(index)), int(label)
+        try:
+            image, label = self.source[index]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.name(index)}: not a readable picture: {error}") from error
+        return to_rgb(image), int(label)
+
+    def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
+        """Apply the transform, which draws random numbers."""
+        assert self.transform is not None
+        return self.transform(content[0]), content[1]
+
+    def for_evaluation(self, content: tuple[Image.Image, int] | None) -> tuple[torch.Tensor, int]:
+        """Apply the transform."""
+        assert self.transform is not None
+        if content is None:
+            return torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), -1
+        return self.transform(content[0]), content[1]
+
+
+def collate(samples: Sequence[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Make a batch: images (B, 3, H, W), classes (B) and the problems there were, one for each unreadable picture."""
+    images, classes, problems = zip(*samples, strict=True)
+    return default_collate(list(images)), torch.tensor(classes), [line for text in problems for line in text.splitlines()]
+
+
+@dataclass
+class ImageData:
+    """Training and held-out pictures of one data set; `train` is None where only an evaluation was asked for."""
+
+    train: Any
+    held_out: Any
+    class_names: list[str]
+
+
+def _class_folders(folder: Path) -> tuple[Pictures, list[str]]:
+    """Open a folder of one folder of pictures per class, of which there must be two or more with pictures in each."""
+    names = {child.name for child in folder.iterdir() if child.is_dir()}
+    empty = sorted(n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*")))
+    if len(names) < 2 or empty:
+        raise ValueError(
+            f"{folder}: expected two or more folders, one per class, with images in each; got {len(names)} folders"
+            + (f", without images: {', '.join(empty[:3])}" if empty else "")
+        )
+    add_img_extensions(sorted(IMAGE_SUFFIXES))  # timm's own list has three
+    source = create_dataset("", str(folder), search_split=False)
+    found = source.reader.class_to_idx  # in timm's order, which is natural: 2 before 10
+    if set(found) != names:
+        other = min(set(found) ^ names)
+        raise ValueError(f"{folder}: expected pictures directly in the folders of the classes; found a folder {other} in one")
+    return Pictures(source), sorted(found, key=found.__getitem__)
+
+
+def _folder(path: Path, need_train: bool) -> ImageData:
+    held_out = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
+    if not need_train:
+        return ImageData(None, *_class_folders(held_out or path))
+    if not (path / "train").is_dir() or held_out is None:
+        found = sorted(child.name for child in path.iterdir())[:5]
+        raise ValueError(
+            f"{path}: expected the folders train/ and val/, each with one folder of images per class; found "
+            f"{', '.join(found) or 'nothing'}"
+        )
+    (train, names), (test, others) = _class_folders(path / "train"), _class_folders(held_out)
+    if names != others:
+        differing = sorted(set(names) ^ set(others))[:3]
+        raise ValueError(
+            f"{path}: train/ has {len(names)} classes and {held_out.name}/ has {len(others)}, expected the same; they differ "
+            f"in {', '.join(differing)}"
+        )
+    return ImageData(train, test, names)
+
+
+def open_images(name: str, root: str = "data", download: bool = False, need_train: bool = True) -> ImageData:
+    """Open a data set for classification.
+
+    Args:
+        name: ``digits``, a folder with train/ and val/ (or validation/, test/) of one folder per class, or by timm's naming
+            ``torch/cifar10`` and others of torchvision, ``hfds/NAME`` of Hugging Face, and, as streams, ``hfids/NAME`` and
+            ``wds/NAME``.
+        root: Where timm's data sets lie; for ``wds/`` also a URL.
+        download: Fetch a ``torch/`` data set that is not there.
+        need_train: If not, a folder may hold the classes' folders itself, and `train` is None for it.
+
+    Raises:
+        ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
+    """
+    if name == "digits":
+        return ImageData(Pictures(Digits("train")), Pictures(Digits("held-out")), [str(digit) for digit in range(10)])
+    if Path(name).is_dir():
+        return _folder(Path(name), need_train)
+    if name.startswith(("hfids/", "wds/")):
+        stream = open_stream(name, root, "validation")
+        return ImageData(open_stream(name, root, "train") if need_train else None, stream, stream.class_names)
+    if not name.startswith(("torch/", "hfds/")):
+        kinds = "digits, a folder with train/ and val/, torch/NAME, hfds/NAME, hfids/NAME or wds/NAME"
+        raise ValueError(f"no data set {name}: expected {kinds}")
+    train, held_out = (create_dataset(name, root, split=split, download=download) for split in ("train", "validation"))
+    names = getattr(train, "classes", None)  # torchvision's
+    if names is None:  # Hugging Face's
+        names = train.reader.dataset.features[train.reader.label_key].names
+    return ImageData(Pictures(train), Pictures(held_out), [str(n) for n in names])
+
+
+def data_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
+    """Input of `model` trained by `recipe`, by timm's names: input_size, mean, std, interpolation, crop_pct."""
+    config = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation")}
+    return {**config, "input_size": (3, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep `bits` of each colour. RandAugment of magnitude 9 asks for none in 1 of 44 cases, which Pillow 13 refuses."""
+    from timm.data.auto_augment import posterize
+
+    return Image.new(image.mode, image.size) if bits <= 0 else posterize(image, bits)  # black, as earlier Pillows had it
+
+
+def train_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """From a picture to an augmented, normalised tensor (3, H, W), by timm's training transform."""
+    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+        config["input_size"],
+        is_training=True,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        hflip=augmentation.hflip,
+        color_jitter=augmentation.color_jitter or 0.0,
+        auto_augment=augmentation.auto_augment,
+        re_prob=augmentation.random_erasing,
+        re_mode="pixel",
+        **{key: config[key] for key in ("mean", "std", "interpolation")},
+    )
+    for step in getattr(transform, "transforms", ()):
+        policy = [op for group in getattr(step, "policy", ()) for op in group]  # AutoAugment's; RandAugment has operations
+        for operation in (*getattr(step, "ops", ()), *policy):
+            if getattr(operation, "name", "").startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """From a picture to a normalised tensor (3, H, W), by timm's evaluation transform."""
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+        **{key: config[key] for key in keys if key in config}, is_training=False
+    )
+    return transform
+
+
+def eval_loader(pictures: Any, config: dict[str, Any], batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
+    """Batches in order, resized and cropped by `config`."""
+    pictures.transform = eval_transform(config)
+    return DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())

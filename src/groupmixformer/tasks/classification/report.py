@@ -1,0 +1,246 @@
+"""The report of a run: curves, confusion matrix, calibration, examples right and wrong, and what the model attends to."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import ConfusionMatrixDisplay
+from torch import Tensor, nn
+
+from .data import eval_transform
+from .metrics import Evaluation, reliability
+from ...models.attention_maps import attention_maps, by_group_size, suited_stage
+from ...visual.figures import BLUE, ORANGE, Row, drawn, overlay_figure
+from ...files import write_file
+from ...models.groupmixformer import GroupMixFormer
+from ...training.trainer import read_metrics
+
+
+def curves(folder: Path, metric: str, name: str) -> Figure:
+    """Draw the losses and one held-out metric, a share of 1 that metrics.csv has, over the epochs of a run."""
+    rows = read_metrics(folder)
+    epochs = [row["epoch"] + 1 for row in rows]
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row["loss"] for row in rows], color=ORANGE, label="training (augmented)")
+    if "val_loss" in rows[0]:
+        loss.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, label="held out")
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    loss.legend()
+    accuracy.plot(epochs, [100 * row[metric] for row in rows], color=BLUE, marker="o")
+    accuracy.set(xlabel="epoch", ylabel=f"held-out {name} (%)")
+    return figure
+
+
+def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> Figure:
+    side = min(14, 3 + 0.35 * len(class_names))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        true,
+        predicted,
+        labels=range(len(class_names)),
+        display_labels=class_names,
+        include_values=len(class_names) <= 20,
+        cmap="Blues",
+        xticks_rotation="vertical",
+        colorbar=False,
+        ax=axes,
+    )
+    return figure
+
+
+def reliability_diagram(evaluation: Evaluation) -> Figure:
+    """Draw the share of right answers over the confidence, by bin, and how many images each bin holds."""
+    bins = reliability(evaluation)
+    left, width = [row["from"] for row in bins], bins[0]["below"]
+    used = [row for row in bins if row["images"]]
+    figure = Figure(figsize=(6, 6.5), layout="constrained")
+    accuracy, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    accuracy.bar(
+        left, [row["top1"] or 0 for row in bins], width, align="edge", color=BLUE, edgecolor="white", label="share right"
+    )
+    accuracy.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect calibration")
+    accuracy.plot(
+        [row["confidence"] for row in used],
+        [row["top1"] for row in used],
+        color=ORANGE,
+        marker="o",
+        linestyle="none",
+        label="mean confidence of the bin",
+    )
+    accuracy.set(ylabel="share of images right", xlim=(0, 1), ylim=(0, 1.02))
+    metrics = evaluation.metrics
+    accuracy.set_title(f"Expected calibration error {metrics['calibration_error']:.2%} on {metrics['images']:,} images")
+    accuracy.legend(loc="upper left")
+    bars = counts.bar(left, [row["images"] for row in bins], width, align="edge", color="0.6", edgecolor="white")
+    counts.bar_label(bars, [f"{row['images']:,}" if row["images"] else "" for row in bins], fontsize=7)
+    counts.margins(y=0.2)
+    counts.set(xlabel=f"confidence, in {len(bins)} bins", ylabel="images")
+    return figure
+
+
+def _examples(pictures: Sequence[Image.Image], titles: Sequence[str], colors: Sequence[str]) -> Figure:
+    columns = 8
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, picture, title, color in zip(figure.axes, pictures, titles, colors, strict=False):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=7, color=color)
+    return figure
+
+
+def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: dict[str, Any]) -> Figure:
+    """Draw, for the centre of each picture, where the last block of stage 2 looks, by group size."""
+    transform = eval_transform(config)
+    inputs = torch.stack([transform(picture) for picture in pictures])
+    height, width = inputs.shape[-2:]
+    stage = suited_stage((height, width), range(min(3, len(model.stages))))
+    with torch.inference_mode():
+        maps = by_group_size(attention_maps(model, inputs, (height // 2, width // 2), stage), (height, width))
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    seen = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    rows = [
+        Row(picture, point=(height // 2, width // 2), strengths=strengths)
+        for picture, strengths in zip(seen, maps.numpy(), strict=True)
+    ]
+    return overlay_figure(rows, "query marked")
+
+
+def write_report(
+    folder: Path,
+    model: nn.Module,
+    images: Any,
+    class_names: Sequence[str],
+    evaluation: Evaluation,
+    config: dict[str, Any],
+) -> Path:
+    """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
+
+    Args:
+        folder: Folder of the run.
+        model: The trained model, in eval mode.
+        images: The held-out set.
+        class_names: Names of the classes, in order.
+        evaluation: What `evaluate` found on the held-out set.
+        config: Input of the model, by timm's names.
+
+    Returns:
+        The path of report.html.
+    """
+    metrics, predicted, confidence, true = evaluation.metrics, evaluation.predicted, evaluation.confidence, evaluation.true
+    wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
+    right = (predicted == true).nonzero().flatten().tolist()
+    right = right[:: max(1, len(right) // 16)][:16]
+    if not hasattr(images, "read"):  # a stream, which does not give a picture by its number
+        wrong, right = [], []
+    chosen = {i: images.read(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
+
+    def shown(indices: Sequence[int]) -> Figure:
+        titles = [f"{class_names[int(predicted[i])]} ({confidence[i]:.0%})" for i in indices]
+        titles = [
+            title if predicted[i] == true[i] else f"{title}\nis {class_names[int(true[i])]}"
+            for i, title in zip(indices, titles, strict=True)
+        ]
+        colors = [BLUE if predicted[i] == true[i] else ORANGE for i in indices]
+        return _examples([chosen[i] for i in indices], titles, colors)
+
+    sections = {
+        "Curves": ("curves", curves(folder, "val_top1", "top-1")),
+        "Confusion": ("confusion", _confusion(true, predicted, class_names)),
+        "Calibration": ("calibration", reliability_diagram(evaluation)),
+    }
+    if wrong:
+        sections["Held-out images it gets wrong, the most confident first"] = ("wrong", shown(wrong))
+    if right:
+        sections["Held-out images it gets right"] = ("right", shown(right))
+    if isinstance(model, GroupMixFormer) and right:
+        caption = "What the centre of a picture attends to, by group size (magnitude of the implied attention)"
+        sections[caption] = ("attention", _attention(model, [chosen[i] for i in right[:4]], config))
+
+    rows = {
+        "top-1": f"{metrics['top1']:.2%}",
+        "top-5": f"{metrics['top5']:.2%}",
+        "loss": f"{metrics['loss']:.4f}",
+        "calibration error": f"{metrics['calibration_error']:.2%}",
+        "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
+        **({"held-out pictures left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
+    }
+    return write_page(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", rows, sections)
+
+
+def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Figure]]) -> Path:
+    """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
+
+    Args:
+        folder: Folder of the run.
+        heading: What came out, in a few words.
+        rows: What the table says first; time, versions and recipe follow.
+        sections: For each title the name and the figure.
+
+    Returns:
+        The path of report.html.
+    """
+    (folder / "report").mkdir(exist_ok=True)
+    body = []
+    for title, (name, figure) in sections.items():
+        png = drawn(figure)
+        write_file(folder / "report" / f"{name}.png", png)
+        encoded = base64.b64encode(png).decode()
+        body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+    table = "".join(
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in {
+            **rows,
+            "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
+            **json.loads((folder / "versions.json").read_text()),
+        }.items()
+    )
+    recipe = html.escape((folder / "recipe.yaml").read_text())
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {html.escape(folder.name)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+img {{ max-width: 100%; }}
+th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
+pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
+</style>
+<h1>{html.escape(folder.name)}: {html.escape(heading)}</h1>
+<table>{table}</table>
+{"".join(body)}
+<h2>Recipe</h2><pre>{recipe}</pre></html>
+"""
+    path = folder / "report.html"
+    write_file(path, page)
+    return path
+
+
+def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
+    """Write a few held-out pictures of different classes to examples/, to try `gmf predict` on."""
+    (folder / "examples").mkdir(exist_ok=True)
+    paths: dict[int, Path] = {}
+    for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "read") else ():
+        try:
+            picture, label = images.read(int(index))
+        except ValueError:  # unreadable
+            continue
+        if label not in paths:
+            name = "".join(c if c.isalnum() else "_" for c in class_names[label])
+            paths[label] = folder / "examples" / f"{name}.png"
+            picture.save(paths[label])
+        if len(paths) == min(number, len(class_names)):
+            break
+    return list(paths.values())
+
+
+mpl.use("agg")  # pictures go to files

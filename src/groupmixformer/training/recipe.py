@@ -1,0 +1,330 @@
+"""Recipes: every setting of a training run, typed, with its default, from a YAML file and dotted options."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from ..files import write_file
+
+
+@dataclass
+class Optimizer:
+    """The optimiser, by timm's names.
+
+    Args:
+        name: Any optimiser of timm: adamw, muon, lamb, lion, sgd, ...
+        lr: Peak learning rate.
+        lr_batch: The total batch (images x accumulation x processes) that `lr` and the schedule's rates are meant for; they are
+            scaled linearly to the run's; none to take them as they are.
+        weight_decay: Decay of all parameters but biases and other 1-D parameters.
+        layer_decay: Factor of the learning rate from a block to the one before it; none for equal rates.
+        clip_grad: Largest norm of the gradient; none for no limit.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    lr_batch: int | None = None
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    clip_grad: float | None = 5.0
+
+
+@dataclass
+class Schedule:
+    """The learning rate over time, by timm's names; updated after every step.
+
+    Args:
+        name: How the rate falls from its peak.
+        warmup_epochs: Epochs of linear warm-up, or a fraction of one.
+        warmup_lr: Learning rate at the start of the warm-up.
+        min_lr: Learning rate at the end.
+        milestones: Epochs at which multistep drops the rate.
+        decay_rate: Factor of a drop of step and multistep; power of poly.
+    """
+
+    name: Literal["cosine", "poly", "tanh", "step", "multistep", "constant", "wsd", "rsqrt"] = "cosine"
+    warmup_epochs: float = 1
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    milestones: list[int] = field(default_factory=list)
+    decay_rate: float = 0.1
+
+
+@dataclass
+class Augmentation:
+    """What is done to training images, by timm's names.
+
+    Args:
+        scale: Range of the area of the random crop.
+        ratio: Range of its aspect ratio.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of the colour jitter; none for none. Ignored with `auto_augment`.
+        auto_augment: Policy such as rand-m9-mstd0.5-inc1; none for none.
+        random_erasing: Probability to erase a rectangle.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of cutmix; 0 for none.
+        label_smoothing: Weight of the uniform distribution in the targets.
+    """
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333333333)
+    hflip: float = 0.5
+    color_jitter: float | None = 0.3
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+
+
+@dataclass
+class Detector:
+    """A detector of torchvision over a backbone of timm, and what is done to its pictures.
+
+    Args:
+        architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages) or mask_rcnn (boxes and masks).
+        sizes: Shorter sides of training pictures besides image_size, in pixels; one of all is drawn for each picture.
+        max_size: Limit of the longer side, in pixels.
+        width: Channels of the feature pyramid and of the heads; the papers' is 256.
+        anchor_scale: Side of the smallest anchors, in strides of their level: 8 is 32 pixels at stride 4.
+        regions: For two stages, the regions of a training picture from which the second one learns.
+        objects: Most objects to find in a picture.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
+        frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
+    """
+
+    architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn"
+    sizes: list[int] = field(default_factory=list)
+    max_size: int = 1333
+    width: int = 256
+    anchor_scale: float = 8.0
+    regions: int = 512
+    objects: int = 100
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    frozen_statistics: bool = False
+
+
+@dataclass
+class Segmenter:
+    """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its pictures.
+
+    Args:
+        decoder: upernet, fpn, or another of segmentation_models_pytorch by its name.
+        channels: Width of upernet and fpn; none for the library's.
+        auxiliary: Weight of the loss of a second head on the features of stride 16, for training only; 0 for no such head.
+        scale: Range of the shorter side of a training picture in parts of image_size, before a square of that size is cut out.
+        hflip: Probability of a horizontal flip.
+        photometric: Change brightness, contrast, saturation and hue at random.
+        frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
+    """
+
+    decoder: str = "upernet"
+    channels: int | None = None
+    auxiliary: float = 0.4
+    scale: tuple[float, float] = (0.5, 2.0)
+    hflip: float = 0.5
+    photometric: bool = True
+    frozen_statistics: bool = False
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Args:
+        task: What is learnt: classification, detection (instance segmentation included) or (semantic) segmentation.
+        data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, or timm's
+            torch/..., hfds/..., hfids/..., wds/.... For detection: a folder with COCO annotations. For segmentation: a folder
+            with images/, masks/ and classes.json, or one like ADE20K's.
+        root: Where timm's data sets lie: a folder; for wds/ also a URL.
+        download: Fetch a torch/ data set that is not there.
+        variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm; for detection and
+            segmentation, the backbone.
+        checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
+        image_size: Side of the training images, in pixels; also of the test images. For detection and segmentation, the shorter
+            side.
+        crop_pct: For classification, the share of a test image's shorter side that the centre crop keeps.
+        epochs: Passes over the training images.
+        patience: Epochs without a better validation accuracy after which the run stops; none to never stop early.
+        batch_size: Images at once on each process.
+        accumulate: Batches whose gradients are added up for one step.
+        drop_path_rate: Stochastic depth of the last block.
+        ema: Decay of the averaged weights, which are then the ones that are validated and kept; none for no average.
+        workers: Processes that load images for each process that trains; 0 loads in the training process.
+        bad_limit: Share of the training pictures that may be unreadable before the run stops; fewer are replaced and counted.
+        skip_limit: Steps in a row that may be skipped because their gradients are not finite before the run stops.
+        save_minutes: Minutes between checkpoints inside an epoch; each epoch ends with one too.
+        log_steps: Steps between entries of the TensorBoard log; metrics.csv has a row for each epoch.
+        precision: 32-true, bf16-mixed or 16-mixed.
+        compile: Compile the model with torch.compile.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, slower.
+        channels_last: Keep other models than GroupMixFormer, which always does, in channels_last memory.
+        deterministic: Refuse operations that do not give the same result twice.
+        device: auto, cpu, cuda, ...
+        devices: Processes on this machine, each with its device; under torchrun and SLURM, theirs.
+        nodes: Machines; under torchrun and SLURM, theirs.
+        strategy: ddp copies the model to every process, fsdp shards it over them, for models that do not fit.
+        seed: Of weights, order and augmentation.
+        out: Folder of the run.
+        optimizer: The optimiser.
+        schedule: The learning rate over time.
+        augmentation: For classification, what is done to training images.
+        detector: For detection, the detector and what is done to its pictures.
+        segmenter: For segmentation, the decoder and what is done to its pictures.
+    """
+
+    data: str
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    root: str = "data"
+    download: bool = False
+    variant: str = "groupmixformer_mobile"
+    checkpoint: str | None = None
+    image_size: int = 224
+    crop_pct: float = 0.875
+    epochs: int = 10
+    patience: int | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    drop_path_rate: float = 0.0
+    ema: float | None = None
+    workers: int = 2
+    bad_limit: float = 0.001
+    skip_limit: int = 20
+    save_minutes: float = 10.0
+    log_steps: int = 10
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    channels_last: bool = True
+    deterministic: bool = False
+    device: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    seed: int = 0
+    out: str = "runs/train"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    detector: Detector = field(default_factory=Detector)
+    segmenter: Segmenter = field(default_factory=Segmenter)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the run's last checkpoint lies."""
+        return Path(self.out) / "checkpoints" / "last.ckpt"
+
+
+TASK_FIELDS = {
+    "classification": ("root", "download", "crop_pct", "augmentation"),
+    "detection": ("detector",),
+    "segmentation": ("segmenter",),
+}
+
+
+class RecipeError(Exception):
+    """A recipe or option that does not exist or has a wrong value: wrong usage, not a failed job."""
+
+
+def fields_of(recipe: Recipe) -> dict[str, Any]:
+    """Every field of `recipe` that its task has a use for, with its value."""
+    unused = {name for task, names in TASK_FIELDS.items() if task != recipe.task for name in names}
+    return {name: value for name, value in asdict(recipe).items() if name not in unused}
+
+
+def shipped() -> dict[str, Path]:
+    """Names and files of the recipes that come with the package."""
+    folder = Path(str(resources.files("groupmixformer") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise RecipeError(" ".join(message.split()))
+
+
+def parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of all fields as dotted options, e.g. for its help."""
+    result = _Parser(prog="gmf train RECIPE", usage="gmf train RECIPE [--FIELD VALUE ...]", add_help=False)
+    result.add_class_arguments(Recipe)
+    return result
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for name, value in values.items():
+        names.append(prefix + name)
+        if isinstance(value, dict):
+            names += _fields(value, f"{prefix}{name}.")
+    return names
+
+
+def _refuse_unknown(given: Sequence[str], source: str) -> None:
+    known = _fields(asdict(Recipe(data="")))
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.4) or [
+                other for other in known if other.split(".")[-1] == name.split(".")[-1]
+            ]
+            hint = f"the nearest is {near[0]}" if near else f"fields are {', '.join(known)}"
+            raise RecipeError(f"{source} has no field {name}: {hint}")
+
+
+def _refuse_unused(given: Sequence[str], task: str) -> None:
+    """Refuse fields that would be without effect."""
+    for other, names in TASK_FIELDS.items():
+        for name in given:
+            if other != task and name.split(".")[0] in names:
+                raise RecipeError(f"{name} is a field for {other}, and the recipe's task is {task}")
+
+
+def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and override its fields.
+
+    Args:
+        name: A shipped recipe's name or a YAML file, such as the recipe.yaml of a run.
+        options: Dotted options, e.g. ``["--optimizer.lr", "1e-4", "--data=photos"]``.
+
+    Raises:
+        RecipeError: If the recipe or a field does not exist, or a value has the wrong type.
+    """
+    path = shipped().get(name, Path(name))
+    if not path.is_file():
+        near = get_close_matches(name, shipped(), n=1, cutoff=0.0)
+        raise RecipeError(f"no recipe {name}: expected a YAML file or one of {', '.join(shipped())} (nearest: {near[0]})")
+    fields = parser()
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected fields of a recipe, such as data and epochs")
+    named = [option[2:].split("=")[0] for option in options if option.startswith("--")]
+    _refuse_unknown(_fields(raw), str(path))
+    _refuse_unknown(named, "a recipe")
+    values = fields.parse_object(raw, defaults=False)
+    values = fields.parse_args(list(options), namespace=values)
+    recipe = Recipe(**fields.instantiate(values).as_dict())
+    _refuse_unused([*_fields(raw), *named], recipe.task)
+    return recipe
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the fields of `recipe`, so that `read_recipe` of the file gives it back."""
+    write_file(path, to_yaml(recipe))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every field of `recipe` that its task has a use for, as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(fields_of(recipe))), sort_keys=False)

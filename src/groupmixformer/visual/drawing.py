@@ -1,0 +1,89 @@
+"""Boxes, masks and segments drawn on a copy of the picture."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from ..tasks.segmentation.data import palette
+
+SIDE = 480  # smaller pictures are enlarged to this shorter side, so that names can be read
+
+
+def _canvas(picture: Image.Image) -> tuple[Tensor, float]:
+    """Return the picture (3, H, W), uint8, enlarged if it is small, and the factor."""
+    factor = max(1.0, SIDE / min(picture.size))
+    size = [round(side * factor) for side in (picture.height, picture.width)]
+    return F.pil_to_tensor(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)), factor
+
+
+def draw_objects(picture: Image.Image, objects: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
+    """Draw boxes and masks with names and scores.
+
+    Args:
+        picture: RGB.
+        objects: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on; maybe scores (N), and masks (N, H, W) of
+            booleans.
+        names: Of the classes.
+
+    Returns:
+        A copy, enlarged if the picture is small.
+    """
+    canvas, factor = _canvas(picture)
+    labels = objects["labels"].tolist()
+    if not labels:
+        return F.to_pil_image(canvas)
+    # Objects of one class are told apart by their colours, several classes by theirs.
+    chosen = palette(max(len(names), len(labels)))
+    colors: Any = [tuple(chosen[i if len(names) == 1 else label - 1]) for i, label in enumerate(labels)]
+    if "masks" in objects:
+        masks = F.resize(objects["masks"].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST).bool()
+        masks &= masks.cumsum(dim=0) == 1  # torchvision paints black where masks overlap: there the first, the best, counts
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
+    scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
+    texts = [
+        names[label - 1] if score is None else f"{names[label - 1]} {score:.0%}"
+        for label, score in zip(labels, scores, strict=True)
+    ]
+    side = min(canvas.shape[-2:])
+    font = {"font": findfont("DejaVu Sans"), "font_size": max(9, side // 45)}
+    drawn = draw_bounding_boxes(canvas, objects["boxes"] * factor, texts, colors, width=max(1, side // 300), **font)
+    return F.to_pil_image(drawn)
+
+
+def draw_segments(picture: Image.Image, labels: Tensor, names: Sequence[str], colors: Sequence[Sequence[int]]) -> Image.Image:
+    """Lay the colours of the classes over a picture, with a legend at its side.
+
+    Args:
+        picture: RGB.
+        labels: Class of each pixel (H, W); others than the classes stay as they are.
+        names: Of the classes.
+        colors: Of the classes: red, green, blue.
+
+    Returns:
+        A copy, enlarged if the picture is small, with the classes that are in it listed from the largest on.
+    """
+    canvas, _ = _canvas(picture)
+    labels = F.resize(labels[None].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST)[0]
+    counts = labels.flatten().bincount(minlength=256)[: len(names)]
+    there = [index for index in counts.argsort(descending=True).tolist() if counts[index]]
+    if there:
+        masks = torch.stack([labels == index for index in there])
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=[tuple(colors[index]) for index in there])
+    size = max(12, canvas.shape[1] // 32)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size)
+    lines = [f"{names[index]}  {int(counts[index]) / labels.numel():.1%}" for index in there]
+    wide = max((round(font.getlength(line)) for line in lines), default=0) + 3 * size
+    page = Image.new("RGB", (canvas.shape[2] + wide, max(canvas.shape[1], 2 * size * len(lines))), "white")
+    page.paste(F.to_pil_image(canvas), (0, 0))
+    pen = ImageDraw.Draw(page)
+    for row, (index, line) in enumerate(zip(there, lines, strict=True)):
+        left, top = canvas.shape[2] + size // 2, round(1.6 * size * row) + size // 2
+        pen.rectangle((left, top, left + size, top + size), fill=tuple(colors[index]), outline="black")
+        pen.text((left + 1.6 * size, top), line, fill="black", font=font)
+    return page

@@ -1,0 +1,109 @@
+"""Figures of what a network looks at, laid over the pictures."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from ..files import write_file
+
+# Of Okabe and Ito's palette: told apart by the colour-blind, and orange is seen on grey and on every colour of viridis.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of panels: the picture, then what is laid over it.
+
+    Attributes:
+        picture: (h, w, 3), 0 to 1.
+        name: What stands left of it.
+        point: Row and column of the query that is marked.
+        box: Of an object that is marked: left, top, right, bottom.
+        strengths: (4, h, w), 0 to 1, of the group sizes.
+        relevance: (h, w), 0 to 1.
+    """
+
+    picture: NDArray[Any]
+    name: str = ""
+    point: tuple[float, float] | None = None
+    box: Sequence[float] | None = None
+    strengths: NDArray[Any] | None = None
+    relevance: NDArray[Any] | None = None
+
+
+def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance") -> Figure:
+    """Draw pictures and, side by side, what positions in them attend to by group size, and relevance where there is any.
+
+    Args:
+        rows: What to draw.
+        title: What stands over the pictures.
+        relevance: What stands over the relevance.
+    """
+    groups = any(row.strengths is not None for row in rows)
+    titles = [title, *(GROUPS if groups else ())]
+    if any(row.relevance is not None for row in rows):
+        titles.append(relevance)
+    side = 1.6  # width of a panel in inches
+    heights = [side * min(max(row.picture.shape[0] / row.picture.shape[1], 0.3), 3) for row in rows]
+    extra = 0.2 + 0.17 * max(text.count("\n") + 1 for text in titles)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(side * len(titles) + 0.9, sum(heights) + 0.06 * len(rows) + extra), layout=layout)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row.picture)
+        line[0].set_ylabel(row.name, fontsize=8)
+        panels = [*(row.strengths if row.strengths is not None else [None] * 4 * groups), row.relevance]
+        for axis, values in zip(line[1:], panels, strict=False):
+            if values is None:
+                axis.set_visible(False)
+                continue
+            axis.imshow(row.picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(values, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        if row.point is not None:
+            for axis in line[: 1 + 4 * groups]:
+                axis.plot(row.point[1], row.point[0], marker="x", color=ORANGE, markersize=7, markeredgewidth=1.8)
+        if row.box is not None:
+            left, top, right, bottom = row.box
+            corner = (left - 0.5, top - 0.5)  # pixel 0 begins at -0.5
+            for axis in (line[0], line[-1]):
+                axis.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=ORANGE, linewidth=1.5))
+    for axis, text in zip(axes[0], titles, strict=True):
+        axis.set_title(text, fontsize=8)
+    scale = figure.colorbar(
+        ScalarMappable(cmap="viridis"), ax=axes.ravel().tolist(), fraction=0.05, aspect=25, ticks=[0, 0.5, 1]
+    )
+    scale.set_label("share of the panel's largest", fontsize=7)
+    scale.ax.tick_params(labelsize=7)
+    return figure
+
+
+def drawn(figure: Figure, form: str = "png") -> bytes:
+    """Return a figure as the contents of a png, svg or pdf file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, dpi=110)
+    return buffer.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the form that the name asks for: .png, .svg or .pdf."""
+    write_file(path, drawn(figure, path.suffix[1:].lower()))
+
+
+def shown(pixels: NDArray[np.uint8]) -> NDArray[Any]:
+    """Return 8-bit pixels as `Row` takes them."""
+    return pixels.astype(np.float32) / 255
