@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def unpack(source, split):
-    """Yield (picture (32, 32, 3), class name) of a split."""
+    """Yield (image (32, 32, 3), class name) of a split."""
     for file in sorted(source.glob(f"{split}*.npz")):
         with np.load(file) as arrays:
             mosaics, offsets, labels, names = (arrays[key] for key in ("mosaics", "offsets", "labels", "classes"))
@@ -32,10 +32,10 @@ def main():
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     for split, folder in (("train", "train"), ("test", "val")):
-        for i, (picture, name) in enumerate(unpack(args.source, split)):
+        for i, (image, name) in enumerate(unpack(args.source, split)):
             place = args.out / folder / name
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(place / f"{i:05d}.png", compress_level=1)
+            Image.fromarray(image).save(place / f"{i:05d}.png", compress_level=1)
         print(split, i + 1)
 
 

@@ -1,9 +1,9 @@
-"""How many pictures a second one core prepares for training: reading, decoding and the augmentation of the published recipe.
+"""How many images a second one core prepares for training: reading, decoding and the augmentation of the published recipe.
 
-python benchmarks/decode.py [--pictures ../shared/data/imagenet-sample/images]   # writes benchmarks/results/decode-DATE.json
+python benchmarks/decode.py [--images ../shared/data/imagenet-sample/images]   # writes benchmarks/results/decode-DATE.json
 
 Processor time, so that waiting for the disk and for other programs does not count; the files are in memory after one pass.
-The sample's pictures have a shorter side of at most 256 pixels, as ImageNet is often kept. `full` are the same ones, enlarged
+The sample's images have a shorter side of at most 256 pixels, as ImageNet is often kept. `full` are the same ones, enlarged
 to their sizes in ImageNet, which the sample's index.csv names, and saved in files of 81 kB on average; ImageNet's have 110 kB.
 """
 
@@ -27,11 +27,11 @@ from PIL import Image, features
 from timm.data import create_dataset
 
 import groupmixformer
-from groupmixformer.tasks.classification.data import Pictures, train_transform
 from groupmixformer.data.images import decode
-from groupmixformer.training.recipe import Augmentation
 from groupmixformer.data.shards import write_shards
 from groupmixformer.data.streaming import open_stream
+from groupmixformer.tasks.classification.data import ImageSamples, train_transform
+from groupmixformer.training.recipe import Augmentation
 
 # Of the paper's ImageNet training; colour jitter is not used beside RandAugment.
 PUBLISHED = Augmentation(scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)
@@ -49,11 +49,11 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def enlarged(pictures: Path, folder: Path) -> list[Path]:
-    with (pictures.parent / "index.csv").open(newline="") as file:
+def enlarged(images: Path, folder: Path) -> list[Path]:
+    with (images.parent / "index.csv").open(newline="") as file:
         sizes = {row["file"]: (int(row["orig_width"]), int(row["orig_height"])) for row in csv.DictReader(file)}
     for name, size in sizes.items():
-        Image.open(pictures / name).resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=97)
+        Image.open(images / name).resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=97)
     return [folder / name for name in sizes]
 
 
@@ -63,22 +63,22 @@ def stages(files: list[Path], root: Path) -> dict[str, Callable[[], Iterable[Any
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.resolve())
     folder = create_dataset("", str(root / "folder"), search_split=False)
-    pictures, samples = Pictures(folder), folder.reader.samples
+    images, samples = ImageSamples(folder), folder.reader.samples
     splits = {"train": samples, "validation": samples[:1]}
     write_shards(root, splits, ["class0", "class1"], root / "shards", 50, 0, 1, lambda done, *_: done)
     stream = open_stream("wds/shards", str(root), "train")
     stream.configure(training=True)
-    pictures.transform = stream.transform = train_transform(PUBLISHED, CONFIG)
+    images.transform = stream.transform = train_transform(PUBLISHED, CONFIG)
     return {
         "decode": lambda: (decode(file, file.name) for file in files),
-        "folder": lambda: (pictures[0, index] for index in range(len(files))),
+        "folder": lambda: (images[0, index] for index in range(len(files))),
         "shards": lambda: stream,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, default=Path(__file__).parents[2] / "shared/data/imagenet-sample/images")
+    parser.add_argument("--images", type=Path, default=Path(__file__).parents[2] / "shared/data/imagenet-sample/images")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         larger = Path(scratch, "larger")
         larger.mkdir()
-        sets = {"256 px": sorted(args.pictures.iterdir()), "full": enlarged(args.pictures, larger)}
+        sets = {"256 px": sorted(args.images.iterdir()), "full": enlarged(args.images, larger)}
         for name, files in sets.items():
             measured = stages(files, Path(scratch, name))
             seconds: dict[str, list[float]] = {stage: [] for stage in measured}
@@ -100,7 +100,7 @@ def main() -> None:
                         seconds[stage].append((time.process_time() - start) / count)
             rows.append(
                 {
-                    "pictures": name,
+                    "images": name,
                     "kilobytes": round(statistics.mean(file.stat().st_size for file in files) / 1000, 1),
                     "images_per_second": {stage: round(1 / statistics.median(times), 1) for stage, times in seconds.items()},
                     "spread": {stage: [round(1 / f(times), 1) for f in (max, min)] for stage, times in seconds.items()},
@@ -108,10 +108,10 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
     workers = {
-        str(speed): {row["pictures"]: math.ceil(speed / row["images_per_second"]["shards"]) for row in rows}
+        str(speed): {row["images"]: math.ceil(speed / row["images_per_second"]["shards"]) for row in rows}
         for speed in GPU_SPEEDS
     }
-    print("GPU images/s   workers, " + ", ".join(row["pictures"] for row in rows))
+    print("GPU images/s   workers, " + ", ".join(row["images"] for row in rows))
     for speed, needed in workers.items():
         print(f"{speed:>12}   {', '.join(map(str, needed.values()))}")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()

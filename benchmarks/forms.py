@@ -11,7 +11,7 @@ speed-ups are over. Each row of ours comes with its error: the relative differen
 eager in float64 (norms have random statistics, so that folding them changes something).
 
 - forms: small and its peers, batch 4, eager, fused, compiled, in float32 and bfloat16. Compiling takes about a minute a row.
-- single: the same for small alone with one picture.
+- single: the same for small alone with one image.
 - variants: the others that birder has, batches of 1 and 4, eager and fused.
 - training: a step, with what the process grows by, measured in a process of its own three times, and the peak of its tensors.
 """
@@ -38,10 +38,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import groupmixformer
-from groupmixformer.bench.side_by_side import conditions, count_macs
-from groupmixformer.files import write_file
 from groupmixformer.bench.published import published_top1
+from groupmixformer.bench.side_by_side import conditions, count_macs
 from groupmixformer.bench.timing import Runner, Settings, matrix_speed, measure
+from groupmixformer.files import write_file
 
 BIRDER = {"mobile": "mobile", "tiny": "t", "small": "s", "base": "b", "large": "l"}
 PEERS = ["coat_lite_small", "swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2", "davit_tiny", "gcvit_tiny"]
@@ -60,7 +60,7 @@ Builds = dict[str, Callable[[], Runner]]
 
 
 class Checked(Runner):
-    """A form of ours that knows how far its logits are from the plain network's in float64, of the first pictures."""
+    """A form of ours that knows how far its logits are from the plain network's in float64, of the first images."""
 
     error: float | None = None  # in training there are no logits to compare
 

@@ -34,10 +34,10 @@ from forms import PEERS, Builds, Checked, ours, released, run
 from torch import nn
 
 import groupmixformer
-from groupmixformer.ops import triton_kernels as kernels
 from groupmixformer.bench.side_by_side import conditions, create_network
-from groupmixformer.files import write_file
 from groupmixformer.bench.timing import Runner, Settings, matrix_speed
+from groupmixformer.files import write_file
+from groupmixformer.ops import triton_kernels as kernels
 
 BLOCKS = "by block"
 

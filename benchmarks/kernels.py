@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import groupmixformer
-from groupmixformer.ops import triton_kernels as kernels
 from groupmixformer.files import write_file
+from groupmixformer.ops import triton_kernels as kernels
 
 Tensors = list[Tensor]
 SETTINGS = {

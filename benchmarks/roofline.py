@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import groupmixformer
 from groupmixformer.bench.side_by_side import conditions
-from groupmixformer.models.checkpoint import model_name
-from groupmixformer.files import write_file
 from groupmixformer.bench.timing import TYPES, Settings, matrix_speed, seconds_of, set_threads
+from groupmixformer.files import write_file
+from groupmixformer.models.checkpoint import model_name
 
 
 def copy_speed(settings: Settings) -> float:

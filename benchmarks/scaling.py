@@ -1,4 +1,4 @@
-"""Time and peak memory against the side of the picture, for a variant beside a plain ViT of about equal multiply-adds at 224.
+"""Time and peak memory against the side of the image, for a variant beside a plain ViT of about equal multiply-adds at 224.
 
 python benchmarks/scaling.py [--model mobile] [--sides 128 192 ...]   # writes benchmarks/results/scaling-DATE.json and .svg
 
@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 
 import groupmixformer
 from groupmixformer.bench.side_by_side import conditions, count_macs, create_network
+from groupmixformer.bench.timing import Runner, Settings, measure
+from groupmixformer.files import write_file
 from groupmixformer.models.checkpoint import model_name
 from groupmixformer.visual.figures import BLUE, ORANGE, write_figure
-from groupmixformer.files import write_file
-from groupmixformer.bench.timing import Runner, Settings, measure
 
 VIT = "vit_tiny_patch16_224"
 SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536)
@@ -93,7 +93,7 @@ def draw(curves: Curves, title: str) -> Figure:
             style = {"marker": "o", "linestyle": "-"} if mode == "inference" else {"marker": "^", "linestyle": "--"}
             sides, values = [row["side"] for row in shown], [row[key] for row in shown]
             axes.plot(sides, values, color=colors[label], label=f"{label}, {mode}{growth}", **style)
-        axes.set(xscale="log", yscale="log", xlabel="side of the picture (pixels)", ylabel=name)
+        axes.set(xscale="log", yscale="log", xlabel="side of the image (pixels)", ylabel=name)
         ticks = sorted({row["side"] for rows in curves.values() for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()

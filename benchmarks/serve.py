@@ -1,4 +1,4 @@
-"""Requests a second and their latency: `gmf serve` on loopback beside the same model called picture by picture.
+"""Requests a second and their latency: `gmf serve` on loopback beside the same model called image by image.
 
 python benchmarks/serve.py [--clients 1 4 16] [--seconds 20]   # writes benchmarks/results/serve-DATE.json
 
@@ -32,11 +32,11 @@ from PIL import Image
 
 import groupmixformer
 from groupmixformer.bench.side_by_side import conditions
-from groupmixformer.models.checkpoint import save_checkpoint
-from groupmixformer.files import write_file
-from groupmixformer.tasks.classification.predict import Classes
-from groupmixformer.data.images import decode
 from groupmixformer.bench.timing import Settings
+from groupmixformer.data.images import decode
+from groupmixformer.files import write_file
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.tasks.classification.predict import Classes
 
 
 def photographs(number: int) -> list[bytes]:
@@ -67,11 +67,11 @@ def summary(seconds: list[float], wall: float, processor: float, errors: int) ->
     }
 
 
-def repeat(look: Callable[[bytes], bool], pictures: list[bytes], seconds: float) -> tuple[list[float], int]:
-    """Look at one picture after the other; return the seconds of each, and how many answers were wrong."""
+def repeat(look: Callable[[bytes], bool], images: list[bytes], seconds: float) -> tuple[list[float], int]:
+    """Look at one image after the other; return the seconds of each, and how many answers were wrong."""
     found, errors, start = [], 0, time.perf_counter()
     while (begun := time.perf_counter()) - start < seconds:
-        errors += not look(pictures[len(found) % len(pictures)])
+        errors += not look(images[len(found) % len(images)])
         found.append(time.perf_counter() - begun)
     return found, errors
 
@@ -92,25 +92,23 @@ def server(run: Path, threads: int, *options: str) -> Any:
             process.terminate()
 
 
-def pictures_in_a_batch(address: str) -> tuple[float, float]:
+def images_in_a_batch(address: str) -> tuple[float, float]:
     text = httpx.get(f"{address}/metrics").text
-    return tuple(float(re.search(rf"gmf_batch_pictures_{name} (\S+)", text)[1]) for name in ("sum", "count"))  # type: ignore
+    return tuple(float(re.search(rf"gmf_batch_images_{name} (\S+)", text)[1]) for name in ("sum", "count"))  # type: ignore
 
 
-def load(
-    address: str, process: int, clients: int, pictures: list[bytes], expected: list[str], seconds: float
-) -> dict[str, Any]:
+def load(address: str, process: int, clients: int, images: list[bytes], expected: list[str], seconds: float) -> dict[str, Any]:
     begin = threading.Barrier(clients)
-    before = pictures_in_a_batch(address)
+    before = images_in_a_batch(address)
 
     def work(number: int) -> tuple[list[float], int]:
         with httpx.Client(timeout=60) as client:
 
             def look(content: bytes) -> bool:
                 answer = client.post(f"{address}/predict", content=content, headers={"Content-Type": "image/jpeg"})
-                return answer.status_code == 200 and answer.json()["classes"][0]["class"] == expected[pictures.index(content)]
+                return answer.status_code == 200 and answer.json()["classes"][0]["class"] == expected[images.index(content)]
 
-            mine = pictures[number % len(pictures) :] + pictures[: number % len(pictures)]
+            mine = images[number % len(images) :] + images[: number % len(images)]
             look(mine[0])
             begin.wait()
             return repeat(look, mine, seconds)
@@ -118,12 +116,12 @@ def load(
     used = processor_seconds(process)
     with ThreadPoolExecutor(clients) as pool:
         results = list(pool.map(work, range(clients)))
-    after, used = pictures_in_a_batch(address), processor_seconds(process) - used
+    after, used = images_in_a_batch(address), processor_seconds(process) - used
     wall, errors = max(sum(one) for one, _ in results), sum(wrong for _, wrong in results)
     # Each client's first request warms up: it counts for the processor's time alone.
     used *= (requests := sum(len(one) for one, _ in results)) / (requests + clients)
     row = summary([s for one, _ in results for s in one], wall, used, errors)
-    return {"clients": clients, **row, "pictures_in_a_batch": round((after[0] - before[0]) / (after[1] - before[1]), 2)}
+    return {"clients": clients, **row, "images_in_a_batch": round((after[0] - before[0]) / (after[1] - before[1]), 2)}
 
 
 def main() -> None:
@@ -135,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pictures = photographs(16)
+    images = photographs(16)
     found = conditions(Settings(threads=args.threads)) | {"clock": "wall"}
     found["versions"] |= {"groupmixformer": groupmixformer.__version__}
     beside = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
@@ -151,18 +149,18 @@ def main() -> None:
         save_checkpoint(timm.create_model(f"groupmixformer_{args.model}"), run)
         model = Classes(run, torch.device("cpu"))
         model.model = groupmixformer.fuse(model.model)
-        expected = [model.predict(decode(content, "")).result["classes"][0]["class"] for content in pictures]
+        expected = [model.predict(decode(content, "")).result["classes"][0]["class"] for content in images]
 
         def calls() -> None:
             used = time.process_time()
-            seconds, errors = repeat(lambda c: bool(model.predict(decode(c, "")).result), pictures, args.seconds)
+            seconds, errors = repeat(lambda c: bool(model.predict(decode(c, "")).result), images, args.seconds)
             add({"how": "calls", **summary(seconds, sum(seconds), time.process_time() - used, errors)})
 
         calls()
         for batch in (1, 16):
             with server(run, args.threads, "--max-batch", str(batch)) as (address, process):
                 for clients in args.clients:
-                    row = load(address, process, clients, pictures, expected, args.seconds)
+                    row = load(address, process, clients, images, expected, args.seconds)
                     add({"how": f"served, batches up to {batch}", **row})
         calls()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -22,14 +22,13 @@ from forms import tensor_memory
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from groupmixformer.ops import onednn
-from groupmixformer.ops import recompute
 from groupmixformer.bench.side_by_side import conditions
-from groupmixformer.models.checkpoint import model_name
-from groupmixformer.files import write_file
-from groupmixformer.models.groupmixformer import Stage
-from groupmixformer.ops.onednn import _weight_gradient
 from groupmixformer.bench.timing import TYPES, Runner, Settings, measure, seconds_of
+from groupmixformer.files import write_file
+from groupmixformer.models.checkpoint import model_name
+from groupmixformer.models.groupmixformer import Stage
+from groupmixformer.ops import onednn, recompute
+from groupmixformer.ops.onednn import _weight_gradient
 
 FORMS: dict[str, tuple[bool, bool, bool]] = {
     "as it is": (False, False, False),

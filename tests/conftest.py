@@ -28,7 +28,7 @@ SLOW = (
     "test_bench.py::test_accuracy_is_drawn_against_speed",
     "test_bench.py::test_detectors_and_segmenters_are_fused[detection]",
     "test_bench.py::test_every_task_runs[segmentation-False]",
-    "test_bench.py::test_latency_is_of_one_picture",
+    "test_bench.py::test_latency_is_of_one_image",
     "test_bench.py::test_memory_grows_with_the_batch",
     "test_bench.py::test_others_are_not_fused",
     "test_cli.py::test_data_sets_of_torchvision_and_hugging_face_train",
@@ -45,7 +45,7 @@ SLOW = (
     "test_docs.py::test_code_blocks_run[checkpoints.md]",
     "test_docs.py::test_code_blocks_run[speed.md]",
     "test_docs.py::test_code_blocks_run[timm.md]",
-    "test_explanations.py::test_several_pictures_in_one_call",
+    "test_explanations.py::test_several_images_in_one_call",
     "test_explanations.py::test_the_object_nearest_to_a_query_is_taken",
     "test_export.py::test_a_wrong_file_is_removed_and_an_earlier_one_kept[shifted",
     "test_groupmixformer.py::test_golden_values_compiled[export]",
@@ -74,8 +74,8 @@ EXHAUSTIVE = (
     "test_docs.py::test_code_blocks_run[segment.md]",
     "test_docs.py::test_code_blocks_run[torchvision.md]",
     "test_evaluation.py::test_numbers_equal_timms_on_imagenet",
-    "test_evaluation.py::test_numbers_equal_timms_on_many_pictures[another size and crop]",
-    "test_evaluation.py::test_numbers_equal_timms_on_many_pictures[border]",
+    "test_evaluation.py::test_numbers_equal_timms_on_many_images[another size and crop]",
+    "test_evaluation.py::test_numbers_equal_timms_on_many_images[border]",
     "test_export.py::test_segmenters[fpn-pt2]",
     "test_export.py::test_segmenters[upernet-pt2]",
     "test_export.py::test_whole_networks[mobile-onnx",
@@ -93,7 +93,7 @@ EXHAUSTIVE = (
     "test_fuse.py::test_gradients_of_the_images[compiled-by size]",
     "test_kernels.py::test_more_kernels_under_the_interpreter",
     "test_quantize.py::test_the_command[openvino-static]",
-    "test_quantize.py::test_pictures_whose_last_map_is_one_token",
+    "test_quantize.py::test_images_whose_last_map_is_one_token",
     "test_quantize.py::test_the_command[pt2",
     "test_scale.py::test_a_run_killed_at_random",
     "test_scale.py::test_a_terminated_job_is_saved_and_continues[fsdp]",
@@ -161,7 +161,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def write_digits():
-    """Give a function that writes scikit-learn's digits 0, 1, ... as a folder of pictures, with so many of each class."""
+    """Give a function that writes scikit-learn's digits 0, 1, ... as a folder of images, with so many of each class."""
 
     def write(root, names, train, val, size=(40, 36)):
         images, labels = load_digits(return_X_y=True)
@@ -178,7 +178,7 @@ def write_digits():
 
 @pytest.fixture(scope="session")
 def photos(write_digits, tmp_path_factory):
-    """Two classes of real pictures, scikit-learn's zeros and ones, as an image folder."""
+    """Two classes of real images, scikit-learn's zeros and ones, as an image folder."""
     return write_digits(tmp_path_factory.mktemp("photos"), ["zero", "one"], train=12, val=8)
 
 

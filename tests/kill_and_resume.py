@@ -1,7 +1,7 @@
 """Kills a training run at random moments, resumes it until it is done, and compares it with a run that nobody disturbed.
 
     python tests/kill_and_resume.py --kills 30
-    python tests/kill_and_resume.py --kills 6 --recipe nuclei --pictures 32
+    python tests/kill_and_resume.py --kills 6 --recipe nuclei --images 32
 
 Prints one JSON object: kills, where the checkpoint stood at each, and what differs in a bit of the best model, last.ckpt
 (weights, averaged weights, optimiser, schedule, counts) and metrics.csv but for the seconds.
@@ -57,7 +57,7 @@ OPTIONS = {
 }
 
 
-def make_pictures(root, train):
+def make_images(root, train):
     images, labels = load_digits(return_X_y=True)
     for digit in (0, 1):
         for i, pixels in enumerate(images[labels == digit][: train + 20].reshape(-1, 8, 8)):
@@ -117,13 +117,13 @@ def scalars(run, tag):
     return [event.value for event in log.Scalars(tag)]
 
 
-def kill_and_resume(folder, kills, pictures=120, workers=1, seed=0, save_seconds=0.5, recipe="folder"):
+def kill_and_resume(folder, kills, images=120, workers=1, seed=0, save_seconds=0.5, recipe="folder"):
     """Return what happened: kills, where they hit, and the differences to an undisturbed run."""
     torch.set_num_threads(1)
     if recipe == "folder":
-        make_pictures(folder / "data", pictures)
+        make_images(folder / "data", images)
     else:
-        write_shapes(folder / "data", train=pictures, val=5)
+        write_shapes(folder / "data", train=images, val=5)
     began = time.monotonic()
     _, status = os.waitpid(start(recipe, folder / "data", folder / "whole", workers, save_seconds=1e9), 0)
     whole = time.monotonic() - began
@@ -166,11 +166,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--recipe", choices=sorted(OPTIONS), default="folder", help="classification, or Mask R-CNN")
-    parser.add_argument("--pictures", type=int, default=120, help="of each of two classes, up to 150; in all for nuclei")
+    parser.add_argument("--images", type=int, default=120, help="of each of two classes, up to 150; in all for nuclei")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        result = kill_and_resume(Path(place), args.kills, args.pictures, args.workers, args.seed, recipe=args.recipe)
+        result = kill_and_resume(Path(place), args.kills, args.images, args.workers, args.seed, recipe=args.recipe)
     print(json.dumps(result))
     sys.exit(bool(result["different"]))

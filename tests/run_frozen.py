@@ -1,7 +1,7 @@
 """Runs `gmf` with the statistics of BatchNorm frozen: on CPU they are not synchronised, so processes could not agree.
 
 With PAUSE_AT="EPOCH BATCH FOLDER" every process writes its number to FOLDER/paused-RANK before that batch and waits for
-FOLDER/go. With POISON_AT="EPOCH BATCH RANK" one process gets pictures that are not numbers.
+FOLDER/go. With POISON_AT="EPOCH BATCH RANK" one process gets images that are not numbers.
 With LEARN_STATISTICS nothing is frozen.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from groupmixformer.tasks.classification.training import Classification
 from groupmixformer.cli.main import main
+from groupmixformer.tasks.classification.training import Classification
 
 real = Classification.training_step
 

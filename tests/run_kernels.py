@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from groupmixformer import GroupMixAttention
-from groupmixformer import GroupMixFormer
+from groupmixformer import GroupMixAttention, GroupMixFormer
 from groupmixformer.models import fuse
 from groupmixformer.ops import triton_kernels as kernels
 

@@ -1,4 +1,4 @@
-"""Pictures of squares and discs on noise, with COCO's annotations: a data set that a small detector learns in a minute."""
+"""Images of squares and discs on noise, with COCO's annotations: a data set that a small detector learns in a minute."""
 
 import json
 
@@ -32,7 +32,7 @@ def write_coco(root, split, images, objects, categories=CATEGORIES):
 
 
 def write_split(root, split, number, seed=0, categories=CATEGORIES, sizes=SIZES):
-    """Write pictures with one to three objects in their quarters, and none in every fifth; masks are polygons or runs."""
+    """Write images with one to three objects in their quarters, and none in every fifth; masks are polygons or runs."""
     rng = np.random.default_rng([seed, *split.encode()])
     (root / "images").mkdir(parents=True, exist_ok=True)
     images, objects = [], []

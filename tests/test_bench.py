@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer.bench import timing as speed
-from groupmixformer.bench.side_by_side import bench, create_network, headline, read_earlier, table
-from groupmixformer.cli.main import main
 from groupmixformer.bench.published import PEERS_TOP1, accuracy_against_speed, at_published_size, published_top1
+from groupmixformer.bench.side_by_side import bench, create_network, headline, read_earlier, table
 from groupmixformer.bench.timing import Runner, Settings, measure
+from groupmixformer.cli.main import main
 
 FAST = {"size": (64, 64), "rounds": 2, "seconds": 0.0}
 COMMAND = ["bench", "test_resnet", "--size", "48", "64", "--rounds", "1", "--threads", "1"]
@@ -76,7 +76,7 @@ def test_what_is_counted_is_true():
 
 
 class Recorder(nn.Module):
-    """Notes under its name how many pictures come in."""
+    """Notes under its name how many images come in."""
 
     def __init__(self, name, calls):
         super().__init__()
@@ -109,7 +109,7 @@ def test_forms_of_one_network_are_set_side_by_side():
     assert eager["parameters"] == bf16["parameters"] == sum(p.numel() for p in network.parameters())
 
 
-def test_latency_is_of_one_picture_and_has_its_percentiles(monkeypatch):
+def test_latency_is_of_one_image_and_has_its_percentiles(monkeypatch):
     settings = Settings(size=(32, 32), rounds=3, seconds=0.0)
     monkeypatch.setattr(speed, "LATENCY_SECONDS", 60.0)
     (row,) = bench(["test_resnet"], settings)["rows"]
@@ -121,7 +121,7 @@ def test_latency_is_of_one_picture_and_has_its_percentiles(monkeypatch):
     assert (row["latency_steps"], row["latency_p99"]) == (1, None)
     line = table(result).splitlines()[2].split()
     assert line[-2:] == ["-", "1"]
-    assert "latency of a single picture by wall clock over n steps" in table(result)
+    assert "latency of a single image by wall clock over n steps" in table(result)
     for other in ({"train": True, "size": (64, 64), "batch_size": 2}, {"batch_size": 2}):
         result = bench(["test_resnet"], dataclasses.replace(settings, **other))
         assert result["rows"][0]["latency_p50"] is result["rows"][0]["latency_steps"] is None
@@ -149,9 +149,9 @@ def test_the_fused_form_says_the_same(randomise):
     network = randomise(create_network("groupmixformer_mobile", settings))
     plain, fused = Runner(network, settings), Runner(network, dataclasses.replace(settings, fuse=True))
     assert plain.parameters == fused.parameters
-    pictures = torch.randn(2, 3, 64, 64)
-    expected = plain.forward(pictures)
-    torch.testing.assert_close(fused.forward(pictures), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    images = torch.randn(2, 3, 64, 64)
+    expected = plain.forward(images)
+    torch.testing.assert_close(fused.forward(images), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -197,10 +197,10 @@ def test_memory_grows_with_the_batch():
     )
     if small is None:
         pytest.skip("this system does not tell the memory of a process")
-    assert large > small + 14  # MiB: the activations of 14 more pictures, of which the first map alone has 1 MiB each
+    assert large > small + 14  # MiB: the activations of 14 more images, of which the first map alone has 1 MiB each
 
 
-def test_objects_lie_in_their_picture():
+def test_objects_lie_in_their_image():
     target = speed._objects(Settings(task="detection", size=(80, 133)))
     left, top, right, bottom = target["boxes"].unbind(1)
     assert (left >= 0).all() and (top >= 0).all() and (right <= 133).all() and (bottom <= 80).all()

@@ -156,7 +156,7 @@ def test_predict_reads_files_folders_and_globs(run, photos, capsys):
 
 def test_predict_skips_what_it_cannot_read(run, photos, capsys, tmp_path):
     good = next((photos / "val" / "one").iterdir())
-    bad = {"empty.png": b"", "text.jpg": b"not a picture", "half.png": good.read_bytes()[:60]}
+    bad = {"empty.png": b"", "text.jpg": b"not an image", "half.png": good.read_bytes()[:60]}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
     result = output(capsys, "predict", run, *(tmp_path / name for name in bad), tmp_path / "gone.png", good, "--json")
@@ -169,10 +169,10 @@ def test_predict_skips_what_it_cannot_read(run, photos, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_predict_reads_every_kind_of_picture(run, capsys, tmp_path, mode):
+def test_predict_reads_every_kind_of_image(run, capsys, tmp_path, mode):
     pixels = np.arange(48 * 40, dtype=np.uint16).reshape(48, 40)
     image = Image.fromarray(pixels * 30) if mode == "I;16" else Image.fromarray((pixels % 256).astype(np.uint8)).convert(mode)
-    path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
+    path = tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}"
     image.save(path)
     assert json.loads(output(capsys, "predict", run, path, "--json").out)["images"]
 
@@ -297,7 +297,7 @@ def test_the_quickstart_takes_a_free_folder(monkeypatch, tmp_path, capsys, photo
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart" / "recipe.yaml").write_text("data: digits")  # a run that must not be touched
     argv = ["quickstart", "--data", photos, "--variant", "test_resnet", "--epochs", "1", "--json"]
-    assert "lower batch_size" in error(capsys, *argv, code=1)  # 24 pictures
+    assert "lower batch_size" in error(capsys, *argv, code=1)  # 24 images
     assert (tmp_path / "runs" / "quickstart-2").is_dir()
     assert [path.name for path in (tmp_path / "runs" / "quickstart").iterdir()] == ["recipe.yaml"]
 
@@ -316,7 +316,10 @@ def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
     ("statement", "unwanted"),
     [
         ("import groupmixformer", ["lightning", "torchmetrics", "matplotlib", "sklearn", "jsonargparse", "transformers"]),
-        ("from groupmixformer.cli.main import main; main(['predict', 'nowhere', 'x'])", ["lightning", "matplotlib", "jsonargparse"]),
+        (
+            "from groupmixformer.cli.main import main; main(['predict', 'nowhere', 'x'])",
+            ["lightning", "matplotlib", "jsonargparse"],
+        ),
         ("import groupmixformer.tasks.classification.metrics, groupmixformer.data", ["lightning", "matplotlib"]),
     ],
 )

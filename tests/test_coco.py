@@ -17,7 +17,15 @@ from pycocotools.cocoeval import COCOeval
 from shapes import CATEGORIES, COLORS, polygon, runs, write_coco, write_shapes
 from torchvision.ops import masks_to_boxes
 
-from groupmixformer.tasks.detection.data import NUMBERS, CocoImages, coco_numbers, collate, to_results, to_tensor, train_transform
+from groupmixformer.tasks.detection.data import (
+    NUMBERS,
+    CocoImages,
+    coco_numbers,
+    collate,
+    to_results,
+    to_tensor,
+    train_transform,
+)
 
 PLAIN = train_transform(0.0, 0.0, 0.0)
 WIDTH, HEIGHT = 40, 30
@@ -28,7 +36,7 @@ def shapes(tmp_path_factory):
     return write_shapes(tmp_path_factory.mktemp("shapes"))
 
 
-def picture(path, size=(WIDTH, HEIGHT)):
+def photo(path, size=(WIDTH, HEIGHT)):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -64,13 +72,13 @@ def compressed(mask):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Give a function that writes validation data of two pictures, changed as it is told, and returns the folder."""
+    """Give a function that writes validation data of two images, changed as it is told, and returns the folder."""
 
     def write(objects=None, images=None, categories=CATEGORIES):
         images = [image(1), image(2)] if images is None else images
         for record in images:
             if not (tmp_path / "images" / record["file_name"]).exists():
-                picture(tmp_path / "images" / record["file_name"])
+                photo(tmp_path / "images" / record["file_name"])
         write_coco(tmp_path, "val", images, [thing()] if objects is None else objects, categories)
         return tmp_path
 
@@ -126,7 +134,7 @@ def test_probabilities_become_masks_of_the_results():
     assert to_results(nothing, 1, [5]) == []
 
 
-def test_boxes_are_cut_at_the_picture_for_training_and_kept_in_the_truth(folder):
+def test_boxes_are_cut_at_the_image_for_training_and_kept_in_the_truth(folder):
     boxes = [(-5.5, -2, 15, 10), (30, 20, 50.25, 50), (10.5, 5.25, 12, 8)]
     images = CocoImages(folder([thing(box=box) for box in boxes]), "val", masks=False)
     target = images.target(images.read(0)[1])
@@ -146,7 +154,7 @@ def test_crowds_are_left_out_of_training_and_kept_in_the_truth(folder, masks):
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_pictures_without_objects_stay(folder, masks):
+def test_images_without_objects_stay(folder, masks):
     data = folder(images=[image(1), image(2), image(3)], objects=[thing(of=2)])
     write_coco(data, "train", [image(1), image(2), image(3)], [thing(of=2)])
     images = CocoImages(data, "train", masks, train_transform(1.0, 1.0, 0.2))
@@ -161,7 +169,7 @@ def test_pictures_without_objects_stay(folder, masks):
 
 
 @pytest.mark.parametrize(
-    ("split", "annotations", "pictures"),
+    ("split", "annotations", "photos"),
     [
         ("val", "annotations/instances_val.json", "images"),
         ("val", "annotations/instances_val.json", "images/val"),
@@ -176,12 +184,12 @@ def test_pictures_without_objects_stay(folder, masks):
     ],
 )
 @pytest.mark.parametrize("missing", [None, "1.png"])
-def test_the_usual_layouts_are_found(folder, tmp_path, split, annotations, pictures, missing):
+def test_the_usual_layouts_are_found(folder, tmp_path, split, annotations, photos, missing):
     root = tmp_path / "other"
     (root / annotations).parent.mkdir(parents=True)
     for name in ("1.png", "2.png"):
         if name != missing:
-            picture(root / pictures / name)
+            photo(root / photos / name)
     source = folder([thing(of=2)]) / "annotations" / "instances_val.json"
     source.rename(root / annotations)
     for other in ("captions", "person_keypoints"):
@@ -193,7 +201,7 @@ def test_the_usual_layouts_are_found(folder, tmp_path, split, annotations, pictu
     assert images.read(len(images) - 1)[1]["id"] == 2
 
 
-def test_evaluation_gives_pictures_as_they_are(shapes):
+def test_evaluation_gives_images_as_they_are(shapes):
     images = CocoImages(shapes, "val", masks=False)
     pixels, number, problem = images[2]
     assert (number, problem) == (1014, "")
@@ -271,13 +279,13 @@ REFUSED = {
     "no image": (lambda c: c["images"].clear(), "holds no images"),
     "no category": (lambda c: c["categories"].clear(), "expected one or more categories"),
     "categories of one id": (lambda c: c["categories"][0].update(id=3), "each with an id of its own"),
-    "images of one id": (lambda c: c["images"][1].update(id=1), "two pictures are annotated under one id"),
+    "images of one id": (lambda c: c["images"][1].update(id=1), "two images are annotated under one id"),
     "no annotation": (lambda c: c["annotations"].clear(), "holds no object with a mask to learn or to find"),
     "crowds only": (lambda c: c["annotations"][0].update(iscrowd=1), "holds no object with a mask to learn or to find"),
     "no mask": (lambda c: c["annotations"][0].pop("segmentation"), "holds no object with a mask .*: object 1 of 1.png: segm"),
-    "no picture": (
+    "no such image": (
         lambda c: [i.update(file_name=f"gone/{i['id']}.png") for i in c["images"]],
-        r"none of its 2 pictures can be used: .*gone/1.png: no such file",
+        r"none of its 2 images can be used: .*gone/1.png: no such file",
     ),
 }
 
@@ -317,24 +325,24 @@ def test_missing_annotations_are_named_with_what_is_there(folder, tmp_path):
 
 @pytest.fixture
 def flawed(folder):
-    """Five pictures, of which one can be used whole: the others are missing, no pictures, and of another size."""
+    """Five images, of which one can be used whole: the others are missing, no images, and of another size."""
     names = ["good", "missing", "text", "empty", "turned"]
     images = [image(i, file_name=f"{name}.png") for i, name in enumerate(names, start=1)]
     root = folder([thing(i, of=i) for i in range(1, 6)], images)
     for name, content in {"text": b"<html>not found</html>", "empty": b""}.items():
         (root / "images" / f"{name}.png").write_bytes(content)
     (root / "images" / "missing.png").unlink()
-    picture(root / "images" / "turned.png", (HEIGHT, WIDTH))
+    photo(root / "images" / "turned.png", (HEIGHT, WIDTH))
     return root
 
 
-def test_pictures_that_cannot_be_used_are_skipped_by_name(flawed):
+def test_images_that_cannot_be_used_are_skipped_by_name(flawed):
     images = CocoImages(flawed, "val", masks=False)
     place = flawed / "images"
     assert images.skipped == [
         f"{place / 'missing.png'}: no such file",
-        f"{place / 'text.png'}: not a readable picture",
-        f"{place / 'empty.png'}: not a readable picture",
+        f"{place / 'text.png'}: not a readable image",
+        f"{place / 'empty.png'}: not a readable image",
         f"{place / 'turned.png'}: is {HEIGHT} x {WIDTH} pixels and annotated as {WIDTH} x {HEIGHT}",
     ]
     assert len(images) == 1
@@ -343,7 +351,7 @@ def test_pictures_that_cannot_be_used_are_skipped_by_name(flawed):
     assert [truth["image_id"] for truth in images.truth["annotations"]] == [1]
 
 
-def test_a_truncated_picture_is_replaced_in_training_and_blank_in_evaluation(folder):
+def test_a_truncated_image_is_replaced_in_training_and_blank_in_evaluation(folder):
     root = folder([thing(1, of=1), thing(2, of=2, category=7)])
     bad = root / "images" / "1.png"
     bad.write_bytes(bad.read_bytes()[:1000])  # its head is whole
@@ -351,14 +359,14 @@ def test_a_truncated_picture_is_replaced_in_training_and_blank_in_evaluation(fol
     assert (images.skipped, len(images)) == ([], 2)
     blank, number, problem = images[0]
     assert number == -1 and blank.shape[0] == 3
-    assert problem.startswith(f"{bad}: not a readable picture")
+    assert problem.startswith(f"{bad}: not a readable image")
     images.transform = PLAIN
     pixels, target, problem = images[0, 0]
-    assert problem.startswith(f"{bad}: not a readable picture")
+    assert problem.startswith(f"{bad}: not a readable image")
     assert target["labels"].tolist() == [2]
     assert torch.equal(pixels, to_tensor(images.read(1)[0]))
-    pictures, ids, problems = collate([images[0, 0], images[0, 1]])
-    assert len(pictures) == len(ids) == 2
+    photos, ids, problems = collate([images[0, 0], images[0, 1]])
+    assert len(photos) == len(ids) == 2
     assert problems == [problem]
 
 
@@ -366,8 +374,8 @@ DROPPED = {
     "no width": (thing(5, box=(10, 5, 0, 8)), "object 5 of 1.png: box [10, 5, 0, 8] is less than a pixel wide or high"),
     "half a pixel": (thing(5, box=(10, 5, 12, 0.5)), "object 5 of 1.png: box [10, 5, 12, 0.5] is less than a pixel wide"),
     "negative": (thing(5, box=(10, 5, -12, 8)), "object 5 of 1.png: box [10, 5, -12, 8] is less than a pixel wide"),
-    "right": (thing(5, box=(40, 5, 12, 8)), "object 5 of 1.png: box [40, 5, 12, 8] lies outside of the picture of 40 x 30"),
-    "above": (thing(5, box=(10, -9, 12, 9)), "object 5 of 1.png: box [10, -9, 12, 9] lies outside of the picture of 40 x 30"),
+    "right": (thing(5, box=(40, 5, 12, 8)), "object 5 of 1.png: box [40, 5, 12, 8] lies outside of the image of 40 x 30"),
+    "above": (thing(5, box=(10, -9, 12, 9)), "object 5 of 1.png: box [10, -9, 12, 9] lies outside of the image of 40 x 30"),
     "NaN": (thing(5, box=(10, 5, math.nan, 8)), "object 5 of 1.png: box [10, 5, nan, 8], expected four numbers"),
     "infinite": (thing(5, box=(10, 5, math.inf, 8)), "object 5 of 1.png: box [10, 5, inf, 8], expected four numbers"),
     "three": (thing(5, bbox=[1, 2, 3]), "object 5 of 1.png: box [1, 2, 3], expected four numbers"),
@@ -376,8 +384,8 @@ DROPPED = {
     "category": (thing(5, category=4), "object 5 of 1.png: category 4, which is not defined"),
     "no category": ({"id": 5, "image_id": 1, "bbox": [1, 2, 9, 9]}, "object 5 of 1.png: category None, which is not defined"),
     "categories": (thing(5, category=[3]), "object 5 of 1.png: category [3], which is not defined"),
-    "images": (thing(5, of=[1]), "object 5 of [1]: a picture that is not annotated"),
-    "image": (thing(5, of=99), "object 5 of 99: a picture that is not annotated"),
+    "images": (thing(5, of=[1]), "object 5 of [1]: an image that is not annotated"),
+    "image": (thing(5, of=99), "object 5 of 99: an image that is not annotated"),
     "no id": ({"image_id": 2, "category_id": 9}, "object 2 of 2.png: category 9, which is not defined"),
 }
 NO_MASK = {
@@ -507,7 +515,7 @@ def detections(images, rng, decimals):
                 boxes.append(box + rng.normal(0, rng.choice([0.02, 0.1]), 4) * side)
                 labels.append(label if rng.random() < 0.85 else int(rng.integers(1, classes + 1)))
                 masks.append(np.roll(mask, rng.integers(-3, 4, 2), axis=(0, 1)))
-        for _ in range(rng.integers(0, 4) if index else 120):  # more in one picture than count
+        for _ in range(rng.integers(0, 4) if index else 120):  # more in one image than count
             corner, side = rng.uniform(0, 0.6, 2) * (width, height), rng.uniform(0.05, 0.4, 2) * (width, height)
             boxes.append(np.concatenate([corner, corner + side]))
             labels.append(int(rng.integers(1, classes + 1)))
@@ -550,14 +558,14 @@ def test_the_numbers_are_those_of_pycocotools_on_real_annotations(shared, kind, 
 
 @pytest.fixture(scope="session")
 def sizes(tmp_path_factory):
-    """Shapes in pictures of many sizes, so that there are small, medium and large ones; one category has no object."""
+    """Shapes in images of many sizes, so that there are small, medium and large ones; one category has no object."""
     root = tmp_path_factory.mktemp("sizes")
     rng = np.random.default_rng(0)
     images, objects = [], []
     for i in range(6):
         width, height = (int(side) for side in rng.integers(200, 320, 2))
         images.append(image(i + 1, width=width, height=height))
-        picture(root / "images" / f"{i + 1}.png", (width, height))
+        photo(root / "images" / f"{i + 1}.png", (width, height))
         for _ in range(9):
             side = [int(n) for n in rng.choice([14, 24, 60, 90, 130], 2)]
             left, top = (int(rng.integers(0, whole - part)) for whole, part in zip((width, height), side, strict=True))
@@ -622,7 +630,7 @@ def test_the_numbers_are_the_same_whenever_they_are_computed(sizes):
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("0007", "0008")])
-def test_pictures_may_be_numbered_by_words(folder, names):
+def test_images_may_be_numbered_by_words(folder, names):
     images = CocoImages(folder([thing(i, of=n) for i, n in enumerate(names)], [image(n) for n in names]), "val", masks=False)
     for _ in range(2):  # epochs
         results = []

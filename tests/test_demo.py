@@ -17,14 +17,14 @@ from chromium import CHROMIUM, open_tab
 from PIL import Image
 
 from groupmixformer import GroupMixFormer, attention_maps
-from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
 from groupmixformer.cli.main import main
 from groupmixformer.deploy.demo import Page, application
 from groupmixformer.models.attention_maps import by_group_size
-from groupmixformer.visual.figures import GROUPS, ORANGE
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.tasks.backbone import Backbone
 from groupmixformer.tasks.classification.predict import Classes
 from groupmixformer.tasks.predictor import Segments
+from groupmixformer.visual.figures import GROUPS, ORANGE
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
 NAMES = ["ash", "birch", "crane", "crane", "elm", "fir"]
@@ -60,17 +60,17 @@ def classes(run):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    """The file of a wide picture."""
+def image(tmp_path_factory):
+    """The file of a wide image."""
     blocks = np.random.default_rng(3).integers(0, 256, (5, 8, 3), dtype=np.uint8)
-    file = tmp_path_factory.mktemp("pictures") / "wide.png"
+    file = tmp_path_factory.mktemp("images") / "wide.png"
     Image.fromarray(blocks).resize((160, 100), Image.Resampling.NEAREST).save(file)
     return file
 
 
-def test_the_page_shows_what_the_model_says(classes, picture):
+def test_the_page_shows_what_the_model_says(classes, image):
     page = Page({"trees": (classes, "classification")})
-    seen, expected = page.predict("trees", str(picture)), classes.predict(Image.open(picture)).result["classes"]
+    seen, expected = page.predict("trees", str(image)), classes.predict(Image.open(image)).result["classes"]
     assert list(seen.classes.values()) == [one["probability"] for one in expected]
     for name, one in zip(seen.classes, expected, strict=True):  # two classes have the same name
         assert name in (one["class"], f"crane ({one['index']})")
@@ -81,56 +81,56 @@ def test_the_page_shows_what_the_model_says(classes, picture):
     assert frame.min(axis=0) == pytest.approx([40, 160], abs=5) and frame.max(axis=0) == pytest.approx([360, 480], abs=5)
 
 
-def test_no_frame_where_all_is_seen(run, picture):
+def test_no_frame_where_all_is_seen(run, image):
     model = Classes(run, CPU)
     model.config |= {"crop_mode": "squash", "crop_pct": 1.0}
     from groupmixformer.tasks.classification.data import eval_transform
 
     model.transform = eval_transform(model.config)
-    shown = Page({"trees": (model, "classification")}).predict("trees", str(picture)).shown
+    shown = Page({"trees": (model, "classification")}).predict("trees", str(image)).shown
     assert not (np.asarray(shown) == MARK).all(axis=2).any()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_point_attends_to_what_the_maps_say(classes, picture, stage):
+def test_a_point_attends_to_what_the_maps_say(classes, photo, stage):
     page, point = Page({"trees": (classes, "classification")}), (0.6, 0.4)
-    query = classes.view(Image.open(picture)).seen((40, 96))  # of 100 rows and 160 columns
-    pictures, names = zip(*page.attend("trees", str(picture), point, stage), strict=True)
+    query = classes.view(Image.open(photo)).seen((40, 96))  # of 100 rows and 160 columns
+    images, names = zip(*page.attend("trees", str(photo), point, stage), strict=True)
     assert names == GROUPS
-    image = classes.transform(Image.open(picture))
+    image = classes.transform(Image.open(photo))
     with torch.no_grad():
         strengths = by_group_size(attention_maps(classes.model, image[None], query, stage), (64, 64))[0]
-    for shown, strength in zip(pictures, strengths, strict=True):
+    for shown, strength in zip(images, strengths, strict=True):
         pixels = np.asarray(shown)
         mark = np.argwhere((pixels == MARK).all(axis=2))
         assert (mark.min(axis=0) + mark.max(axis=0)) / 2 == pytest.approx([10 * q + 5 for q in query], abs=1)
-        # Viridis becomes greener and redder with the strength, on grey of the picture.
+        # Viridis becomes greener and redder with the strength, on grey of the photo.
         away = [q for q in itertools.product(range(64), repeat=2) if max(abs(q[0] - query[0]), abs(q[1] - query[1])) > 4]
         strongest, weakest = (pick(away, key=lambda q: strength[q].item()) for pick in (max, min))
         spread = (pixels.max(axis=2).astype(int) - pixels.min(axis=2))[
             [10 * q[0] + 5 for q in (strongest, weakest)], [10 * q[1] + 5 for q in (strongest, weakest)]
         ]
         assert strength[strongest] > strength[weakest] and spread[0] > 40
-    other = page.attend("trees", str(picture), (0.4, 0.6), stage)
-    assert any(a.tobytes() != b[0].tobytes() for a, b in zip(pictures, other, strict=True))
+    other = page.attend("trees", str(photo), (0.4, 0.6), stage)
+    assert any(a.tobytes() != b[0].tobytes() for a, b in zip(images, other, strict=True))
 
 
-def test_what_has_no_maps_says_so(classes, segments, picture):
+def test_what_has_no_maps_says_so(classes, segments, image):
     runs = {"trees": (classes, "classification"), "ground": (Segments(segments, CPU, None, None), "segmentation")}
     page = Page(runs)
     with pytest.raises(ValueError, match="does not see this point: it looks at what is inside the orange frame"):
-        page.attend("trees", str(picture), (0.02, 0.5), 1)
+        page.attend("trees", str(image), (0.02, 0.5), 1)
     with pytest.raises(ValueError, match="ground holds a model for segmentation: attention is shown for classifiers with"):
-        page.attend("ground", str(picture), (0.5, 0.5), 1)
+        page.attend("ground", str(image), (0.5, 0.5), 1)
     other = Classes.__new__(Classes)
     other.model, other.class_names = timm.create_model("test_resnet"), NAMES
     with pytest.raises(ValueError, match="other holds ResNet: attention is shown"):
-        Page({"other": (other, "classification")}).attend("other", str(picture), (0.5, 0.5), 1)
-    seen = page.predict("ground", str(picture))
+        Page({"other": (other, "classification")}).attend("other", str(image), (0.5, 0.5), 1)
+    seen = page.predict("ground", str(image))
     assert seen.classes is None and seen.drawn.height == 480 and "%" in seen.text
-    broken = picture.parent / "broken.png"
-    broken.write_bytes(picture.read_bytes()[:90])
-    with pytest.raises(ValueError, match=r"^broken\.png: not a readable picture: "):
+    broken = image.parent / "broken.png"
+    broken.write_bytes(image.read_bytes()[:90])
+    with pytest.raises(ValueError, match=r"^broken\.png: not a readable image: "):
         page.predict("trees", str(broken))
 
 
@@ -188,7 +188,7 @@ def started(run, segments, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_the_page_in_a_browser(started, run, segments, picture, tmp_path):
+def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
     address, notes = started
     broken, large = tmp_path / "<b>broken.png", tmp_path / "large.png"
     broken.write_bytes(b"nothing")
@@ -196,7 +196,7 @@ def test_the_page_in_a_browser(started, run, segments, picture, tmp_path):
     with open_tab(address, tmp_path) as tab:
         field = "#file input[type=file]"
         tab.until(f"document.querySelector('{field}') !== null")
-        tab.upload(field, picture)
+        tab.upload(field, image)
         tab.until("document.querySelector('#shown img')?.naturalWidth == 640")
         tab.until("/ash|birch|crane/.test(document.querySelector('#classes').innerText)")
         assert re.search(r"\d+ ms", tab.run("document.querySelector('#said').innerText"))
@@ -225,7 +225,7 @@ def test_the_page_in_a_browser(started, run, segments, picture, tmp_path):
         tab.click("#file button[aria-label='Clear']")
         tab.until(f"document.querySelector('{field}') !== null")
         tab.upload(field, broken)
-        tab.until("document.body.innerText.includes('broken.png: not a readable picture: no known format')")
+        tab.until("document.body.innerText.includes('broken.png: not a readable image: no known format')")
         tab.click("#file button[aria-label='Clear']")
         tab.until(f"document.querySelector('{field}') !== null")
         tab.upload(field, large)

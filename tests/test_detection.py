@@ -23,14 +23,14 @@ from shapes import CATEGORIES, write_coco, write_shapes, write_split
 from torch import nn
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.tasks.backbone import Backbone, start_from
-from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
 from groupmixformer.cli.main import main
+from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
+from groupmixformer.tasks.backbone import Backbone, start_from
 from groupmixformer.tasks.detection.data import NUMBERS, CocoImages, coco_numbers, collate
 from groupmixformer.tasks.detection.training import Detection, Detector, load_detector, start
+from groupmixformer.tasks.predictor import Objects
 from groupmixformer.training.recipe import Detector as Settings
 from groupmixformer.training.recipe import Recipe, read_recipe
-from groupmixformer.tasks.predictor import Objects
 from groupmixformer.training.trainer import read_metrics, train
 
 ARCHITECTURES = ("retinanet", "faster_rcnn", "mask_rcnn")
@@ -83,15 +83,15 @@ def task(data, architecture="faster_rcnn", variant="test_convnext", **more):
 
 
 def batch(made, *indices):
-    pictures, targets, problems = collate([made.loaders.train[0, index] for index in indices])
+    images, targets, problems = collate([made.loaders.train[0, index] for index in indices])
     assert not problems
-    return pictures, targets
+    return images, targets
 
 
-def losses(model, pictures, targets):
+def losses(model, images, targets):
     torch.manual_seed(0)  # of the regions that are drawn
     model.zero_grad()
-    found = model.train()(pictures, targets)
+    found = model.train()(images, targets)
     sum(found.values()).backward()
     return {name: loss.item() for name, loss in found.items()}
 
@@ -114,9 +114,9 @@ def equal(first, second):
 def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path, architecture, variant):
     made = task(shapes, architecture, variant)
     model, names = made.model, {name for name, _ in made.model.named_parameters()}
-    pictures, targets = batch(made, 2, 4)
+    images, targets = batch(made, 2, 4)
     assert (len(targets[0]["boxes"]) > 0, len(targets[1]["boxes"])) == (True, 0)
-    found = losses(model, pictures, targets)
+    found = losses(model, images, targets)
     assert all(math.isfinite(loss) for loss in found.values())
     assert len(found) == {"retinanet": 2, "faster_rcnn": 4, "mask_rcnn": 5}[architecture]
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.isfinite().all()} == names
@@ -149,9 +149,9 @@ def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path,
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_batch_without_any_object_has_losses_and_gradients(shapes, architecture):
     made = task(shapes, architecture)
-    pictures, targets = batch(made, 4, 9)
+    images, targets = batch(made, 4, 9)
     assert [len(target["boxes"]) for target in targets] == [0, 0]
-    assert all(math.isfinite(loss) for loss in losses(made.model, pictures, targets).values())
+    assert all(math.isfinite(loss) for loss in losses(made.model, images, targets).values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.model.parameters())
 
 
@@ -228,10 +228,10 @@ def test_the_weights_of_a_classifier_arrive_in_the_backbone(shapes, classifier, 
     assert len(found) > 50
     assert equal(found, {key: expected[key] for key in found})
     assert {key.split("_")[0] for key in expected.keys() - found.keys()} <= {"head", "fc", "norm", "norm4"}
-    picture = torch.rand(1, 3, 224, 224)
+    image = torch.rand(1, 3, 224, 224)
     with torch.inference_mode():
-        features = made.model.eval().body(picture)[-1]
-        whole = source.eval().forward_intermediates(picture, intermediates_only=True)[-1]
+        features = made.model.eval().body(image)[-1]
+        whole = source.eval().forward_intermediates(image, intermediates_only=True)[-1]
     torch.testing.assert_close(features, whole, rtol=1e-5, atol=1e-5)
     made.save(made.model, tmp_path / "run")
     again, _ = load_detector(tmp_path / "run")
@@ -363,7 +363,7 @@ def test_what_its_authors_do_not_decay_is_not_decayed(shapes, variant):
 @pytest.mark.parametrize("variant", ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"])
 def test_recomputed_activations_give_the_same_losses_and_gradients(shapes, variant):
     made = task(shapes, "mask_rcnn", variant, drop_path_rate=0.1 if variant != "resnet18" else 0.0)
-    pictures, targets = batch(made, 0, 1)
+    images, targets = batch(made, 0, 1)
     other = copy.deepcopy(made.model)
     other.set_grad_checkpointing()
     counts = []
@@ -371,7 +371,7 @@ def test_recomputed_activations_give_the_same_losses_and_gradients(shapes, varia
         calls = []
         blocks = [module for module in model.body.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         handles = [block.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for block in blocks]
-        found = losses(model, pictures, targets)
+        found = losses(model, images, targets)
         counts.append((len(calls), found))
         for handle in handles:
             handle.remove()
@@ -404,10 +404,10 @@ def test_a_run_folder_holds_everything(trained, shapes):
     assert not [name for name in names if name.startswith(".saving") or name.endswith(".part")]
     assert {path.name for path in (run / "report").iterdir()} == {"curves.png", "classes.png", "predictions.png"}
     for path in (run / "report").iterdir():
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
     page = (run / "report.html").read_text()
-    assert f"mask AP {result['mask_AP']:.2%} on held-out pictures" in page
+    assert f"mask AP {result['mask_AP']:.2%} on held-out images" in page
     assert page.count("data:image/png") == 3
     rows = read_metrics(run)
     assert [(row["epoch"], row["step"], row["val_images"]) for row in rows] == [(e, 8.0 * (e + 1), 5) for e in range(4)]
@@ -519,21 +519,21 @@ def test_options_of_other_tasks_are_refused(trained, shapes, tmp_path, capsys, a
 
 def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, capsys):
     run, measured = trained
-    pictures = sorted((shapes / "images").glob("val-*.png"))
-    (tmp_path / "7.png").write_bytes(pictures[0].read_bytes())
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    before = {path: path.read_bytes() for path in pictures}
+    images = sorted((shapes / "images").glob("val-*.png"))
+    (tmp_path / "7.png").write_bytes(images[0].read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    before = {path: path.read_bytes() for path in images}
     out = tmp_path / "found"
-    said = gmf(capsys, "predict", run, *pictures, tmp_path, "--out", out, "--score", "0.3", "--json")
+    said = gmf(capsys, "predict", run, *images, tmp_path, "--out", out, "--score", "0.3", "--json")
     result = json.loads(said.out)
     assert result["skipped"] == [str(tmp_path / "broken.png")]
     assert f"gmf predict: skipped {tmp_path / 'broken.png'}" in said.err
-    assert [row["image"] for row in result["images"]] == [str(path) for path in [*pictures, tmp_path / "7.png"]]
-    assert {path: path.read_bytes() for path in pictures} == before
+    assert [row["image"] for row in result["images"]] == [str(path) for path in [*images, tmp_path / "7.png"]]
+    assert {path: path.read_bytes() for path in images} == before
 
     coco = json.loads((out / "results.json").read_text())
     assert result["coco_results"] == str(out / "results.json")
-    ids = {path.name: path.name for path in pictures} | {"7.png": 7}
+    ids = {path.name: path.name for path in images} | {"7.png": 7}
     assert {7, "val-0.png", "val-1.png"} <= {row["image_id"] for row in coco} <= set(ids.values())
     listed = 0
     for row in result["images"]:
@@ -550,13 +550,13 @@ def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, cap
         listed += len(sure)
         (file,) = row["files"]
         assert file == str(out / name)
-        with Image.open(file) as drawn, Image.open(row["image"]) as picture:
-            assert drawn.width / drawn.height == pytest.approx(picture.width / picture.height, rel=0.01)
-            plain_ = np.asarray(picture.convert("RGB").resize(drawn.size, Image.Resampling.BICUBIC)).astype(int)
+        with Image.open(file) as drawn, Image.open(row["image"]) as image:
+            assert drawn.width / drawn.height == pytest.approx(image.width / image.height, rel=0.01)
+            plain_ = np.asarray(image.convert("RGB").resize(drawn.size, Image.Resampling.BICUBIC)).astype(int)
             assert (np.abs(np.asarray(drawn.convert("RGB")).astype(int) - plain_).max() > 50) == bool(sure)
     assert 0 < listed < len(coco)
 
-    # The results are what pycocotools would take for the pictures of the data set, which the numbers above are of.
+    # The results are what pycocotools would take for the images of the data set, which the numbers above are of.
     truth = CocoImages(shapes, "val", masks=True)
     by_name = {record["file_name"]: record["id"] for record in truth.truth["images"]}
     own = [{**row, "image_id": by_name[row["image_id"]]} for row in coco if row["image_id"] in by_name]
@@ -565,15 +565,15 @@ def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, cap
 
 
 def test_prediction_shows_nothing_where_nothing_is_sure(trained, shapes, tmp_path, capsys):
-    picture = shapes / "images" / "val-0.png"
-    text = gmf(capsys, "predict", trained[0], picture, "--out", tmp_path / "found", "--score", "1").out
-    assert f"{picture}: nothing  ({tmp_path / 'found' / 'val-0.png'})" in text
-    twice = [picture, tmp_path / "val-0.png"]
-    shutil.copy(picture, twice[1])
+    image = shapes / "images" / "val-0.png"
+    text = gmf(capsys, "predict", trained[0], image, "--out", tmp_path / "found", "--score", "1").out
+    assert f"{image}: nothing  ({tmp_path / 'found' / 'val-0.png'})" in text
+    twice = [image, tmp_path / "val-0.png"]
+    shutil.copy(image, twice[1])
     gmf(capsys, "predict", trained[0], *twice, "--out", tmp_path / "twice")
     assert {path.name for path in (tmp_path / "twice").iterdir()} == {"val-0.png", "val-0-2.png", "results.json"}
     content = twice[1].read_bytes()
-    gmf(capsys, "predict", trained[0], twice[1], "--out", tmp_path)  # beside the picture
+    gmf(capsys, "predict", trained[0], twice[1], "--out", tmp_path)  # beside the image
     assert twice[1].read_bytes() == content and (tmp_path / "val-0-2.png").is_file()
 
 
@@ -625,7 +625,7 @@ def changed(shapes, root, split, change):
             "no object with a mask to learn or to find: obj",
         ),
     ],
-    ids=["names", "ids", "val empty", "train empty", "no pictures", "no images", "no masks"],
+    ids=["names", "ids", "val empty", "train empty", "no images", "no images", "no masks"],
 )
 def test_data_that_cannot_be_used_is_refused_before_training(shapes, tmp_path, capsys, split, change, words):
     data = changed(shapes, tmp_path / "data", split, change)
@@ -644,14 +644,14 @@ def test_what_is_left_out_of_training_is_said(shapes, tmp_path, capsys):
     data = changed(shapes, tmp_path / "data", "train", flaw)
     gone = f"{data / 'images' / 'gone.png'}: no such file"
     line = error(capsys, "train", "nuclei", *options(data, tmp_path / "run"))
-    assert line == f"gmf: error: 1 of 16 training pictures cannot be used, more than bad_limit (0.10%) allows: {gone}"
+    assert line == f"gmf: error: 1 of 16 training images cannot be used, more than bad_limit (0.10%) allows: {gone}"
     fit(data, tmp_path / "run", "--bad_limit", "0.1", "--detector.architecture", "retinanet")
     said = capsys.readouterr().err
-    assert f"1 training pictures left out: {gone}" in said
+    assert f"1 training images left out: {gone}" in said
     box = "object 0 of train-0.png: box [1, 2, 0, 9] is less than a pixel wide or high"
     assert f"1 training objects left out: {box}" in said
     (row,) = read_metrics(tmp_path / "run")
-    assert row["step"] == 7  # of 15 pictures
+    assert row["step"] == 7  # of 15 images
     assert {name for name in row if name.startswith("val_")} == {"val_box_AP", "val_box_AP50", "val_box_AP75", "val_images"}
 
 
@@ -659,12 +659,12 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:3000])  # its head is whole
 
 
-def test_truncated_pictures_are_replaced_counted_and_named(shapes, trained, tmp_path, capsys):
+def test_truncated_images_are_replaced_counted_and_named(shapes, trained, tmp_path, capsys):
     data = shutil.copytree(shapes, tmp_path / "data")
     bad = [data / "images" / name for name in ("train-1.png", "val-0.png")]
     for path in bad:
         truncate(path)
-    with pytest.raises(ValueError, match=r"1 of 16 training pictures cannot be read, more than bad_limit") as raised:
+    with pytest.raises(ValueError, match=r"1 of 16 training images cannot be read, more than bad_limit") as raised:
         fit(data, tmp_path / "refused")
     assert str(bad[0]) in str(raised.value)
 
@@ -672,8 +672,8 @@ def test_truncated_pictures_are_replaced_counted_and_named(shapes, trained, tmp_
     result = json.loads(gmf(capsys, "eval", run, "--json").out)
     (row,) = read_metrics(run)
     assert (row["unreadable"], row["val_images"], result["images"]) == (1, 4, 4)
-    assert (run / "unreadable.txt").read_text().startswith(f"{bad[0]}: not a readable picture")
-    assert [line.split(": not a readable picture")[0] for line in result["skipped"]] == [str(bad[1])]
+    assert (run / "unreadable.txt").read_text().startswith(f"{bad[0]}: not a readable image")
+    assert [line.split(": not a readable image")[0] for line in result["skipped"]] == [str(bad[1])]
     # What cannot be read cannot be found: it counts neither while training nor afterwards.
     assert row["val_mask_AP"] == pytest.approx(result["mask_AP"])
     assert row["val_box_AP"] == pytest.approx(result["box_AP"])
@@ -766,8 +766,8 @@ def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path):
     assert max(row["val_box_AP"] for row in rows) > 0.3
     found = Objects(run, torch.device("cpu"), None, None)
     images = found.open(str(shapes), "val")
-    picture, record = images.read(0)
-    sure = found.predict(picture, record["file_name"], 0.5).result["objects"]
+    image, record = images.read(0)
+    sure = found.predict(image, record["file_name"], 0.5).result["objects"]
     assert {thing["class"] for thing in sure} <= {"square", "disc"}
     target = images.target(record)
     assert len(sure) >= len(target["labels"]) > 0
@@ -788,14 +788,14 @@ def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, froze
 
 
 @pytest.mark.parametrize("architecture", ["faster_rcnn", "mask_rcnn"])
-def test_what_is_found_does_not_depend_on_the_picture_before(architecture, randomise):
-    """torchvision would take the strides of its maps from the first picture, here one that is half filling."""
+def test_what_is_found_does_not_depend_on_the_image_before(architecture, randomise):
+    """torchvision would take the strides of its maps from the first image, here one that is half filling."""
     settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16, "objects": 5}
-    pictures = torch.rand(3, 50, 131), torch.rand(3, 96, 96)
+    images = torch.rand(3, 50, 131), torch.rand(3, 96, 96)
     found = []
-    for order in (pictures, pictures[::-1]):
+    for order in (images, images[::-1]):
         detector = randomise(Detector(Backbone("test_convnext", {}), **settings)).eval()
         with torch.no_grad():
-            boxes = [detector([picture])[0]["boxes"] for picture in order]
-        found.append(boxes if order is pictures else boxes[::-1])
+            boxes = [detector([image])[0]["boxes"] for image in order]
+        found.append(boxes if order is images else boxes[::-1])
     torch.testing.assert_close(found[0], found[1])

@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.cli.main import main
+from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ SLOW += ("lightning.md", "onnxruntime.md", "smp.md", "torchvision.md", "transfor
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, released_names):
-    """A folder with what the pages speak of: a released checkpoint, a picture, an image folder."""
+    """A folder with what the pages speak of: a released checkpoint, an image, an image folder."""
     monkeypatch.chdir(tmp_path)
     state_dict = timm.create_model("groupmixformer_small").state_dict()
     released = dict(zip(released_names(state_dict), state_dict.values(), strict=True))

@@ -1,4 +1,4 @@
-"""Evaluation: every number by hand on small cases, and equal to what timm's validation gives on the same model and pictures."""
+"""Evaluation: every number by hand on small cases, and equal to what timm's validation gives on the same model and images."""
 
 import importlib.util
 import json
@@ -19,8 +19,8 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.cli.main import main
+from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.tasks.classification.metrics import BINS, evaluate, per_class, reliability
 
 DOCS = Path(__file__).parents[1] / "docs" / "evaluate.md"
@@ -50,28 +50,28 @@ def confident(*confidences):
     return torch.stack([top, (1 - top) * 0.7, (1 - top) * 0.3], dim=1).log().float()
 
 
-def write_pictures(root, number, classes=7):
-    """Write digits as pictures of several sizes into a folder for each class, the classes of unequal number."""
+def write_images(root, number, classes=7):
+    """Write digits as images of several sizes into a folder for each class, the classes of unequal number."""
     images, labels = load_digits(return_X_y=True)
     chosen = np.flatnonzero((labels < classes) & ~((labels == 1) & (np.arange(len(labels)) % 3 > 0)))[:number]
     for i in chosen:
-        picture = Image.fromarray((images[i].reshape(8, 8) * 15.9).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray((images[i].reshape(8, 8) * 15.9).astype(np.uint8)).convert("RGB")
         folder = root / f"class-{labels[i]}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.resize((40 + 5 * (i % 7), 36 + 7 * (i % 5)), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        image.resize((40 + 5 * (i % 7), 36 + 7 * (i % 5)), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     return root
 
 
 @pytest.fixture(scope="session")
 def fitted(randomise):
-    """Give a random model a classifier fitted to some pictures, so that it is neither always right nor at random."""
+    """Give a random model a classifier fitted to some photos, so that it is neither always right nor at random."""
 
-    def fit(model, pictures, sizes, strength):
+    def fit(model, photos, sizes, strength):
         randomise(model)
         features, classes = [], []
         for size in sizes:
             loader = create_loader(
-                create_dataset("", str(pictures)),
+                create_dataset("", str(photos)),
                 (3, size, size),
                 32,
                 interpolation="bicubic",
@@ -95,17 +95,17 @@ def fitted(randomise):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """45 pictures in 7 classes."""
-    return write_pictures(tmp_path_factory.mktemp("pictures"), 45)
+def images(tmp_path_factory):
+    """45 images in 7 classes."""
+    return write_images(tmp_path_factory.mktemp("images"), 45)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(fitted, pictures, tmp_path_factory):
-    """A folder with a small model that is right on a part of `pictures`, and stores a size and a crop for tests."""
+def checkpoint(fitted, images, tmp_path_factory):
+    """A folder with a small model that is right on a part of `images`, and stores a size and a crop for tests."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = GroupMixFormer(embed_dims=(40, 40, 40, 80), depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1), num_classes=7).eval()
-    fitted(model, pictures, (48, 64), 0.005)
+    fitted(model, images, (48, 64), 0.005)
     config = {"input_size": (3, 48, 48), "crop_pct": 0.9, "test_input_size": (3, 80, 80), "test_crop_pct": 1.0}
     save_checkpoint(model, folder, [f"class-{i}" for i in range(7)], config)
     return folder
@@ -123,12 +123,12 @@ def measured(capsys, *argv):
 
 
 @torch.inference_mode()
-def timms_validation(checkpoint, pictures, batch_size, prefetcher, use_test_size=False, **settings):
+def timms_validation(checkpoint, photos, batch_size, prefetcher, use_test_size=False, **settings):
     """What timm's validate.py reports: its model, settings, data, loader and meters, called as it calls them."""
     model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True).eval()
     config = resolve_data_config(settings, model=model, use_test_size=use_test_size)
     loader = create_loader(
-        create_dataset("", str(pictures), split="validation"),
+        create_dataset("", str(photos), split="validation"),
         batch_size=batch_size,
         use_prefetcher=prefetcher,
         num_workers=0,
@@ -168,24 +168,24 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_numbers_equal_timms(name, checkpoint, pictures, capsys):
+def test_numbers_equal_timms(name, checkpoint, images, capsys):
     options, settings = SETTINGS[name]
-    ours = measured(capsys, checkpoint, "--data", pictures, "--batch-size", "16", *options)  # batches of 16, 16 and 13
+    ours = measured(capsys, checkpoint, "--data", images, "--batch-size", "16", *options)  # batches of 16, 16 and 13
     for prefetcher in (False, True):
-        check_equal(ours, timms_validation(checkpoint, pictures, 16, prefetcher, **settings))
+        check_equal(ours, timms_validation(checkpoint, images, 16, prefetcher, **settings))
     assert 1.2 / 7 < ours["top1"] < ours["top5"] < 1
     assert ours["images"] == 45
 
 
-def test_settings_change_the_numbers(checkpoint, pictures, capsys):
+def test_settings_change_the_numbers(checkpoint, images, capsys):
     """Else the comparison above would compare one and the same thing."""
-    losses = {measured(capsys, checkpoint, "--data", pictures, *options)["loss"] for options, _ in SETTINGS.values()}
+    losses = {measured(capsys, checkpoint, "--data", images, *options)["loss"] for options, _ in SETTINGS.values()}
     assert len(losses) == len(SETTINGS)
 
 
 @pytest.mark.parametrize("size", [224, 384])
 def test_usual_sizes(size, checkpoint, capsys, tmp_path):
-    write_pictures(tmp_path, 17)
+    write_images(tmp_path, 17)
     result = measured(capsys, checkpoint, "--data", tmp_path, "--image-size", size, "--crop-pct", "1")
     assert (result["input_size"], result["crop_pct"]) == ([3, size, size], 1)
     check_equal(result, timms_validation(checkpoint, tmp_path, 64, False, img_size=size, crop_pct=1.0))
@@ -264,7 +264,7 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
         assert given(logits, classes, batch_size).metrics["loss"] == pytest.approx(mean, rel=1e-9)
 
 
-def test_unreadable_pictures_are_left_out():
+def test_unreadable_images_are_left_out():
     logits, classes = torch.randn(9, 4), torch.randint(4, (9,))
     classes[[1, 3, 4, 5]] = -1  # one in the first batch, all of the second
     readable = classes >= 0
@@ -320,13 +320,13 @@ def test_precision_device_and_memory_layout(device, randomise):
         assert found.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=0.05)
 
 
-def test_an_evaluation_counts_the_images_of_its_time(checkpoint, pictures, capsys):
-    result = measured(capsys, checkpoint, "--data", pictures)
+def test_an_evaluation_counts_the_images_of_its_time(checkpoint, images, capsys):
+    result = measured(capsys, checkpoint, "--data", images)
     assert 0 < result["images_per_second"] < result["model_images_per_second"]
 
 
-def test_the_documented_keys_are_those_of_the_result(checkpoint, pictures, capsys):
-    result = measured(capsys, checkpoint, "--data", pictures)
+def test_the_documented_keys_are_those_of_the_result(checkpoint, images, capsys):
+    result = measured(capsys, checkpoint, "--data", images)
     documented = re.findall(r"^\| `(\w+)`", DOCS.read_text(), re.M)
     assert set(documented) == set(result)
     assert result["plot"] is None
@@ -334,23 +334,23 @@ def test_the_documented_keys_are_those_of_the_result(checkpoint, pictures, capsy
     assert sum(row["images"] for row in result["per_class"]) == sum(row["images"] for row in result["reliability"]) == 45
 
 
-def test_an_unreadable_picture_is_named_and_left_out(checkpoint, pictures, capsys, tmp_path):
-    copy = write_pictures(tmp_path / "pictures", 45)
+def test_an_unreadable_image_is_named_and_left_out(checkpoint, images, capsys, tmp_path):
+    copy = write_images(tmp_path / "images", 45)
     whole = measured(capsys, checkpoint, "--data", copy)
-    (copy / "class-2" / "000.png").write_bytes(b"not a picture")
+    (copy / "class-2" / "000.png").write_bytes(b"not an image")
     printed = command(capsys, "eval", checkpoint, "--data", copy, "--json")
     result = json.loads(printed.out)
     for name in ("top1", "top5", "loss", "calibration_error", "images", "per_class"):
         assert result[name] == pytest.approx(whole[name]) if name != "per_class" else result[name] == whole[name]
     assert len(result["skipped"]) == 1
-    assert f"{copy / 'class-2' / '000.png'}: not a readable picture" in result["skipped"][0]
+    assert f"{copy / 'class-2' / '000.png'}: not a readable image" in result["skipped"][0]
     assert [line for line in printed.err.splitlines() if "000.png" in line] == [f"gmf eval: skipped {result['skipped'][0]}"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_gives_the_numbers_of_its_pictures(workers, checkpoint, pictures, capsys, tmp_path):
-    (tmp_path / "train").symlink_to(pictures)
-    write_pictures(tmp_path / "val", 45)
+def test_a_stream_gives_the_numbers_of_its_images(workers, checkpoint, images, capsys, tmp_path):
+    (tmp_path / "train").symlink_to(images)
+    write_images(tmp_path / "val", 45)
     command(capsys, "shards", tmp_path, "--out", tmp_path / "shards", "--images-per-shard", "8")
     argv = ["--data", "wds/", "--root", tmp_path / "shards", "--batch-size", "16", "--workers", workers]
     stream, folder = measured(capsys, checkpoint, *argv), measured(capsys, checkpoint, "--data", tmp_path / "val")
@@ -360,18 +360,18 @@ def test_a_stream_gives_the_numbers_of_its_pictures(workers, checkpoint, picture
     assert [row["images"] for row in stream["per_class"]] == [row["images"] for row in folder["per_class"]]
 
 
-def test_the_classes_are_shown_worst_first(checkpoint, pictures, capsys):
-    lines = command(capsys, "eval", checkpoint, "--data", pictures, "--per-class").out.splitlines()
+def test_the_classes_are_shown_worst_first(checkpoint, images, capsys):
+    lines = command(capsys, "eval", checkpoint, "--data", images, "--per-class").out.splitlines()
     shown = [float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("class-")]
     assert len(shown) == 7
     assert shown == sorted(shown)
     assert shown[0] < shown[-1]
-    assert not [line for line in command(capsys, "eval", checkpoint, "--data", pictures).out.splitlines() if "class-" in line]
+    assert not [line for line in command(capsys, "eval", checkpoint, "--data", images).out.splitlines() if "class-" in line]
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("deep/b.SVG", b"<?xml"), ("c.pdf", b"%PDF")])
-def test_the_plot_is_a_file_of_its_kind(name, start, checkpoint, pictures, capsys, tmp_path):
-    result = measured(capsys, checkpoint, "--data", pictures, "--plot", tmp_path / name)
+def test_the_plot_is_a_file_of_its_kind(name, start, checkpoint, images, capsys, tmp_path):
+    result = measured(capsys, checkpoint, "--data", images, "--plot", tmp_path / name)
     path = tmp_path / name
     assert result["plot"] == str(path)
     assert path.read_bytes().startswith(start)
@@ -414,28 +414,28 @@ def test_wrong_values_are_wrong_usage(option, hint, capsys):
     assert result.out == ""
 
 
-def test_a_size_below_the_models_least_is_refused(checkpoint, pictures, capsys):
-    result = command(capsys, "eval", checkpoint, "--data", pictures, "--image-size", "31", code=1)
+def test_a_size_below_the_models_least_is_refused(checkpoint, images, capsys):
+    result = command(capsys, "eval", checkpoint, "--data", images, "--image-size", "31", code=1)
     assert len(result.err.strip().splitlines()) == 1
     assert "at least 32" in result.err
 
 
-def test_without_a_test_size_the_usual_one_is_used(fitted, pictures, checkpoint, capsys, tmp_path):
+def test_without_a_test_size_the_usual_one_is_used(fitted, images, checkpoint, capsys, tmp_path):
     model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)
     save_checkpoint(model, tmp_path / "plain", data_config={"test_input_size": None, "test_crop_pct": None})
-    printed = command(capsys, "eval", tmp_path / "plain", "--data", pictures, "--test-size", "--json")
+    printed = command(capsys, "eval", tmp_path / "plain", "--data", images, "--test-size", "--json")
     assert "stores no size or crop for tests" in printed.err
     assert json.loads(printed.out)["input_size"] == [3, 48, 48]
 
 
 @pytest.fixture(scope="session")
 def many(fitted, tmp_path_factory):
-    """The registered `mobile`, right on a part of 803 pictures: their folder and the checkpoint's."""
+    """The registered `mobile`, right on a part of 803 images: their folder and the checkpoint's."""
     root = tmp_path_factory.mktemp("many")
     model = timm.create_model("groupmixformer_mobile", num_classes=10).eval()
-    fitted(model, write_pictures(root / "few", 200, 10), (64, 96), 0.003)
+    fitted(model, write_images(root / "few", 200, 10), (64, 96), 0.003)
     save_checkpoint(model, root / "checkpoint", data_config={"input_size": (3, 64, 64)})
-    return write_pictures(root / "pictures", 803, 10), root / "checkpoint"
+    return write_images(root / "images", 803, 10), root / "checkpoint"
 
 
 @pytest.mark.slow
@@ -448,27 +448,27 @@ def many(fitted, tmp_path_factory):
     ],
     ids=["as stored", "another size and crop", "border"],
 )
-def test_numbers_equal_timms_on_many_pictures(options, settings, many, capsys):
-    pictures, checkpoint = many
-    ours = measured(capsys, checkpoint, "--data", pictures, "--batch-size", "50", *options)
+def test_numbers_equal_timms_on_many_images(options, settings, many, capsys):
+    images, checkpoint = many
+    ours = measured(capsys, checkpoint, "--data", images, "--batch-size", "50", *options)
     for prefetcher in (False, True):
-        check_equal(ours, timms_validation(checkpoint, pictures, 50, prefetcher, **settings))
+        check_equal(ours, timms_validation(checkpoint, images, 50, prefetcher, **settings))
     assert ours["images"] == 803
     assert 1.5 / 10 < ours["top1"] < ours["top5"] < 1
 
 
 @pytest.fixture(scope="session")
 def imagenet(shared, fitted, tmp_path_factory):
-    """250 pictures of ImageNet, one of every fourth class, as a folder for each, and a model right on a part of them."""
+    """250 images of ImageNet, one of every fourth class, as a folder for each, and a model right on a part of them."""
     source, root = shared("data/imagenet-sample/images"), tmp_path_factory.mktemp("imagenet")
     for path in source.glob("*.jpg"):
-        folder = root / "pictures" / path.stem.split("_")[0]
+        folder = root / "images" / path.stem.split("_")[0]
         folder.mkdir(parents=True)
         (folder / path.name).symlink_to(path)
     model = GroupMixFormer(embed_dims=(40, 40, 80, 160), depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1), num_classes=250).eval()
-    fitted(model, root / "pictures", (224, 384), 0.001)
+    fitted(model, root / "images", (224, 384), 0.001)
     save_checkpoint(model, root / "checkpoint")
-    return root / "pictures", root / "checkpoint"
+    return root / "images", root / "checkpoint"
 
 
 @pytest.mark.slow
@@ -478,26 +478,26 @@ def imagenet(shared, fitted, tmp_path_factory):
     ids=["224", "384"],
 )
 def test_numbers_equal_timms_on_imagenet(options, settings, imagenet, capsys):
-    pictures, checkpoint = imagenet
-    ours = measured(capsys, checkpoint, "--data", pictures, *options)
-    check_equal(ours, timms_validation(checkpoint, pictures, 64, True, **settings))
+    images, checkpoint = imagenet
+    ours = measured(capsys, checkpoint, "--data", images, *options)
+    check_equal(ours, timms_validation(checkpoint, images, 64, True, **settings))
     assert ours["images"] == 250
     assert 5 / 250 < ours["top1"] < ours["top5"] < 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--crop-pct", "0.7"], ["--img-size", "65"], ["--crop-mode", "border"]])
-def test_numbers_equal_the_script(options, shared, checkpoint, pictures, capsys, caplog):
+def test_numbers_equal_the_script(options, shared, checkpoint, images, capsys, caplog):
     """timm's validate.py itself, which timm's packages leave out: from a checkout of timm."""
     spec = importlib.util.spec_from_file_location("validate", shared("timm/validate.py"))
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    argv = ["--data-dir", str(pictures), "--model", f"local-dir:{checkpoint}", "--pretrained", "-b", "16", "-j", "0"]
+    argv = ["--data-dir", str(images), "--model", f"local-dir:{checkpoint}", "--pretrained", "-b", "16", "-j", "0"]
     with caplog.at_level(logging.INFO):
         theirs = script.validate(
             script.parser.parse_args([*argv, "--use-train-size", "--device", "cpu", "--log-freq", "1", *options])
         )
-    ours = measured(capsys, checkpoint, "--data", pictures, "--batch-size", "16", *(o.replace("img", "image") for o in options))
+    ours = measured(capsys, checkpoint, "--data", images, "--batch-size", "16", *(o.replace("img", "image") for o in options))
     assert (theirs["top1"], theirs["top5"]) == (round(100 * ours["top1"], 4), round(100 * ours["top5"], 4))
     loss = float(re.findall(r"Loss: .*\( ?([\d.]+)\)  Acc@1", caplog.messages[-2])[0])
     assert ours["loss"] == pytest.approx(loss, abs=1e-4)

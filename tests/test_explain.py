@@ -7,10 +7,17 @@ import timm
 import torch
 from torch import nn
 
-from groupmixformer import GroupMixFormer
-from groupmixformer import attention_maps
+from groupmixformer import GroupMixFormer, attention_maps
 from groupmixformer.models import fuse
-from groupmixformer.models.attention_maps import GROUP_SIZES, attend, by_group_size, class_relevance, overlays, relevance, suited_stage
+from groupmixformer.models.attention_maps import (
+    GROUP_SIZES,
+    attend,
+    by_group_size,
+    class_relevance,
+    overlays,
+    relevance,
+    suited_stage,
+)
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2, 1, 1.5, 3), "num_classes": 6}
 

@@ -13,18 +13,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from groupmixformer import GroupMixFormer
-from groupmixformer import attention_maps
+from groupmixformer import GroupMixFormer, attention_maps
+from groupmixformer.cli.main import main
+from groupmixformer.models.attention_maps import class_relevance, overlays
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
 from groupmixformer.tasks import explainer as explanations
 from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
-from groupmixformer.cli.main import main
-from groupmixformer.tasks.detection.training import Detector
-from groupmixformer.models.attention_maps import class_relevance, overlays
-from groupmixformer.tasks.explainer import open_explainer
-from groupmixformer.visual.figures import Row, overlay_figure
 from groupmixformer.tasks.classification.predict import View
+from groupmixformer.tasks.detection.training import Detector
+from groupmixformer.tasks.explainer import open_explainer
 from groupmixformer.tasks.segmentation.training import Segmenter
+from groupmixformer.visual.figures import Row, overlay_figure
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 1, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
 NAMES = ["cat", "dog", "a house"]
@@ -55,7 +54,7 @@ def photo(height, width, seed=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, randomise):
-    """Runs of every task with weights that see something, and a few pictures."""
+    """Runs of every task with weights that see something, and a few images."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("explained")
     config = {"input_size": (3, 128, 128), "crop_pct": 0.8}
@@ -84,7 +83,7 @@ def folder(tmp_path_factory, randomise):
     }
     save_network(segmenter, root / "segmenter", stored | {"network": {"backbone": asdict(BACKBONE), **heads}})
     photo(90, 150).save(root / "wide.png")
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 
@@ -104,7 +103,7 @@ def arrays(path):
 
 @pytest.mark.parametrize("size", [(90, 150), (141, 99), pytest.param((33, 32), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["center", "squash", "border", "border, all", "wide", "detector", "segmenter"])
-def test_queries_follow_the_picture(explainer, tmp_path, randomise, how, size):
+def test_queries_follow_the_image(explainer, tmp_path, randomise, how, size):
     """A white square is found where its middle is said to be, and that is mapped back to it."""
     if how in ("detector", "segmenter"):
         sees = explainer(how)
@@ -145,19 +144,21 @@ def test_what_is_not_seen_is_refused(folder):
 @pytest.mark.slow
 def test_a_classifier_is_explained_without_lightning(folder, tmp_path):
     command = ["explain", str(folder / "classifier"), str(folder / "wide.png"), "--out", str(tmp_path)]
-    script = f"import sys; from groupmixformer.cli.main import main; assert main({command}) == 0; print('lightning' in sys.modules)"
+    script = (
+        f"import sys; from groupmixformer.cli.main import main; assert main({command}) == 0; print('lightning' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
 
 
-def test_several_pictures_in_one_call(folder, explainer, tmp_path, capsys):
+def test_several_images_in_one_call(folder, explainer, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "more").mkdir()
     photo(90, 150, seed=1).save(tmp_path / "more" / "wide.png")
-    pictures = [folder / "wide.png", folder / "broken.png", tmp_path / "more"]
+    images = [folder / "wide.png", folder / "broken.png", tmp_path / "more"]
     given = ["--query", "60,70", "--query", "50,50", "--stage", "2", "--out", out, "--json"]
-    result = output(capsys, "explain", folder / "classifier", *pictures, *given)
-    assert "gmf explain: skipped" in result.err and "broken.png: not a readable picture" in result.err
+    result = output(capsys, "explain", folder / "classifier", *images, *given)
+    assert "gmf explain: skipped" in result.err and "broken.png: not a readable image" in result.err
     found = json.loads(result.out)
     assert (found["task"], found["skipped"]) == ("classification", [str(folder / "broken.png")])
     assert [image["figure"] for image in found["images"]] == [str(out / f"{name}-explained.png") for name in ("wide", "wide-2")]
@@ -167,7 +168,7 @@ def test_several_pictures_in_one_call(folder, explainer, tmp_path, capsys):
         assert (image["queries"], image["queries_from"], image["stages"]) == ([[60, 70], [50, 50]], "given", [2])
         assert Image.open(image["figure"]).format == "PNG"
         view = explainer("classifier").see(Image.open(image["image"]))
-        assert np.array_equal(stored["picture"], view.pixels) and stored["picture"].shape == (128, 128, 3)
+        assert np.array_equal(stored["image"], view.pixels) and stored["image"].shape == (128, 128, 3)
         assert stored["queries"].tolist() == [[60, 70], [50, 50]]
         assert [tuple(point) for point in stored["queries_seen"]] == [view.seen((60, 70)), view.seen((50, 50))]
         assert stored["group_sizes"].tolist() == [1, 1, 3, 3, 5, 5, 7, 7]
@@ -192,9 +193,9 @@ def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monk
 
     monkeypatch.setattr(explanations, "overlay_figure", draw)
     classes = explainer("classifier")
-    picture = Image.open(folder / "wide.png")
-    found = classes.explain(picture, [(60, 70), (50, 50)], [2, 1])
-    view = classes.see(picture)
+    image = Image.open(folder / "wide.png")
+    found = classes.explain(image, [(60, 70), (50, 50)], [2, 1])
+    view = classes.see(image)
     ((rows, titles),) = drawn
     name, probability = found.result["class"], found.result["probability"]
     assert titles == ("query marked", f"relevance, stage 2:\n{name} ({probability:.1%})")
@@ -203,7 +204,7 @@ def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monk
     assert [row.relevance is not None for row in rows] == [True, False, False, False]
     for row, (query, stage) in zip(rows, expected, strict=True):
         assert row.point == view.seen(query)
-        np.testing.assert_array_equal(row.picture, view.pixels / np.float32(255))
+        np.testing.assert_array_equal(row.image, view.pixels / np.float32(255))
         strengths = overlays(classes.classes.model, view.images[0], view.seen(query), stage)
         np.testing.assert_allclose(row.strengths, strengths, rtol=1e-4, atol=1e-6)
 
@@ -221,8 +222,8 @@ def test_without_a_query_the_most_relevant_pixel_is_taken(folder, tmp_path, caps
 @pytest.mark.parametrize("wanted", ["a house", "2"])
 def test_a_class_by_name_or_number(folder, wanted):
     explainer = open_explainer(folder / "classifier", CPU, wanted_class=wanted)
-    picture = Image.open(folder / "wide.png")
-    about = explainer.choose(picture, explainer.see(picture), 3, None).about
+    image = Image.open(folder / "wide.png")
+    about = explainer.choose(image, explainer.see(image), 3, None).about
     assert (about["class"], about["index"]) == ("a house", 2)
 
 
@@ -240,7 +241,7 @@ def test_figures_in_other_forms(folder, tmp_path, capsys, form, start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "svg"])
-def test_the_same_picture_gives_the_same_figure(explainer, folder, form):
+def test_the_same_image_gives_the_same_figure(explainer, folder, form):
     first, second = (explainer("classifier").explain(Image.open(folder / "wide.png"), form=form).files for _ in range(2))
     assert first == second
 
@@ -263,13 +264,13 @@ def test_other_backbones_have_relevance_or_one_line(folder, tmp_path, capsys):
     config = {"input_size": (3, 160, 160), "label_names": NAMES}
     for name in ("test_resnet", "test_vit"):
         save_checkpoint(timm.create_model(name, num_classes=3), tmp_path / name, NAMES, config)
-    picture = folder / "wide.png"
-    result = output(capsys, "explain", tmp_path / "test_resnet", picture, "--out", tmp_path, "--json")
+    photo = folder / "wide.png"
+    result = output(capsys, "explain", tmp_path / "test_resnet", photo, "--out", tmp_path, "--json")
     (image,) = json.loads(result.out)["images"]
     assert (image["stages"], image["relevance_stage"]) == ([], 3)
     stored = arrays(image["arrays"])
     assert stored["relevance"].shape == (160, 160) and not [name for name in stored if name.startswith("maps")]
-    assert "cannot be shown" in error(capsys, "explain", tmp_path / "test_vit", picture, "--out", tmp_path)
+    assert "cannot be shown" in error(capsys, "explain", tmp_path / "test_vit", photo, "--out", tmp_path)
 
 
 # Objects
@@ -277,23 +278,23 @@ def test_other_backbones_have_relevance_or_one_line(folder, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def objects(explainer):
-    """What the detector finds in a picture of its own size: forty small boxes."""
-    picture = photo(256, 320)
-    pixels = torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1).float()
+    """What the detector finds in an image of its own size: forty small boxes."""
+    image = photo(256, 320)
+    pixels = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()
     model = explainer("detector").model  # loaded outside of what follows, whose tensors have no gradients
     with torch.inference_mode():
         (found,) = model([pixels])
     assert len(found["boxes"]) == 40
-    return picture, {name: value.numpy() for name, value in found.items()}
+    return image, {name: value.numpy() for name, value in found.items()}
 
 
 def test_the_relevance_of_an_object_is_around_it(folder, objects):
     """Of several that look alike, it lights up the chosen one: on the last stage, what the region and the pyramid reach."""
-    picture, found = objects
+    image, found = objects
     explainer = open_explainer(folder / "detector", CPU)
     for number in (0, 1, 9):
         explainer.wanted = number
-        chosen = explainer.choose(picture, explainer.see(picture), 3, None)
+        chosen = explainer.choose(image, explainer.see(image), 3, None)
         about, box = chosen.about, found["boxes"][number]
         assert (about["class"], about["index"]) == (NAMES[about["index"]], found["labels"][number] - 1)
         assert (about["object"], about["objects"]) == (number, 40)
@@ -306,35 +307,35 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
 
 
 def test_the_object_nearest_to_a_query_is_taken(folder, objects):
-    picture, _ = objects
+    image, _ = objects
     explainer = open_explainer(folder / "detector", CPU)
-    view = explainer.see(picture)
+    view = explainer.see(image)
     # No score is above 0.5, so the best counts alone.
-    assert [explainer.choose(picture, view, 3, at).about["object"] for at in (None, (250, 5))] == [0, 0]
+    assert [explainer.choose(image, view, 3, at).about["object"] for at in (None, (250, 5))] == [0, 0]
     head = explainer.model.network.roi_heads.box_predictor.cls_score
     with torch.no_grad():  # now all are sure
         head.bias += torch.tensor([-20.0, 3.0, 0.0, 0.0])
-        boxes = explainer.model([torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1).float()])[0]["boxes"].tolist()
+        boxes = explainer.model([torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()])[0]["boxes"].tolist()
     for left, top, right, bottom in (boxes[3], boxes[20]):
         y, x = int((top + bottom) / 2), int((left + right) / 2)
-        about = explainer.choose(picture, view, 3, (y, x)).about
+        about = explainer.choose(image, view, 3, (y, x)).about
         around = [i for i, box in enumerate(boxes) if box[0] <= x + 0.5 <= box[2] and box[1] <= y + 0.5 <= box[3]]
         areas = {i: (boxes[i][2] - boxes[i][0]) * (boxes[i][3] - boxes[i][1]) for i in around}
         assert around and about["object"] == min(areas, key=areas.get)
     for row, column in ((5, 5), (250, 5), (250, 314), (5, 314)):  # near corners
         x, y = column + 0.5, row + 0.5
         away = [np.hypot(max(left - x, x - right, 0), max(top - y, y - bottom, 0)) for left, top, right, bottom in boxes]
-        assert explainer.choose(picture, view, 3, (row, column)).about["object"] == np.argmin(away) and min(away) > 0
+        assert explainer.choose(image, view, 3, (row, column)).about["object"] == np.argmin(away) and min(away) > 0
 
 
 @pytest.mark.parametrize("size", [(90, 150), pytest.param((140, 101), marks=pytest.mark.slow)])
-def test_objects_are_explained_on_the_picture(folder, explainer, tmp_path, capsys, size):
+def test_objects_are_explained_on_the_image(folder, explainer, tmp_path, capsys, size):
     photo(*size).save(tmp_path / "a.png")
     result = output(capsys, "explain", folder / "detector", tmp_path / "a.png", "--object", "1", "--out", tmp_path, "--json")
     (image,) = json.loads(result.out)["images"]
     assert image["object"] == 1 and image["objects"] >= 2 and image["class"] in NAMES
     stored = arrays(image["arrays"])
-    height, width = stored["picture"].shape[:2]
+    height, width = stored["image"].shape[:2]
     assert stored["relevance"].shape == (height, width) and height / width == pytest.approx(size[0] / size[1], rel=0.02)
     assert stored["maps_stage2"].shape == (1, 8, -(-height // 32) * 2, -(-width // 32) * 2)  # with the filling
     chosen = explainer("detector").choose(photo(*size), explainer("detector").see(photo(*size)), 3, None)
@@ -344,10 +345,10 @@ def test_objects_are_explained_on_the_picture(folder, explainer, tmp_path, capsy
         rtol=1e-5,
     )
     original = np.asarray(photo(*size).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(stored["picture"] - original).mean() < 3
+    assert np.abs(stored["image"] - original).mean() < 3
 
 
-def test_a_picture_without_objects_has_attention_alone(folder, tmp_path, capsys):
+def test_a_image_without_objects_has_attention_alone(folder, tmp_path, capsys):
     explainer = open_explainer(folder / "detector", CPU)
     explainer.model.network.roi_heads.score_thresh = 1.0
     found = explainer.explain(Image.open(folder / "wide.png"))
@@ -365,8 +366,8 @@ def test_a_picture_without_objects_has_attention_alone(folder, tmp_path, capsys)
 def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
     """Against the parts of the network called one after the other."""
     explainer = open_explainer(folder / "segmenter", CPU)
-    picture = Image.open(folder / "wide.png")
-    view = explainer.see(picture)
+    image = Image.open(folder / "wide.png")
+    view = explainer.see(image)
     assert view.images.shape == (1, 3, 96, 128) and view.size == (72, 120)
     network = explainer.model.network
     features = network.encoder(view.images)
@@ -375,9 +376,9 @@ def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
     for stage in (1, 3):
         wanted = int(labels[20, 30])
         explainer.wanted = wanted
-        chosen = explainer.choose(picture, view, stage, None)
+        chosen = explainer.choose(image, view, stage, None)
         score = logits[wanted][labels == wanted].sum()
-        (gradient,) = torch.autograd.grad(score, features[stage + 2], retain_graph=True)  # after the picture and a dummy
+        (gradient,) = torch.autograd.grad(score, features[stage + 2], retain_graph=True)  # after the image and a dummy
         expected = (gradient * features[stage + 2]).sum(dim=1, keepdim=True).relu()
         expected = nn.functional.interpolate(expected, (96, 128), mode="bilinear")[0, 0, :72, :120].detach()
         np.testing.assert_allclose(chosen.relevance, expected / expected.max(), atol=1e-4)
@@ -386,18 +387,18 @@ def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
 
 def test_which_segment_is_explained(folder, tmp_path, capsys):
     explainer = open_explainer(folder / "segmenter", CPU)
-    picture = Image.open(folder / "wide.png")
+    image = Image.open(folder / "wide.png")
     with torch.no_grad():
         explainer.model.network.segmentation_head[0].bias.zero_()
-    view = explainer.see(picture)
+    view = explainer.see(image)
     labels = explainer.model(view.images[..., :72, :120])[0].argmax(dim=0)
     largest = int(labels.flatten().bincount().argmax())
-    assert explainer.choose(picture, view, 3, None).about["index"] == largest
+    assert explainer.choose(image, view, 3, None).about["index"] == largest
     other = next(index for index in labels.unique().tolist() if index != largest)
     row, column = (labels == other).nonzero()[0].tolist()
-    assert explainer.choose(picture, view, 3, view.unseen((row, column))).about["index"] == other
+    assert explainer.choose(image, view, 3, view.unseen((row, column))).about["index"] == other
     explainer.wanted = next(index for index in range(3) if index != other)
-    assert explainer.choose(picture, view, 3, view.unseen((row, column))).about["index"] == explainer.wanted
+    assert explainer.choose(image, view, 3, view.unseen((row, column))).about["index"] == explainer.wanted
 
 
 @pytest.mark.slow
@@ -413,10 +414,10 @@ def test_segments_are_explained_from_the_command_line(folder, tmp_path, capsys):
 
 
 def test_a_figure_has_a_row_for_each_query_and_stage(folder):
-    picture, values = np.zeros((8, 12, 3)), np.linspace(0, 1, 96).reshape(8, 12)
+    image, values = np.zeros((8, 12, 3)), np.linspace(0, 1, 96).reshape(8, 12)
     rows = [
-        Row(picture, "one", (2, 3), (1, 1, 4, 5), np.stack([values] * 4), values),
-        Row(picture, "two", (2, 3), None, np.stack([values] * 4)),
+        Row(image, "one", (2, 3), (1, 1, 4, 5), np.stack([values] * 4), values),
+        Row(image, "two", (2, 3), None, np.stack([values] * 4)),
     ]
     figure = overlay_figure(rows, "query marked", "relevance for\ncat")
     axes = figure.axes
@@ -432,8 +433,8 @@ def test_a_figure_has_a_row_for_each_query_and_stage(folder):
     for axis in axes[1:5]:
         np.testing.assert_array_equal(axis.images[1].get_array(), values)
         assert axis.images[1].get_cmap().name == "viridis" and axis.images[1].get_clim() == (0, 1)
-    alone = overlay_figure([Row(picture, relevance=values)], "picture")
-    assert [axis.get_title() for axis in alone.axes] == ["picture", "relevance", ""]
+    alone = overlay_figure([Row(image, relevance=values)], "image")
+    assert [axis.get_title() for axis in alone.axes] == ["image", "relevance", ""]
 
 
 # What cannot be done

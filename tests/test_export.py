@@ -15,11 +15,11 @@ from test_cli import error, output
 from test_groupmixformer import STAGES
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
-from groupmixformer.tasks.detection.training import Detector
 from groupmixformer.deploy.export import FORMATS, TOLERANCE, Exported, export
 from groupmixformer.deploy.export_detector import unlike
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.tasks.detection.training import Detector
 from groupmixformer.tasks.segmentation.training import Segmenter
 
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 3}  # quick to export
@@ -43,9 +43,9 @@ def run(model, tmp_path_factory):
 
 @pytest.fixture
 def about():
-    """What is written beside a network of `SHALLOW`, and the picture to compare on."""
+    """What is written beside a network of `SHALLOW`, and the image to compare on."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    return {"picture": Image.fromarray(pixels), "input_size": (3, 64, 64), "classes": NAMES, **COLORS}
+    return {"image": Image.fromarray(pixels), "input_size": (3, 64, 64), "classes": NAMES, **COLORS}
 
 
 @pytest.fixture

@@ -13,13 +13,12 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupmixformer import GroupMixAttention
-from groupmixformer import GroupMixFormer
+from groupmixformer import GroupMixAttention, GroupMixFormer
 from groupmixformer.models import fuse
+from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
 from groupmixformer.ops import onednn
 from groupmixformer.tasks.backbone import Backbone
 from groupmixformer.tasks.detection.training import Detector
-from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
 from groupmixformer.tasks.segmentation.training import Segmenter
 
 FOLDED = {"Stem": 1, "SeparableConv": 4, "Block": 6}  # of STAGES
@@ -579,9 +578,9 @@ def test_a_detector_finds_the_same(randomise, architecture):
     model = detector(architecture)
     randomise(model.body)
     fused = fuse(model.double())
-    pictures = [torch.rand(3, 67, 51, dtype=torch.float64), torch.rand(3, 40, 90, dtype=torch.float64)]
+    images = [torch.rand(3, 67, 51, dtype=torch.float64), torch.rand(3, 40, 90, dtype=torch.float64)]
     with torch.no_grad():
-        found, expected = fused(pictures), model(pictures)
+        found, expected = fused(images), model(images)
         batch = torch.randn(2, 3, 64, 96, dtype=torch.float64)
         assert_equal(list(fused.network.backbone(batch).values()), list(model.network.backbone(batch).values()), 1e-12)
     assert sum(len(one["boxes"]) for one in expected) > 5
@@ -595,9 +594,9 @@ def test_a_detector_finds_the_same(randomise, architecture):
 def test_a_segmenter_says_the_same(randomise, decoder):
     model = segmenter(decoder)
     randomise(model.body)
-    pictures = torch.randn(2, 3, 67, 51)
+    images = torch.randn(2, 3, 67, 51)
     with torch.no_grad():
-        assert_equal([fuse(model)(pictures)], [model(pictures)])
+        assert_equal([fuse(model)(images)], [model(images)])
 
 
 class Twice(nn.Module):

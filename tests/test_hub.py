@@ -14,9 +14,9 @@ import yaml
 from hub_server import TOKEN, serve
 
 from groupmixformer import GroupMixFormer, load_checkpoint, push_to_hub
-from groupmixformer.models.checkpoint import load_model, save_checkpoint
 from groupmixformer.cli.main import main
 from groupmixformer.deploy.hub import model_card, write_folder
+from groupmixformer.models.checkpoint import load_model, save_checkpoint
 from groupmixformer.training.recipe import read_recipe
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2.5, 1, 1.5, 3)}
@@ -48,7 +48,7 @@ def run(model, tmp_path):
     )
     (folder / "checkpoints").mkdir()
     torch.save({"optimizer": 1}, folder / "checkpoints" / "last.ckpt")
-    (folder / "report.html").write_text("pictures")
+    (folder / "report.html").write_text("images")
     return folder
 
 
@@ -64,7 +64,7 @@ def test_the_card_says_what_is_known(run):
     for known in (
         "| top-1 accuracy | 92.50% |",
         "| loss (mean cross entropy, nats) | 0.7500 |",  # of the first of the two equal epochs, which is the one that is kept
-        "360 pictures of photos, held-out part, after epoch 2 of 3",
+        "360 images of photos, held-out part, after epoch 2 of 3",
         "| widths of the stages | 10, 20, 40, 30 |",
         "| MLP ratios | 2.5, 1, 1.5, 3 |",
         "| input | 3 x 64 x 64, bicubic, centre crop of 0.9 |",
@@ -269,9 +269,9 @@ def test_offline(run):
 SCRIPT = """
 import sys
 from groupmixformer.cli.main import main
-run, picture, images, logits = sys.argv[1:]
+run, image, images, logits = sys.argv[1:]
 assert main(["push", run, "me/photos", "--license", "mit", "--json"]) == 0
-assert main(["predict", "hf-hub:me/photos", picture, "--json"]) == 0
+assert main(["predict", "hf-hub:me/photos", image, "--json"]) == 0
 import timm, torch, groupmixformer
 from transformers import AutoModelForImageClassification
 images = torch.load(images)
@@ -291,8 +291,8 @@ def test_a_real_run_over_http(photos, tmp_path):
     torch.save(IMAGES, tmp_path / "images.pt")
     with serve() as hub:
         variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-        picture = next((photos / "val" / "one").iterdir())
-        command = [sys.executable, "-c", SCRIPT, run, picture, tmp_path / "images.pt", tmp_path / "logits.pt"]
+        image = next((photos / "val" / "one").iterdir())
+        command = [sys.executable, "-c", SCRIPT, run, image, tmp_path / "images.pt", tmp_path / "logits.pt"]
         said = subprocess.run(command, env=os.environ | variables, check=True, stdout=subprocess.PIPE, text=True).stdout
     pushed, predicted = map(json.loads, said.splitlines())
     assert pushed["commit"] == f"{hub.url}/me/photos/commit/{hub.branches['me/photos', 'main']}"
@@ -305,7 +305,7 @@ def test_a_real_run_over_http(photos, tmp_path):
     assert predicted["images"][0]["classes"][0]["class"] in names
     card = huggingface_hub.ModelCard(hub.files("me/photos")["README.md"].decode())
     assert card.data.eval_results[0].dataset_name == f"{photos.name}, held-out part"
-    assert "Measured on 16 pictures of" in card.text and "after epoch 1 of 1" in card.text
+    assert "Measured on 16 images of" in card.text and "after epoch 1 of 1" in card.text
     assert str(Path(photos).parent) not in card.text
 
 
@@ -315,8 +315,8 @@ def test_a_real_run_over_http(photos, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_scenes(task, tmp_path, hub):
-    from groupmixformer.tasks.backbone import Backbone
     from groupmixformer.models.checkpoint import save_network
+    from groupmixformer.tasks.backbone import Backbone
 
     backbone = Backbone("groupmixformer_small", {name: list(value) for name, value in STAGES.items()})
     stored = {"name": backbone.name, "arguments": backbone.arguments}
@@ -325,7 +325,7 @@ def test_scenes(task, tmp_path, hub):
 
         settings = {"num_classes": 2, "architecture": "retinanet", "image_size": 64, "max_size": 96, "width": 16}
         made, load, more, column = Detector, load_detector, {"category_ids": [3, 7]}, "val_box_AP"
-        pictures = [torch.rand(3, 70, 90)]
+        images = [torch.rand(3, 70, 90)]
     else:
         from groupmixformer.tasks.segmentation.training import Segmenter, load_segmenter
 
@@ -336,7 +336,7 @@ def test_scenes(task, tmp_path, hub):
             {"class_ids": [0, 1], "colors": [[0, 0, 0], [9, 9, 9]]},
             "val_mIoU",
         )
-        pictures = torch.rand(1, 3, 70, 90)
+        images = torch.rand(1, 3, 70, 90)
     network = made(backbone, **settings).eval()
     config = {"task": task, "class_names": ["cell", "disc"], **more, "network": {"backbone": stored, **settings}}
     save_network(network, tmp_path / "run", config)
@@ -348,7 +348,7 @@ def test_scenes(task, tmp_path, hub):
     assert told["class_names"] == ["cell", "disc"]
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     with torch.inference_mode():
-        torch.testing.assert_close(loaded(pictures), network(pictures), rtol=0, atol=0)
+        torch.testing.assert_close(loaded(images), network(images), rtol=0, atol=0)
     card = huggingface_hub.ModelCard(hub.files("me/scenes")["README.md"].decode())
     assert card.data.library_name == "groupmixformer"
     assert card.data.pipeline_tag == {"detection": "object-detection", "segmentation": "image-segmentation"}[task]

@@ -16,8 +16,8 @@ from run_kernels import OPERATIONS, assert_near, leaves, operate, results
 from torch import nn
 
 from groupmixformer import GroupMixAttention
-from groupmixformer.ops import triton_kernels as kernels
 from groupmixformer.models.groupmixformer import factorised_attention, scale_within_heads
+from groupmixformer.ops import triton_kernels as kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton, which there is for Linux")
 

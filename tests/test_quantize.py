@@ -12,10 +12,10 @@ from sklearn.datasets import load_sample_image
 from test_cli import error, output
 
 from groupmixformer import GroupMixFormer
+from groupmixformer.deploy.export import FORMATS, Exported
+from groupmixformer.deploy.quantize import BATCH, IMAGES, from_data, from_folder, quantize, verdict
 from groupmixformer.models.checkpoint import load_checkpoint, save_checkpoint
 from groupmixformer.tasks.classification.data import eval_loader, open_images
-from groupmixformer.deploy.export import FORMATS, Exported
-from groupmixformer.deploy.quantize import BATCH, PICTURES, from_data, from_folder, quantize, verdict
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 ABOUT = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": [str(digit) for digit in range(10)]}
@@ -23,7 +23,7 @@ CASES = [("onnx", "static"), ("openvino", "static"), ("pt2", "weights"), ("pt2",
 
 
 def digits(part):
-    """All pictures of a part of the digits and their classes."""
+    """All images of a part of the digits and their classes."""
     images, classes = zip(*[batch[:2] for batch in eval_loader(getattr(open_images("digits"), part), CONFIG)], strict=True)
     return torch.cat(images), torch.cat(classes)
 
@@ -55,22 +55,22 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def some_pictures(write_digits, tmp_path_factory):
+def some_images(write_digits, tmp_path_factory):
     """Digits without classes' folders of their own: a folder to calibrate on."""
     return write_digits(tmp_path_factory.mktemp("some"), [str(digit) for digit in range(10)], train=16, val=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "way"), CASES)
-def test_the_command(trained, some_pictures, tmp_path, capsys, format, way):
+def test_the_command(trained, some_images, tmp_path, capsys, format, way):
     path = tmp_path / "new" / f"small{FORMATS[format].suffix}"
     argv = ["export", trained, "--format", format, "--int8", way, "--data", "digits", "--out", path, "--json"]
     if way == "static":
-        argv += ["--calibrate", some_pictures]
+        argv += ["--calibrate", some_images]
     result = json.loads(output(capsys, *argv).out)
     exact, int8 = result["rows"]
     assert [row["form"] for row in result["rows"]] == ["float32", "int8"]
-    assert result["calibration"] == ({"data": some_pictures.name, "pictures": PICTURES} if way == "static" else None)
+    assert result["calibration"] == ({"data": some_images.name, "images": IMAGES} if way == "static" else None)
     # The numbers are those of the files, found here without the code that made them.
     images, classes = digits("held_out")
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_the_command(trained, some_pictures, tmp_path, capsys, format, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["weights", "dynamic"])
-def test_pictures_whose_last_map_is_one_token(randomise, tmp_path, way):
+def test_images_whose_last_map_is_one_token(randomise, tmp_path, way):
     """At 32 x 32, where PyTorch would refuse what it did not see while tracing."""
     model = GroupMixFormer(embed_dims=(10,) * 4, depths=(1,) * 4, mlp_ratios=(2,) * 4, num_classes=10)
     network = Exported(randomise(model)).eval()
@@ -124,13 +124,13 @@ def stored(format, path):
 
 @pytest.mark.slow
 def test_calibration_on_nothing_like_the_data_is_found_out(trained, tmp_path):
-    """Ranges from pictures of one colour fit no digit: the table and the verdict say so, and the file is written."""
+    """Ranges from images of one colour fit no digit: the table and the verdict say so, and the file is written."""
     network = Exported(load_checkpoint(trained)).eval()
     held_out = eval_loader(open_images("digits").held_out, CONFIG)
-    picture = Image.fromarray(load_sample_image("china.jpg"))
+    image = Image.fromarray(load_sample_image("china.jpg"))
     flat = torch.zeros(8, 3, 32, 32)
     path = tmp_path / "bad.onnx"
-    result = quantize(network, "onnx", "static", path, picture, held_out, flat, "one colour", ABOUT)
+    result = quantize(network, "onnx", "static", path, image, held_out, flat, "one colour", ABOUT)
     exact, int8 = result["rows"]
     assert path.is_file()
     assert exact["top1"] - int8["top1"] > 0.1
@@ -147,8 +147,8 @@ ROW = {"top1": 0.9, "milliseconds": 10.0, "milliseconds_16": 100.0, "bytes": 20_
         ({"top1": 0.89}, []),  # one point exactly
         ({"top1": 0.88}, ["int8 loses 2.0 points of top-1, more than 1"]),
         ({"top1": 0.95, "milliseconds": 9.0}, []),
-        ({"milliseconds": 12.0}, ["int8 is slower on one picture: 12.0 ms instead of 10.0"]),
-        ({"milliseconds_16": 130.0}, ["int8 is slower on 16 pictures: 130.0 ms instead of 100.0"]),
+        ({"milliseconds": 12.0}, ["int8 is slower on one image: 12.0 ms instead of 10.0"]),
+        ({"milliseconds_16": 130.0}, ["int8 is slower on 16 images: 130.0 ms instead of 100.0"]),
         ({"bytes": 31_000_000}, ["int8 is larger: 31.0 MB instead of 20.0"]),
     ],
 )
@@ -156,16 +156,16 @@ def test_verdict(int8, lines):
     assert verdict(ROW, ROW | int8) == lines
 
 
-def test_pictures_to_calibrate_on_are_drawn_alike_each_time(some_pictures, tmp_path):
-    images, problems = from_folder(str(some_pictures), CONFIG)
-    assert images.shape == (PICTURES, 3, 32, 32) and problems == []
-    assert torch.equal(images, from_folder(str(some_pictures), CONFIG)[0])
+def test_images_to_calibrate_on_are_drawn_alike_each_time(some_images, tmp_path):
+    images, problems = from_folder(str(some_images), CONFIG)
+    assert images.shape == (IMAGES, 3, 32, 32) and problems == []
+    assert torch.equal(images, from_folder(str(some_images), CONFIG)[0])
     own, _ = from_data(open_images("digits").train, CONFIG, "digits")
     everything = {image.numpy().tobytes() for image in digits("train")[0]}
-    assert len({image.numpy().tobytes() for image in own} & everything) == PICTURES
+    assert len({image.numpy().tobytes() for image in own} & everything) == IMAGES
     # One that cannot be read is left out and named.
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     images, problems = from_folder(str(tmp_path), CONFIG)
     assert len(images) == 1 and len(problems) == 1 and "bad.png" in problems[0]
 
@@ -196,9 +196,9 @@ def test_segmenters_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--calibrate", "EMPTY", "--data", "digits"], "no folder with pictures, expected one to calibrate on"),
-        (["--calibrate", "NONE", "--data", "digits"], "no folder with pictures, expected one to calibrate on"),
-        (["--data", "digits"], "has no recipe that names its training data: name a folder of pictures with --calibrate"),
+        (["--calibrate", "EMPTY", "--data", "digits"], "no folder with images, expected one to calibrate on"),
+        (["--calibrate", "NONE", "--data", "digits"], "no folder with images, expected one to calibrate on"),
+        (["--data", "digits"], "has no recipe that names its training data: name a folder of images with --calibrate"),
         (["--calibrate", "EMPTY"], "has no recipe that names a data set: name one with --data"),
         (["--calibrate", "PHOTOS", "--data", "PHOTOS"], "has 2 classes and the model 10, expected the same"),
     ],
@@ -213,12 +213,10 @@ def test_data_that_does_not_fit(untrained, photos, tmp_path, capsys, argv, messa
 
 
 @pytest.mark.parametrize(("package", "format", "way"), [("nncf", "openvino", "static"), ("torchao", "pt2", "weights")])
-def test_a_missing_package_is_named_with_its_extra(
-    untrained, some_pictures, tmp_path, capsys, monkeypatch, package, format, way
-):
+def test_a_missing_package_is_named_with_its_extra(untrained, some_images, tmp_path, capsys, monkeypatch, package, format, way):
     monkeypatch.setitem(sys.modules, package, None)
     argv = ["export", untrained, "--format", format, "--int8", way, "--data", "digits", "--out", tmp_path / "x"]
     argv[-1] = tmp_path / f"x{FORMATS[format].suffix}"
-    argv += ["--calibrate", some_pictures] if way == "static" else []
+    argv += ["--calibrate", some_images] if way == "static" else []
     message = error(capsys, *argv, code=1)
     assert message == f"gmf: error: this needs {package}: pip install 'groupmixformer[quantization]'"

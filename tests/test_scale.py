@@ -21,8 +21,8 @@ from kill_and_resume import differences, scalars
 from safetensors.torch import load_file
 
 from groupmixformer import load_checkpoint
-from groupmixformer.tasks.classification.training import Classification
 from groupmixformer.cli.main import main
+from groupmixformer.tasks.classification.training import Classification
 from groupmixformer.training.recipe import read_recipe
 from groupmixformer.training.trainer import read_metrics, train
 
@@ -38,8 +38,8 @@ TIMEOUT = 600  # a job that hangs fails
 
 
 @pytest.fixture(scope="session")
-def pictures(write_digits, tmp_path_factory):
-    root = write_digits(tmp_path_factory.mktemp("pictures"), ["zero", "one"], train=80, val=15)
+def images(write_digits, tmp_path_factory):
+    root = write_digits(tmp_path_factory.mktemp("images"), ["zero", "one"], train=80, val=15)
     next((root / "val" / "one").iterdir()).unlink()
     return root
 
@@ -99,8 +99,8 @@ def paused(folder, launcher, out, *argv, at, processes=2, **environment):
 
 
 @pytest.fixture(scope="session")
-def finished(pictures, tmp_path_factory):
-    """Give a finished run of 16 pictures a step by the way it was launched; the workers of pytest share them."""
+def finished(images, tmp_path_factory):
+    """Give a finished run of 16 images a step by the way it was launched; the workers of pytest share them."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
     root.mkdir(exist_ok=True)
@@ -109,16 +109,16 @@ def finished(pictures, tmp_path_factory):
         if how == "one process":  # in this one: to start another takes as long as the training
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Classification, "training_step", run_frozen.training_step)
-                train(read_recipe("folder", ["--out", str(out), *OPTIONS, "--data", str(pictures), "--batch_size", "16"]))
+                train(read_recipe("folder", ["--out", str(out), *OPTIONS, "--data", str(images), "--batch_size", "16"]))
         elif how == "two nodes":
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             place = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
             launchers = [torchrun(1, *place, f"--node-rank={rank}") for rank in range(2)]
-            finish(*(start(launcher, out, "--data", pictures, "--batch_size", 8) for launcher in launchers))
+            finish(*(start(launcher, out, "--data", images, "--batch_size", 8) for launcher in launchers))
         else:
-            finish(start(torchrun(2, "--standalone"), out, "--data", pictures, "--batch_size", 8, *STRATEGY[how]))
+            finish(start(torchrun(2, "--standalone"), out, "--data", images, "--batch_size", 8, *STRATEGY[how]))
 
     def run(how):
         out = root / how
@@ -168,8 +168,8 @@ def test_processes_compute_what_one_does(finished, how):
 
 
 @pytest.mark.slow
-def test_killed_processes_continue_as_if_they_had_not_been(pictures, tmp_path):
-    more = ["--data", pictures, "--variant", "test_efficientnet", "--batch_size", 4, "--accumulate", 2, "--ema", 0.9]
+def test_killed_processes_continue_as_if_they_had_not_been(images, tmp_path):
+    more = ["--data", images, "--variant", "test_efficientnet", "--batch_size", 4, "--accumulate", 2, "--ema", 0.9]
     more += ["--drop_path_rate", 0.2, "--augmentation.mixup", 0.8, "--save_minutes", 0]
     whole, killed, learn = tmp_path / "whole", tmp_path / "killed", {"LEARN_STATISTICS": "1"}
     undisturbed = start(torchrun(2, "--standalone"), whole, *more, **learn)
@@ -184,8 +184,8 @@ def test_killed_processes_continue_as_if_they_had_not_been(pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["torchrun", "fsdp"])
-def test_a_terminated_job_is_saved_and_continues(pictures, finished, tmp_path, how):
-    out, more = tmp_path / "run", ["--data", pictures, "--batch_size", 8, *STRATEGY[how]]
+def test_a_terminated_job_is_saved_and_continues(images, finished, tmp_path, how):
+    out, more = tmp_path / "run", ["--data", images, "--batch_size", 8, *STRATEGY[how]]
     with paused(tmp_path / "pause", torchrun(2, "--standalone"), out, *more, at=(0, 3)) as job:
         job.process.send_signal(signal.SIGTERM)
         wait_for(lambda: job.log.read_text().count("SIGTERM: saving after this step") == 2, job)
@@ -200,11 +200,11 @@ def test_a_terminated_job_is_saved_and_continues(pictures, finished, tmp_path, h
 
 @pytest.fixture
 def few(write_digits, tmp_path):
-    """32 pictures for training, of which 2 cannot be read, and the names of those."""
+    """32 images for training, of which 2 cannot be read, and the names of those."""
     data = write_digits(tmp_path / "data", ["zero", "one"], train=16, val=2)
     bad = [str(data / "train" / name / "5.png") for name in ("one", "zero")]
     for path in bad:
-        Path(path).write_bytes(b"not a picture")
+        Path(path).write_bytes(b"not an image")
     return data, bad
 
 
@@ -215,18 +215,18 @@ def test_what_ends_one_process_ends_the_job(few, tmp_path):
     job = start(torchrun(2, "--standalone"), tmp_path / "run", *more)
     assert job.wait() != 0
     words = job.log.read_text()
-    assert "of 32 training pictures cannot be read, more than bad_limit (3.10%) allows" in words
+    assert "of 32 training images cannot be read, more than bad_limit (3.10%) allows" in words
     assert any(f"allows: {path}" in words for path in bad)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_pictures_that_no_process_alone_finds_too_many_end_the_epoch(few, tmp_path):
+def test_images_that_no_process_alone_finds_too_many_end_the_epoch(few, tmp_path):
     data, _ = few
     more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.05", "--epochs", 1]
     job = start(torchrun(2, "--standalone"), tmp_path / "run", *more)
     assert job.wait() != 0
-    assert "2 of 32 training pictures cannot be read, more than bad_limit (5.00%) allows" in job.log.read_text()
+    assert "2 of 32 training images cannot be read, more than bad_limit (5.00%) allows" in job.log.read_text()
 
 
 @pytest.mark.slow
@@ -246,8 +246,8 @@ def test_what_happens_to_one_process_counts_for_all(few, tmp_path, strategy):
     assert sorted(line.split(":")[0] for line in last["counts"]["unreadable"]) == bad
 
 
-def test_sharded_weights_cannot_be_averaged(pictures, tmp_path, capsys):
-    argv = ["train", "folder", "--data", str(pictures), "--out", str(tmp_path / "run"), *OPTIONS, "--batch_size", "16"]
+def test_sharded_weights_cannot_be_averaged(images, tmp_path, capsys):
+    argv = ["train", "folder", "--data", str(images), "--out", str(tmp_path / "run"), *OPTIONS, "--batch_size", "16"]
     assert main([*argv, "--strategy", "fsdp", "--ema", "0.9"]) == 1
     result = capsys.readouterr()
     assert result.err.strip() == ("gmf: error: strategy fsdp shards the weights and cannot average them: set ema to null")
@@ -255,7 +255,7 @@ def test_sharded_weights_cannot_be_averaged(pictures, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_ends_as_if_it_had_not_been(tmp_path):
-    argv = [sys.executable, kill_and_resume.__file__, "--kills", "3", "--pictures", "48"]
+    argv = [sys.executable, kill_and_resume.__file__, "--kills", "3", "--images", "48"]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=TIMEOUT)
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)

@@ -31,12 +31,12 @@ from test_semantic import IDS, NAMES, stored, write_classes, write_pair, write_s
 from torch import nn
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.tasks.backbone import Backbone, open_backbone, start_from
-from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
 from groupmixformer.cli.main import main
-from groupmixformer.training.recipe import Recipe, read_recipe
-from groupmixformer.tasks.segmentation.training import Segmentation, Segmenter, load_segmenter, segment, start
+from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
+from groupmixformer.tasks.backbone import Backbone, open_backbone, start_from
 from groupmixformer.tasks.segmentation.data import IGNORE
+from groupmixformer.tasks.segmentation.training import Segmentation, Segmenter, load_segmenter, segment, start
+from groupmixformer.training.recipe import Recipe, read_recipe
 from groupmixformer.training.trainer import read_metrics, train
 
 OPTIONS = [
@@ -110,8 +110,8 @@ class PixelByPixel(nn.Module):
         self.network = nn.Conv2d(3, num_classes, 1)
         nn.init.normal_(self.network.weight, std=2)
 
-    def forward(self, pictures):
-        return self.network(pictures)
+    def forward(self, images):
+        return self.network(images)
 
 
 # Networks
@@ -142,11 +142,11 @@ def test_decoders_and_backbones(make, randomise, tmp_path, decoder, variant):
     assert not loaded.training
     with torch.no_grad():
         for size in [(45, 70), (33, 31), (64, 96), (1, 5)]:
-            picture = torch.randn(1, 3, *size)
-            logits = model(picture)
+            image = torch.randn(1, 3, *size)
+            logits = model(image)
             assert logits.shape == (1, 3, *size)
             assert logits.isfinite().all()
-            assert torch.equal(logits, loaded(picture))
+            assert torch.equal(logits, loaded(image))
 
 
 def test_the_second_head_is_for_training_only(make):
@@ -154,10 +154,10 @@ def test_the_second_head_is_for_training_only(make):
     assert task.model.auxiliary is None
     assert task.model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
     with_head = make().model.eval()
-    pictures = torch.randn(1, 3, 64, 64)
-    before = with_head(pictures)
+    images = torch.randn(1, 3, 64, 64)
+    before = with_head(images)
     nn.init.constant_(with_head.auxiliary[4].bias, 1e6)
-    assert torch.equal(with_head(pictures), before)
+    assert torch.equal(with_head(images), before)
 
 
 def test_an_unknown_decoder_names_the_nearest(data, tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_a_width_that_a_decoder_cannot_have_is_refused(data, tmp_path, capsys, d
     assert f"got channels {channels}" in line and decoder in line and words in line
 
 
-def test_pictures_are_prepared_by_the_shorter_side():
+def test_images_are_prepared_by_the_shorter_side():
     model = Segmenter(Backbone("test_resnet"), 3, "upernet", 40, channels=16, mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.5))
     for size, expected in [((80, 120), (60, 40)), ((30, 20), (40, 60)), ((40, 40), (40, 40))]:  # width first; height first
         prepared = model.prepare(Image.new("RGB", size, (51, 51, 51)))
@@ -205,7 +205,7 @@ def test_pictures_are_prepared_by_the_shorter_side():
             assert torch.allclose(prepared[channel], torch.tensor(value), atol=1e-5)
 
 
-def test_pictures_are_normalised_as_the_backbone_was(make):
+def test_images_are_normalised_as_the_backbone_was(make):
     for variant in ("test_resnet", "inception_next_atto"):
         cfg, model = timm.get_pretrained_cfg(variant), make(variant, {"channels": 16}).model
         assert (tuple(model.mean), tuple(model.std)) == (cfg.mean, cfg.std)
@@ -247,7 +247,7 @@ def test_what_the_authors_do_not_decay_is_not_decayed(make):
 
 @pytest.mark.parametrize("variant", ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"])
 def test_gradient_checkpointing_changes_no_gradient(make, randomise, variant):
-    pictures, results, calls = torch.randn(2, 3, 64, 64), [], []
+    images, results, calls = torch.randn(2, 3, 64, 64), [], []
 
     def count(*_):
         calls[-1] += 1
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_no_gradient(make, randomise, variant):
         for module in model.body.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(count)
-        logits, _ = model(pictures)
+        logits, _ = model(images)
         loss = logits.square().mean()
         loss.backward()
         results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -305,14 +305,14 @@ def test_the_weights_of_a_classifier_arrive_in_the_body(make, classifiers, tmp_p
     assert all(torch.equal(value, weights[key]) for key, value in body.items())
     assert not [key for key in weights.keys() - body.keys() if not key.startswith(("fc.", "head.", "norm."))]
     task.save(task.model, tmp_path)
-    pictures = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64)
     loaded, _ = load_segmenter(tmp_path)
-    assert torch.equal(loaded(pictures), task.model.eval()(pictures))
+    assert torch.equal(loaded(images), task.model.eval()(images))
 
 
 @pytest.fixture(scope="session")
 def other_classes(tmp_path_factory):
-    """A data set with the pictures of others and two classes."""
+    """A data set with the images of others and two classes."""
     root = tmp_path_factory.mktemp("other")
     for split, number in (("train", 8), ("val", 2)):
         for i in range(number):
@@ -378,41 +378,41 @@ def test_a_damaged_folder_is_refused_in_one_line(trained, tmp_path, capsys, dama
 # Pixels that do not count
 
 
-def scrambled(pictures, labels):
-    """The pictures with other pixels where the labels are IGNORE."""
-    return torch.where((labels == IGNORE)[:, None], torch.randn_like(pictures) * 3, pictures)
+def scrambled(images, labels):
+    """The images with other pixels where the labels are IGNORE."""
+    return torch.where((labels == IGNORE)[:, None], torch.randn_like(images) * 3, images)
 
 
 def test_ignored_pixels_change_no_loss_and_no_gradient(make):
     task = make(segmenter={"auxiliary": 0.0})
-    pictures, labels = torch.randn(3, 3, 20, 24), torch.randint(0, 3, (3, 20, 24))
+    images, labels = torch.randn(3, 3, 20, 24), torch.randint(0, 3, (3, 20, 24))
     labels[0, :9], labels[1], labels[2, :, 5:7] = IGNORE, IGNORE, IGNORE
     task.model = PixelByPixel()
     found = []
-    for shown in (pictures, scrambled(pictures, labels)):
+    for shown in (images, scrambled(images, labels)):
         task.model.zero_grad()
         loss = task.training_step((shown, labels, []), 0)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in task.model.parameters())])
-    assert not torch.equal(pictures, scrambled(pictures, labels))
+    assert not torch.equal(images, scrambled(images, labels))
     assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
     counted = labels != IGNORE
-    expected = F.cross_entropy(task.model(pictures).movedim(1, 3)[counted], labels[counted])  # the mean over those that count
+    expected = F.cross_entropy(task.model(images).movedim(1, 3)[counted], labels[counted])  # the mean over those that count
     assert found[0][0].item() == pytest.approx(expected.item(), rel=1e-5)
     other = labels.clone()
     other[2, 0, 0] = (labels[2, 0, 0] + 1) % 3
-    assert task.training_step((pictures, other, []), 0) != found[0][0]
+    assert task.training_step((images, other, []), 0) != found[0][0]
 
 
 def test_the_loss_is_that_of_both_heads(make, randomise):
     task = make(segmenter={"auxiliary": 0.3, "channels": 16})
     randomise(task.model).train()
-    pictures, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
     labels[:, 40:] = IGNORE
     torch.manual_seed(1)  # of the dropout
-    main_logits, second = task.model(pictures)
+    main_logits, second = task.model(images)
     torch.manual_seed(1)
-    loss = task.training_step((pictures, labels, []), 0)
+    loss = task.training_step((images, labels, []), 0)
     expected = [F.cross_entropy(logits, labels, ignore_index=IGNORE) for logits in (main_logits, second)]
     assert loss.item() == pytest.approx((expected[0] + 0.3 * expected[1]).item(), rel=1e-5)
 
@@ -429,14 +429,14 @@ def test_a_batch_with_nothing_to_learn_from_has_no_gradient(make):
 def test_ignored_pixels_and_blanks_change_no_metric(make):
     task = make()
     task.model = PixelByPixel().eval()
-    pictures = [torch.randn(3, 20, 24), torch.randn(3, 15, 13)]
-    labels = [torch.randint(0, 3, picture.shape[1:]) for picture in pictures]
+    images = [torch.randn(3, 20, 24), torch.randn(3, 15, 13)]
+    labels = [torch.randint(0, 3, image.shape[1:]) for image in images]
     for mask in labels:
         mask[:, 4:9] = IGNORE
-    changed = [scrambled(p[None], m[None])[0] for p, m in zip(pictures, labels, strict=True)]
+    changed = [scrambled(p[None], m[None])[0] for p, m in zip(images, labels, strict=True)]
     blank = (torch.zeros(3, 32, 32), torch.zeros(0, 0, dtype=torch.int64))
     found = []
-    for shown, true in [(pictures, labels), (changed, labels), ([*pictures, blank[0]], [*labels, blank[1]])]:
+    for shown, true in [(images, labels), (changed, labels), ([*images, blank[0]], [*labels, blank[1]])]:
         task.validation_step((shown, true, []), 0)
         found.append((task.confusion.compute().tolist(), task.val_images.compute().item()))
         task.confusion.reset()
@@ -444,12 +444,12 @@ def test_ignored_pixels_and_blanks_change_no_metric(make):
     assert found[0] == found[1] == found[2]
     assert found[0][1] == 2
     assert sum(map(sum, found[0][0])) == sum((mask != IGNORE).sum().item() for mask in labels)
-    predicted = [task.model(picture[None])[0].argmax(0) for picture in pictures]
+    predicted = [task.model(image[None])[0].argmax(0) for image in images]
     right = sum((p == m).sum().item() for p, m in zip(predicted, labels, strict=True))
     assert sum(found[0][0][i][i] for i in range(3)) == right
 
 
-# One picture
+# One image
 
 
 def same(first, second):
@@ -463,37 +463,37 @@ def network(randomise):
 
 
 @pytest.mark.parametrize("size", [(45, 71), (64, 96), (33, 20)])
-def test_a_whole_picture_gets_the_classes_of_the_network(network, size):
-    picture = torch.randn(3, *size)
-    found = segment(network, picture, size)
+def test_a_whole_image_gets_the_classes_of_the_network(network, size):
+    image = torch.randn(3, *size)
+    found = segment(network, image, size)
     with torch.no_grad():
-        logits = network(picture[None])
+        logits = network(image[None])
     assert found.shape == (3, *size)
     same(found, logits.softmax(1)[0])
     assert torch.equal(found.argmax(0), logits[0].argmax(0))
     assert len(found.argmax(0).unique()) > 1
     other = (size[0] * 2 - 5, size[1] + 8)
     resized = F.interpolate(logits, other, mode="bilinear").softmax(1)[0]
-    same(segment(network, picture, other), resized)
+    same(segment(network, image, other), resized)
 
 
-def test_one_window_is_the_whole_picture(network):
-    picture = torch.randn(3, 45, 61)
-    assert torch.equal(segment(network, picture, (45, 61), slide=True), segment(network, picture, (45, 61)))
-    picture = torch.randn(3, 45, 101)
-    assert not torch.allclose(segment(network, picture, (45, 101), slide=True), segment(network, picture, (45, 101)), atol=1e-3)
+def test_one_window_is_the_whole_image(network):
+    image = torch.randn(3, 45, 61)
+    assert torch.equal(segment(network, image, (45, 61), slide=True), segment(network, image, (45, 61)))
+    image = torch.randn(3, 45, 101)
+    assert not torch.allclose(segment(network, image, (45, 101), slide=True), segment(network, image, (45, 101)), atol=1e-3)
 
 
 class Seen(PixelByPixel):
-    """Remembers where it has looked, by pictures that hold rows and columns; the first logit is the number of the look."""
+    """Remembers where it has looked, by images that hold rows and columns; the first logit is the number of the look."""
 
     def __init__(self, window):
         super().__init__(num_classes=2, image_size=window)
         self.looks = []
 
-    def forward(self, pictures):
-        self.looks.append((slice(*self.span(pictures[0, 0, :, 0])), slice(*self.span(pictures[0, 1, 0]))))
-        logits = torch.zeros(1, 2, *pictures.shape[2:])
+    def forward(self, images):
+        self.looks.append((slice(*self.span(images[0, 0, :, 0])), slice(*self.span(images[0, 1, 0]))))
+        logits = torch.zeros(1, 2, *images.shape[2:])
         logits[:, 0] = len(self.looks) / 10
         return logits
 
@@ -525,34 +525,34 @@ def test_windows_cover_every_pixel_and_overlap(height, width, window):
 
 @pytest.mark.parametrize("size", [(29, 43), (16, 17), (5, 90)])
 def test_windows_give_what_the_whole_gives_pixel_by_pixel(size):
-    model, picture = PixelByPixel(), torch.randn(3, *size)
-    same(segment(model, picture, size, slide=True), segment(model, picture, size))
-    same(segment(model, picture, (31, 31), slide=True), segment(model, picture, (31, 31)))
+    model, image = PixelByPixel(), torch.randn(3, *size)
+    same(segment(model, image, size, slide=True), segment(model, image, size))
+    same(segment(model, image, (31, 31), slide=True), segment(model, image, (31, 31)))
 
 
-def test_a_flip_averages_with_the_mirrored_picture(network):
-    symmetric, picture = PixelByPixel(), torch.randn(3, 33, 47)
-    same(segment(symmetric, picture, (33, 47), flip=True), segment(symmetric, picture, (33, 47)))
+def test_a_flip_averages_with_the_mirrored_image(network):
+    symmetric, image = PixelByPixel(), torch.randn(3, 33, 47)
+    same(segment(symmetric, image, (33, 47), flip=True), segment(symmetric, image, (33, 47)))
     for slide in (False, True):
         ask = functools.partial(segment, network, size=(50, 71), slide=slide)
-        picture = torch.randn(3, 65, 97)
-        plain, mirrored = ask(picture), ask(picture.flip(2)).flip(2)
+        image = torch.randn(3, 65, 97)
+        plain, mirrored = ask(image), ask(image.flip(2)).flip(2)
         assert not torch.allclose(plain, mirrored, atol=1e-3)
-        same(ask(picture, flip=True), (plain + mirrored) / 2)
+        same(ask(image, flip=True), (plain + mirrored) / 2)
 
 
 def test_several_sizes_are_averaged(network):
-    picture, size = torch.randn(3, 61, 83), (37, 51)
-    found = segment(network, picture, size, scales=(0.75, 1.0, 1.3))
+    image, size = torch.randn(3, 61, 83), (37, 51)
+    found = segment(network, image, size, scales=(0.75, 1.0, 1.3))
     each = []
     for factor, sides in [(0.75, (46, 62)), (1.0, (61, 83)), (1.3, (79, 108))]:
-        scaled = F.interpolate(picture[None], sides, mode="bilinear", antialias=True) if factor != 1 else picture[None]
+        scaled = F.interpolate(image[None], sides, mode="bilinear", antialias=True) if factor != 1 else image[None]
         with torch.no_grad():
             each.append(F.interpolate(network(scaled), size, mode="bilinear").softmax(1)[0])
     same(found, sum(each) / 3)
     same(found.sum(0), torch.ones(size))
     assert found.dtype == torch.float32
-    together = segment(network, picture, size, scales=(0.75, 1.0, 1.3), flip=True, slide=True)
+    together = segment(network, image, size, scales=(0.75, 1.0, 1.3), flip=True, slide=True)
     same(together.sum(0), torch.ones(size))
     assert not torch.allclose(together, found, atol=1e-3)
     assert segment(network, torch.randn(3, 3, 5), (3, 5), scales=(0.05,)).isfinite().all()
@@ -584,7 +584,7 @@ def test_a_run_leaves_what_is_needed(data, trained):
         assert {"val_mIoU", "val_accuracy", "val_images"} <= set(next(csv.reader(file)))
     assert (result["run"], result["report"]) == (str(run), str(run / "report.html"))
     page = (run / "report.html").read_text()
-    assert f"mIoU {result['mIoU']:.2%} on held-out pictures" in page
+    assert f"mIoU {result['mIoU']:.2%} on held-out images" in page
     assert "data:image/png;base64," in page or "<img" in page
     assert (result["images"], result["skipped"]) == (HELD_OUT, [])
     assert [(row["class"], row["index"]) for row in result["per_class"]] == list(zip(NAMES, range(3), strict=True))
@@ -624,9 +624,9 @@ def test_eval_measures_what_predict_writes(data, trained, tmp_path, capsys, how)
 
 
 def test_each_way_to_look_gives_another_result(data, trained, tmp_path, capsys):
-    pictures, shares = data / "images" / "val", set()
+    images, shares = data / "images" / "val", set()
     for how in ("whole", "slide", "scales", "flip", "all"):
-        said = json.loads(gmf(capsys, "predict", trained[0], pictures, "--out", tmp_path, "--json", *HOW[how]).out)
+        said = json.loads(gmf(capsys, "predict", trained[0], images, "--out", tmp_path, "--json", *HOW[how]).out)
         shares.add(str([image["shares"] for image in said["images"]]))
     assert len(shares) == 5
 
@@ -658,13 +658,13 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
     places = [data / "images" / split / "scene0.png" for split in ("train", "val")]
     tiny = tmp_path / "tiny.jpg"
     Image.new("RGB", (9, 5), "red").save(tiny)
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "bad.png").write_bytes(b"not a photo")
     out = tmp_path / "out"
     result = gmf(capsys, "predict", trained[0], *places, tiny, tmp_path / "bad.png", "--out", out, "--json")
-    assert f"skipped {tmp_path / 'bad.png'}: not a readable picture" in result.err
+    assert f"skipped {tmp_path / 'bad.png'}: not a readable photo" in result.err
     said = json.loads(result.out)
     assert said["skipped"] == [str(tmp_path / "bad.png")]
-    names = ["scene0", "scene0-2", "tiny"]  # two pictures have one name
+    names = ["scene0", "scene0-2", "tiny"]  # two images have one name
     assert sorted(file.name for file in out.iterdir()) == sorted(
         f"{n}-{kind}.png" for n in names for kind in ("mask", "overlay")
     )
@@ -673,8 +673,8 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
         assert image["image"] == str(path)
         assert image["files"] == [str(out / f"{name}-overlay.png"), str(out / f"{name}-mask.png")]
         mask, overlay = (Image.open(out / f"{name}-{kind}.png") for kind in ("mask", "overlay"))
-        picture = Image.open(path)
-        assert (mask.mode, mask.size) == ("P", picture.size)
+        photo = Image.open(path)
+        assert (mask.mode, mask.size) == ("P", photo.size)
         pixels = np.asarray(mask)
         assert set(np.unique(pixels).tolist()) <= set(IDS.tolist())
         shown = np.asarray(mask.convert("RGB"))
@@ -682,7 +682,7 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
         shares = {NAMES[i]: (pixels == number).mean() for i, number in enumerate(IDS) if (pixels == number).any()}
         assert image["shares"] == pytest.approx(shares)
         assert list(image["shares"].values()) == sorted(image["shares"].values(), reverse=True)
-        assert overlay.height >= 480 and overlay.width / overlay.height > picture.width / picture.height  # with the legend
+        assert overlay.height >= 480 and overlay.width / overlay.height > photo.width / photo.height  # with the legend
 
 
 @pytest.mark.parametrize("argv", [["--detector.width", "64"], ["--augmentation.mixup", "0.8"], ["--crop_pct", "0.9"]])
@@ -704,7 +704,7 @@ def test_settings_of_other_tasks_are_refused(data, tmp_path, capsys, argv):
 )
 def test_options_of_other_tasks_are_refused(trained, tmp_path, capsys, monkeypatch, command, argv, task):
     monkeypatch.chdir(tmp_path)
-    images = ["picture.png"] if command == "predict" else []
+    images = ["image.png"] if command == "predict" else []
     line = refusal(capsys, command, trained[0], *images, *argv, code=2)
     assert line == f"gmf: error: {argv[0]} is for {task}, and {trained[0]} holds a model for segmentation"
     assert not list(tmp_path.iterdir())
@@ -734,7 +734,7 @@ def renumber(path):
     Image.fromarray(pixels).save(path)
 
 
-def test_pictures_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys):
+def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys):
     spoilt = shutil.copytree(data, tmp_path / "data")
     masks = spoilt / "masks"
     renumber(masks / "train" / "scene3.png")
@@ -742,11 +742,11 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(data, tmp_path, caps
     (masks / "train" / "scene5.png").unlink()
     argv = ["train", "camvid", *options(spoilt, tmp_path / "run", "--epochs", "2", "--json")]
     lines = gmf(capsys, *argv, code=1).err.strip().splitlines()
-    assert lines[-1].startswith("gmf: error: 1 of 9 training pictures cannot be used, more than bad_limit (0.10%) allows: ")
+    assert lines[-1].startswith("gmf: error: 1 of 9 training images cannot be used, more than bad_limit (0.10%) allows: ")
     assert f"scene5.png: has no mask {masks / 'train' / 'scene5.png'}" in lines[-1]
 
     result = gmf(capsys, *argv, "--resume", "--bad_limit", "0.3")
-    assert f"1 training pictures left out: {spoilt / 'images' / 'train' / 'scene5.png'}: has no mask" in result.err
+    assert f"1 training images left out: {spoilt / 'images' / 'train' / 'scene5.png'}: has no mask" in result.err
     no_class = "holds the number 9, which is of no class"
     rows = read_metrics(tmp_path / "run")
     assert [(row["unreadable"], row["val_images"]) for row in rows] == [(1, HELD_OUT - 1)] * 2
@@ -759,7 +759,7 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(data, tmp_path, caps
     line = gmf(capsys, "train", "camvid", *options(spoilt, tmp_path / "again", "--bad_limit", "0.12"), code=1).err.splitlines()[
         -1
     ]
-    assert "2 of 9 training pictures cannot be read, more than bad_limit (12.00%) allows: " in line
+    assert "2 of 9 training images cannot be read, more than bad_limit (12.00%) allows: " in line
     assert no_class in line
 
 

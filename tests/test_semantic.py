@@ -11,12 +11,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from groupmixformer.tasks.segmentation.data import (
+    IGNORE,
+    SemanticImages,
+    collate,
+    confusion_matrix,
+    numbers,
+    palette,
+    train_transform,
+)
 from groupmixformer.visual.drawing import SIDE, draw_objects, draw_segments
-from groupmixformer.tasks.segmentation.data import IGNORE, SemanticImages, collate, confusion_matrix, numbers, palette, train_transform
 
 NAMES = ["sky", "road", "car"]
 IDS = np.array([3, 7, 10])  # in the mask files
-COLORS = np.array([[220, 30, 30], [30, 200, 40], [30, 50, 220]])  # of the pictures, far from each other
+COLORS = np.array([[220, 30, 30], [30, 200, 40], [30, 50, 220]])  # of the images, far from each other
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.2]
 
 
@@ -32,15 +40,15 @@ def write_classes(root, **more):
     (root / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255, **more}))
 
 
-def write_pair(root, split, name, picture, mask):
-    for kind, pixels in (("images", picture), ("masks", mask)):
+def write_pair(root, split, name, photo, mask):
+    for kind, pixels in (("images", photo), ("masks", mask)):
         (root / kind / split).mkdir(parents=True, exist_ok=True)
         image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels).astype(np.uint8))
         image.save(root / kind / split / f"{name}.png")
 
 
 def write_scenes(root, noise=0, side=16, **splits):
-    """Write pictures whose colour tells the class, of different sizes, with a corner that is to be ignored."""
+    """Write images whose colour tells the class, of different sizes, with a corner that is to be ignored."""
     rng = np.random.default_rng(0)
     write_classes(root)
     for split, number in splits.items():
@@ -48,8 +56,8 @@ def write_scenes(root, noise=0, side=16, **splits):
             labels = blocks(rng, *rng.integers([40, 48], [72, 90]), side)
             mask = IDS[labels]
             mask[:8, :8] = 255
-            picture = COLORS[labels] + (rng.normal(0, noise, (*labels.shape, 3)) if noise else 0)
-            write_pair(root, split, f"scene{i}", picture.clip(0, 255), mask)
+            image = COLORS[labels] + (rng.normal(0, noise, (*labels.shape, 3)) if noise else 0)
+            write_pair(root, split, f"scene{i}", image.clip(0, 255), mask)
     return root
 
 
@@ -65,7 +73,7 @@ def copied(scenes, tmp_path):
 
 
 def stored(array):
-    """The numbers of a picture file."""
+    """The numbers of an image file."""
     return np.asarray(Image.open(array))
 
 
@@ -85,9 +93,9 @@ def test_the_numbers_are_those_worked_out_by_hand():
     assert measured["mean_accuracy"] == pytest.approx((3 / 4 + 2 / 3 + 0) / 3)
 
 
-def test_the_miou_of_a_set_is_not_the_mean_of_its_pictures():
-    pictures = [([0, 0, 0, 1], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1])]
-    counts = [confusion_matrix(torch.tensor([true]), torch.tensor([predicted]), 2) for true, predicted in pictures]
+def test_the_miou_of_a_set_is_not_the_mean_of_its_images():
+    images = [([0, 0, 0, 1], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1])]
+    counts = [confusion_matrix(torch.tensor([true]), torch.tensor([predicted]), 2) for true, predicted in images]
     assert [numbers(each)["mIoU"] for each in counts] == [pytest.approx(3 / 8), 1.0]  # 11/16 on average
     assert numbers(counts[0] + counts[1])["mIoU"] == pytest.approx((3 / 4 + 4 / 5) / 2)
 
@@ -119,14 +127,14 @@ def test_ids_with_gaps_become_labels(scenes):
     assert images.skipped == []
     assert len(images) == 6
     for i in range(6):
-        picture, labels = images.read(i)
+        image, labels = images.read(i)
         mask = stored(images.masks[i])
-        assert labels.shape == mask.shape == (picture.height, picture.width)
+        assert labels.shape == mask.shape == (image.height, image.width)
         assert {3, 7, 10, 255} >= set(np.unique(mask).tolist())
         for label, number in [(0, 3), (1, 7), (2, 10), (IGNORE, 255)]:
             assert ((labels.numpy() == label) == (mask == number)).all()
         counted = labels.numpy() != IGNORE
-        assert (np.asarray(picture)[counted] == COLORS[labels.numpy()[counted]]).all()
+        assert (np.asarray(image)[counted] == COLORS[labels.numpy()[counted]]).all()
 
 
 @pytest.mark.parametrize("ignore", [0, 200, None])
@@ -158,9 +166,9 @@ def test_the_palette_has_a_colour_for_each_class():
 @pytest.mark.parametrize("listed", [True, False])
 def test_ade20k_is_read_as_it_comes(tmp_path, listed):
     for split, value in (("training", 150), ("validation", 1)):
-        picture, mask = np.full((3, 4, 3), value), np.full((3, 4), value)
+        image, mask = np.full((3, 4, 3), value), np.full((3, 4), value)
         mask[0, 0] = 0
-        for kind, pixels, ending in (("images", picture, "jpg"), ("annotations", mask, "png")):
+        for kind, pixels, ending in (("images", image, "jpg"), ("annotations", mask, "png")):
             (tmp_path / kind / split).mkdir(parents=True)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / kind / split / f"ADE_1.{ending}")
     names = ["wall", "building, edifice", *(f"thing{i}" for i in range(3, 151))]
@@ -200,8 +208,8 @@ def test_camvid_opens_without_problems(shared):
     assert train.skipped == val.skipped == []
     assert train.class_names[:3] == ["sky", "building", "pole"]
     assert train.class_names == val.class_names
-    picture, labels = train.read(0)
-    assert (picture.size, labels.shape) == ((480, 360), (360, 480))
+    image, labels = train.read(0)
+    assert (image.size, labels.shape) == ((480, 360), (360, 480))
     assert set(labels.unique().tolist()) <= {*range(11), IGNORE}
 
 
@@ -210,27 +218,27 @@ def test_camvid_opens_without_problems(shared):
 
 def spoil(root, kind):
     """Spoil the pair `scene1` for training; return what is said of it."""
-    picture, mask = (root / folder / "train" / "scene1.png" for folder in ("images", "masks"))
-    width, height = Image.open(picture).size
+    image, mask = (root / folder / "train" / "scene1.png" for folder in ("images", "masks"))
+    width, height = Image.open(image).size
     if kind == "no mask":
         mask.unlink()
-        return f"{picture}: has no mask {mask}"
+        return f"{image}: has no mask {mask}"
     if kind == "another size":
         Image.open(mask).resize((width, height + 1), Image.Resampling.NEAREST).save(mask)
-        return f"{mask}: is {width} x {height + 1} pixels and its picture {width} x {height}"
-    if kind == "bad picture":
-        picture.write_bytes(b"<html>not found</html>")
-        return f"{picture}: not a readable picture"
+        return f"{mask}: is {width} x {height + 1} pixels and its image {width} x {height}"
+    if kind == "bad image":
+        image.write_bytes(b"<html>not found</html>")
+        return f"{image}: not a readable image"
     if kind == "bad mask":
         mask.write_bytes(b"")
-        return f"{mask}: not a readable picture"
+        return f"{mask}: not a readable image"
     mode = {"coloured mask": "RGB", "deep mask": "I;16"}[kind]
     pixels = stored(mask)
     Image.fromarray(pixels.astype(np.uint16) if mode == "I;16" else np.stack([pixels] * 3, axis=2)).save(mask)
     return f"{mask}: is of mode {mode}, expected one channel of class numbers"
 
 
-@pytest.mark.parametrize("kind", ["no mask", "another size", "bad picture", "bad mask", "coloured mask", "deep mask"])
+@pytest.mark.parametrize("kind", ["no mask", "another size", "bad image", "bad mask", "coloured mask", "deep mask"])
 def test_a_pair_that_cannot_be_used_is_named_and_left_out(copied, kind):
     expected = spoil(copied, kind)
     images = SemanticImages(copied, "train")
@@ -244,12 +252,12 @@ def test_a_pair_that_cannot_be_used_is_named_and_left_out(copied, kind):
 def test_without_a_usable_pair_there_is_no_data_set(tmp_path):
     write_classes(tmp_path)
     write_pair(tmp_path, "train", "a", np.zeros((2, 2, 3)), np.zeros((3, 3)))
-    with pytest.raises(ValueError, match=r"train: none of its 1 pictures can be used: .*a\.png: is 3 x 3 pixels"):
+    with pytest.raises(ValueError, match=r"train: none of its 1 images can be used: .*a\.png: is 3 x 3 pixels"):
         SemanticImages(tmp_path, "train")
 
 
 def tail_off(path):
-    """Cut a file in the middle: its head is still that of a picture."""
+    """Cut a file in the middle: its head is still that of an image."""
     path.write_bytes(path.read_bytes()[:-30])
 
 
@@ -262,27 +270,27 @@ def renumber(path):
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
-        ("images", tail_off, "not a readable picture"),
+        ("images", tail_off, "not a readable image"),
         ("masks", tail_off, "not a readable mask"),
         ("masks", renumber, "holds the number 9, which is of no class"),
     ],
-    ids=["picture cut off", "mask cut off", "no class"],
+    ids=["image cut off", "mask cut off", "no class"],
 )
 def test_what_only_reading_finds_is_named_and_replaced(copied, kind, change, words):
     path = copied / kind / "train" / "scene1.png"
     change(path)
-    images = SemanticImages(copied, "train", transform=lambda *pair: pair, prepare=lambda picture: torch.ones(3, 32, 32))
+    images = SemanticImages(copied, "train", transform=lambda *pair: pair, prepare=lambda image: torch.ones(3, 32, 32))
     assert len(images) == 6
     index = [name.endswith("scene1.png") for name in images.names].index(True)
     with pytest.raises(ValueError, match=words) as raised:
         images.read(index)
     assert str(raised.value).startswith(f"{path}: ")
-    picture, labels, problem = images[0, index]
+    image, labels, problem = images[0, index]
     following = images.read(index + 1)
-    assert np.array_equal(np.asarray(picture), np.asarray(following[0]))
+    assert np.array_equal(np.asarray(image), np.asarray(following[0]))
     assert torch.equal(labels, following[1])
     assert problem == str(raised.value)
-    picture, labels, problem = images[index]
+    image, labels, problem = images[index]
     assert (labels.shape, problem) == ((0, 0), str(raised.value))
 
 
@@ -290,8 +298,8 @@ def test_what_only_reading_finds_is_named_and_replaced(copied, kind, change, wor
     ("missing", "words"),
     [
         ("classes.json", "expected classes.json, images/ and masks/, or ADE20K's images/training and annotations/training"),
-        ("images/train", "images/train: no such folder, expected pictures in"),
-        ("masks/train", "masks/train: no such folder, expected pictures in"),
+        ("images/train", "images/train: no such folder, expected images in"),
+        ("masks/train", "masks/train: no such folder, expected images in"),
     ],
 )
 def test_a_folder_that_is_missing_is_named(copied, missing, words):
@@ -306,7 +314,7 @@ def test_a_folder_that_is_missing_is_named(copied, missing, words):
 def test_an_empty_folder_is_named(copied):
     for path in (copied / "images" / "train").iterdir():
         path.rename(path.with_suffix(".txt"))
-    with pytest.raises(ValueError, match=r"images/train: holds no pictures"):
+    with pytest.raises(ValueError, match=r"images/train: holds no images"):
         SemanticImages(copied, "train")
 
 
@@ -360,23 +368,23 @@ def far_from_borders(labels, reach=2):
     return inside
 
 
-def test_a_picture_and_its_labels_stay_together(scenes):
+def test_a_image_and_its_labels_stay_together(scenes):
     images = SemanticImages(scenes, "train", transform())
     colors = (torch.tensor(COLORS) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     shares, padded = [], 0
     for epoch in range(20):
         for i in range(len(images)):
-            picture, labels, _ = images[epoch, i]
-            assert (picture.shape, labels.shape) == ((3, 48, 48), (48, 48))
-            assert (picture.dtype, labels.dtype) == (torch.float32, torch.int64)
-            distance = (picture.permute(1, 2, 0)[:, :, None] - colors).abs().sum(3)  # (H, W, classes)
+            image, labels, _ = images[epoch, i]
+            assert (image.shape, labels.shape) == ((3, 48, 48), (48, 48))
+            assert (image.dtype, labels.dtype) == (torch.float32, torch.int64)
+            distance = (image.permute(1, 2, 0)[:, :, None] - colors).abs().sum(3)  # (H, W, classes)
             inside = far_from_borders(labels)
             assert (distance.argmin(2) == labels)[inside].all()
             assert distance.min(2).values[inside].max() < 0.02
             shares.append(inside.float().mean().item())
             padded += (labels == IGNORE).float().mean().item() > 0.2
     assert np.mean(shares) > 0.4
-    assert padded > 5  # so that pictures with padding are among them
+    assert padded > 5  # so that images with padding are among them
 
 
 @pytest.mark.parametrize("width", [60, 31])
@@ -385,8 +393,8 @@ def test_padding_is_grey_and_ignored(tmp_path, width):
     write_pair(tmp_path, "train", "white", np.full((20, width, 3), 255), np.full((20, width), 7))
     images = SemanticImages(tmp_path, "train", transform(scale=(0.5, 0.5)))
     for epoch in range(10):
-        picture, labels, _ = images[epoch, 0]
-        grey = (picture.abs() < 0.02).all(dim=0)
+        image, labels, _ = images[epoch, 0]
+        grey = (image.abs() < 0.02).all(dim=0)
         assert torch.equal(grey, labels == IGNORE)
         assert torch.equal(~grey, labels == 1)
         assert (~grey).sum() == 24 * min(48, 24 * width // 20)  # the shorter side is half of 48
@@ -399,9 +407,9 @@ def test_every_sample_is_a_square_of_the_size_asked_for(tmp_path, size, scale):
     write_pair(tmp_path, "train", "a", np.zeros((*size, 3)), np.full(size, 7))
     images = SemanticImages(tmp_path, "train", transform(scale=scale, photometric=True))
     for epoch in range(5):
-        picture, labels, _ = images[epoch, 0]
-        assert (picture.shape, labels.shape) == ((3, 48, 48), (48, 48))
-        assert picture.isfinite().all()
+        image, labels, _ = images[epoch, 0]
+        assert (image.shape, labels.shape) == ((3, 48, 48), (48, 48))
+        assert image.isfinite().all()
         assert (labels == 1).any()
 
 
@@ -438,7 +446,7 @@ def test_a_sample_is_the_same_wherever_it_is_made(scenes):
     images.seed = 3
     keys = [(epoch, i) for epoch in (0, 1) for i in range(len(images))]
     made = {key: images[key] for key in keys}
-    assert len({picture.numpy().tobytes() for picture, _, _ in made.values()}) == len(keys)  # no two are alike
+    assert len({image.numpy().tobytes() for image, _, _ in made.values()}) == len(keys)  # no two are alike
     backwards = keys[::-1]
     for workers in (0, 2):
         loader = DataLoader(images, 4, sampler=backwards, num_workers=workers, collate_fn=collate)
@@ -450,22 +458,22 @@ def test_a_sample_is_the_same_wherever_it_is_made(scenes):
 
 
 def test_evaluation_keeps_the_labels_in_the_size_of_the_file(scenes):
-    images = SemanticImages(scenes, "val", prepare=lambda picture: torch.zeros(3, 32, 50))
+    images = SemanticImages(scenes, "val", prepare=lambda image: torch.zeros(3, 32, 50))
     for i in range(3):
-        picture, labels, problem = images[i]
-        assert (picture.shape, labels.dtype, problem) == ((3, 32, 50), torch.int64, "")
+        image, labels, problem = images[i]
+        assert (image.shape, labels.dtype, problem) == ((3, 32, 50), torch.int64, "")
         assert torch.equal(labels, images.read(i)[1].long())
-    picture, labels, problem = images[-1]  # fills up a batch
+    image, labels, problem = images[-1]  # fills up a batch
     assert (labels.numel(), problem) == (0, "")
-    pictures, labels, problems = collate([images[0], images[-1], images[1]])
+    photos, labels, problems = collate([images[0], images[-1], images[1]])
     assert [mask.shape for mask in labels] == [images.read(0)[1].shape, (0, 0), images.read(1)[1].shape]
-    assert (len(pictures), problems) == (3, [])
+    assert (len(photos), problems) == (3, [])
 
 
 def test_a_batch_names_each_problem():
     samples = [(torch.zeros(3, 4, 4), torch.zeros(4, 4), problem) for problem in ("", "a: bad\nb: bad", "c: bad")]
-    pictures, labels, problems = collate(samples)
-    assert (pictures.shape, labels.shape, problems) == ((3, 3, 4, 4), (3, 4, 4), ["a: bad", "b: bad", "c: bad"])
+    images, labels, problems = collate(samples)
+    assert (images.shape, labels.shape, problems) == ((3, 3, 4, 4), (3, 4, 4), ["a: bad", "b: bad", "c: bad"])
 
 
 # Drawing
@@ -473,16 +481,16 @@ def test_a_batch_names_each_problem():
 HUES = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]]
 
 
-def grey_picture(width=30, height=20):
+def grey_image(width=30, height=20):
     return Image.new("RGB", (width, height), (100, 100, 100))
 
 
-def test_segments_are_laid_over_the_picture_with_a_legend_from_the_largest():
+def test_segments_are_laid_over_the_image_with_a_legend_from_the_largest():
     labels = torch.full((20, 30), IGNORE)
     labels[:4, :10], labels[8:18, :], labels[18:, 20:] = 0, 1, 3  # 40, 300 and 20 pixels; class 2 is not there
-    picture = grey_picture()
-    drawn = draw_segments(picture, labels, ["a", "b", "c", "d"], HUES)
-    assert picture.tobytes() == grey_picture().tobytes()
+    image = grey_image()
+    drawn = draw_segments(image, labels, ["a", "b", "c", "d"], HUES)
+    assert image.tobytes() == grey_image().tobytes()
     factor = SIDE // 20
     height, width = SIDE, 30 * factor
     assert drawn.height == height and drawn.width > width
@@ -496,34 +504,34 @@ def test_segments_are_laid_over_the_picture_with_a_legend_from_the_largest():
     assert rows[1].max() < rows[0].min() and rows[0].max() < rows[3].min()
 
 
-def test_a_picture_without_segments_stays_as_it_is():
-    drawn = draw_segments(grey_picture(600, 500), torch.full((500, 600), IGNORE), ["a"], HUES)
+def test_a_image_without_segments_stays_as_it_is():
+    drawn = draw_segments(grey_image(600, 500), torch.full((500, 600), IGNORE), ["a"], HUES)
     assert (np.asarray(drawn.crop((0, 0, 600, 500))) == 100).all()
     assert (np.asarray(drawn.crop((600, 0, *drawn.size))) == 255).all()
 
 
 def test_objects_are_drawn_where_they_are():
-    picture = grey_picture(1000, 480)
+    image = grey_image(1000, 480)
     masks = torch.zeros(2, 480, 1000, dtype=torch.bool)
     masks[0, 100:200, 100:200] = masks[1, 300:400, 600:900] = True
     boxes = torch.tensor([[100.0, 100, 200, 200], [600, 300, 900, 400]])
     objects = {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.6]), "masks": masks}
-    drawn = np.asarray(draw_objects(picture, objects, ["a", "b"])).astype(int)
+    drawn = np.asarray(draw_objects(image, objects, ["a", "b"])).astype(int)
     assert drawn.shape == (480, 1000, 3)
-    assert picture.tobytes() == grey_picture(1000, 480).tobytes()
+    assert image.tobytes() == grey_image(1000, 480).tobytes()
     first, second = (np.array(color) for color in palette(2))
     assert (drawn[100, 150] == first).all() and (drawn[300, 850] == second).all()  # the borders
     for color, (row, column) in ((first, (180, 180)), (second, (380, 800))):
         assert np.abs(drawn[row, column] - (0.6 * 100 + 0.4 * color)).max() <= 1
     assert (drawn[220:290] == 100).all() and (drawn[:, 910:] == 100).all()
     del objects["masks"], objects["scores"]
-    boxed = np.asarray(draw_objects(picture, objects, ["a", "b"]))
+    boxed = np.asarray(draw_objects(image, objects, ["a", "b"]))
     assert (boxed[100, 150] == first).all() and (boxed[180, 180] == 100).all()
 
 
-def test_small_pictures_are_enlarged_with_their_boxes():
+def test_small_images_are_enlarged_with_their_boxes():
     objects = {"boxes": torch.tensor([[10.0, 5, 20, 15]]), "labels": torch.tensor([1])}
-    drawn = np.asarray(draw_objects(grey_picture(), objects, ["a"]))
+    drawn = np.asarray(draw_objects(grey_image(), objects, ["a"]))
     factor = SIDE // 20
     assert drawn.shape == (SIDE, 30 * factor, 3)
     found = (drawn == palette(1)[0]).all(axis=2)
@@ -532,11 +540,11 @@ def test_small_pictures_are_enlarged_with_their_boxes():
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_a_picture_without_objects_stays_as_it_is(masks):
+def test_a_image_without_objects_stays_as_it_is(masks):
     objects = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     if masks:
         objects["masks"] = torch.zeros(0, 20, 30, dtype=torch.bool)
-    drawn = draw_objects(grey_picture(), objects, ["a"])
+    drawn = draw_objects(grey_image(), objects, ["a"])
     assert drawn.size == (SIDE * 30 // 20, SIDE)
     assert (np.asarray(drawn) == 100).all()
 

@@ -22,14 +22,14 @@ import torch
 from PIL import Image
 
 from groupmixformer import GroupMixFormer
-from groupmixformer.deploy import serve
-from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
 from groupmixformer.cli.main import main
-from groupmixformer.tasks.classification.predict import Classes, most_pixels
 from groupmixformer.data.images import decode
-from groupmixformer.tasks.predictor import Objects, Segments
+from groupmixformer.deploy import serve
 from groupmixformer.deploy.serve import Limits, application, listen, server, service
+from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.tasks.backbone import Backbone
+from groupmixformer.tasks.classification.predict import Classes, most_pixels
+from groupmixformer.tasks.predictor import Objects, Segments
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
 NAMES = ["ash", "birch", "cedar", "date", "elm", "fir", "gorse", "holly"]
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 PNG = {"Content-Type": "image/png"}
 
 
-def picture(seed, size=(48, 40), form="PNG"):
+def image(seed, size=(48, 40), form="PNG"):
     """The content of a file with coloured blocks, another for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -113,7 +113,7 @@ def same(answer, expected):
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_an_answer_is_what_the_model_says(address, classes, form):
-    content = picture(1, form=form)
+    content = image(1, form=form)
     expected = classes.predict(decode(content, "")).result
     answers = [
         httpx.post(f"{address}/predict", content=content, headers={"Content-Type": f"image/{form.lower()}"}),
@@ -129,8 +129,8 @@ def test_an_answer_is_what_the_model_says(address, classes, form):
         assert 0 < found["milliseconds"] < 20_000
 
 
-def test_everybody_gets_the_answer_to_their_own_picture(classes):
-    contents = [picture(seed) for seed in range(48)]
+def test_everybody_gets_the_answer_to_their_own_image(classes):
+    contents = [image(seed) for seed in range(48)]
     expected = [classes.predict(decode(content, "")).result for content in contents]
     assert len({tuple(c["probability"] for c in one["classes"]) for one in expected}) == 48
     made, gate = held(classes, Limits(batch=6))
@@ -141,10 +141,10 @@ def test_everybody_gets_the_answer_to_their_own_picture(classes):
         gate.set()
         for answer, truth in zip(answers, expected, strict=True):
             same(answer.result().json(), truth)
-        pictures, batches = metric(address, "gmf_batch_pictures_sum"), metric(address, "gmf_batch_pictures_count")
-        assert pictures == 48
+        images, batches = metric(address, "gmf_batch_images_sum"), metric(address, "gmf_batch_images_count")
+        assert images == 48
         assert 48 / 6 <= batches <= 24
-        assert metric(address, 'gmf_batch_pictures_bucket{le="8"}') == batches  # none is over the limit of 6
+        assert metric(address, 'gmf_batch_images_bucket{le="8"}') == batches  # none is over the limit of 6
         assert metric(address, 'gmf_requests_total{status="200"}') == metric(address, "gmf_request_seconds_count") == 48
 
 
@@ -152,21 +152,21 @@ def test_one_client_does_not_wait_for_others(address, monkeypatch):
     monkeypatch.setattr(serve, "GATHER_SECONDS", 10.0)
     with httpx.Client() as client:
         for seed in range(3):
-            assert client.post(f"{address}/predict", content=picture(seed), headers=PNG).json()["milliseconds"] < 5000
+            assert client.post(f"{address}/predict", content=image(seed), headers=PNG).json()["milliseconds"] < 5000
 
 
 def test_a_full_queue_turns_away(classes):
     made, gate = held(classes, Limits(queue=3))
     with serving(made) as address, ThreadPoolExecutor(3) as clients:
         gate.clear()
-        waiting = [clients.submit(httpx.post, f"{address}/predict", content=picture(i), headers=PNG) for i in range(3)]
+        waiting = [clients.submit(httpx.post, f"{address}/predict", content=image(i), headers=PNG) for i in range(3)]
         until(lambda: metric(address, "gmf_queue_length") == 3)
-        answer = httpx.post(f"{address}/predict", content=picture(3), headers=PNG)
+        answer = httpx.post(f"{address}/predict", content=image(3), headers=PNG)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert answer.json() == {"error": "3 requests are waiting already: try again later"}
         gate.set()
         assert [one.result().status_code for one in waiting] == [200] * 3
-        assert httpx.post(f"{address}/predict", content=picture(3), headers=PNG).status_code == 200
+        assert httpx.post(f"{address}/predict", content=image(3), headers=PNG).status_code == 200
         assert metric(address, 'gmf_requests_total{status="503"}') == 1
         assert metric(address, "gmf_queue_length") == 0
 
@@ -176,7 +176,7 @@ def test_stopping_answers_what_was_taken_in(classes):
     with ThreadPoolExecutor(4) as clients:
         with serving(made) as address:
             gate.clear()
-            waiting = [clients.submit(httpx.post, f"{address}/predict", content=picture(i), headers=PNG) for i in range(4)]
+            waiting = [clients.submit(httpx.post, f"{address}/predict", content=image(i), headers=PNG) for i in range(4)]
             until(lambda: metric(address, "gmf_queue_length") == 4)
             threading.Timer(0.5, gate.set).start()
         assert [one.result().status_code for one in waiting] == [200] * 4
@@ -193,7 +193,7 @@ def test_a_large_body_is_refused_before_it_is_read(classes):
         parts = (bytes(100_000) for _ in range(11))  # not announced
         answer = httpx.post(f"{address}/predict", content=parts, headers=PNG)
         assert (answer.status_code, answer.json()) == (413, {"error": "the request is over 1 MB"})
-        assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+        assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
 def test_a_slow_client_does_not_hold_its_place(classes, monkeypatch):
@@ -206,25 +206,25 @@ def test_a_slow_client_does_not_hold_its_place(classes, monkeypatch):
         with socket.create_connection((host, int(port)), timeout=20) as client:  # goes away in the middle
             client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc")
         until(lambda: metric(address, "gmf_queue_length") == 0)
-        assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+        assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "picture: not a readable picture: no known format"),
-        (b"<svg></svg>", "picture: not a readable picture: no known format"),
-        (picture(0, (400, 300))[:500], "picture: not a readable picture: "),
+        (b"", "image: not a readable image: no known format"),
+        (b"<svg></svg>", "image: not a readable image: no known format"),
+        (image(0, (400, 300))[:500], "image: not a readable image: "),
         (
-            picture(0, (500, 1)),
-            "picture: not a readable picture: 500 x 1 pixels, expected at most 64 million and no side over 50 ",
+            image(0, (500, 1)),
+            "image: not a readable image: 500 x 1 pixels, expected at most 64 million and no side over 50 ",
         ),
-        (picture(0, (9000, 7200), "GIF"), "picture: not a readable picture: 9000 x 7200 pixels, expected at most 64 million"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "picture: not a readable picture: no known format"),
+        (image(0, (9000, 7200), "GIF"), "image: not a readable image: 9000 x 7200 pixels, expected at most 64 million"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image: not a readable image: no known format"),
     ],
     ids=["empty", "text", "truncated", "ribbon", "huge", "postscript"],
 )
-def test_a_broken_picture_is_refused_in_a_line(address, content, line):
+def test_a_broken_image_is_refused_in_a_line(address, content, line):
     for answer in (
         httpx.post(f"{address}/predict", content=content, headers=PNG),
         httpx.post(f"{address}/predict", files={"file": ("a.png", content)}),
@@ -233,13 +233,13 @@ def test_a_broken_picture_is_refused_in_a_line(address, content, line):
         assert answer.json()["error"].startswith(line)
         assert "\n" not in answer.json()["error"]
     assert httpx.get(f"{address}/health").json() == {"ready": True, "model": "tested", "task": "classification"}
-    assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+    assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
 def test_wrong_requests_are_told_what_is_expected(address):
     answer = httpx.post(f"{address}/predict", data={"url": "x"})
     assert answer.status_code == 415
-    assert "got Content-Type application/x-www-form-urlencoded, expected a picture as the body" in answer.json()["error"]
+    assert "got Content-Type application/x-www-form-urlencoded, expected an image as the body" in answer.json()["error"]
     assert httpx.post(f"{address}/predict", content=b"").status_code == 415
     answer = httpx.post(f"{address}/predict", files={"file": (None, "text")})
     assert (answer.status_code, answer.json()["error"][:25]) == (400, "got a form without a file")
@@ -260,10 +260,10 @@ def test_the_server_outlives_a_model_that_fails(classes, caplog):
 
     with serving(serve.Service(usual._prepare, look, Limits())) as address:
         broken.append("out of memory\nand more")
-        answer = httpx.post(f"{address}/predict", content=picture(0), headers=PNG)
+        answer = httpx.post(f"{address}/predict", content=image(0), headers=PNG)
         assert (answer.status_code, answer.json()) == (500, {"error": "the model failed: RuntimeError"})
         assert caplog.messages[-1] == "gmf serve: the model failed: RuntimeError: out of memory"
-        assert httpx.post(f"{address}/predict", content=picture(0), headers=PNG).status_code == 200
+        assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def masks(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "task"), [("segments", "segmentation"), ("objects", "detection"), ("masks", "detection")])
 def test_other_tasks_are_served_one_at_a_time(kind, task, request):
     model = request.getfixturevalue(kind)
-    contents = [picture(seed, (64, 70)) for seed in range(4)]
+    contents = [image(seed, (64, 70)) for seed in range(4)]
     made = service(model, task, Limits(), score=0.2)
     with serving(made, task) as address, ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(lambda c: httpx.post(f"{address}/predict", content=c, headers=PNG), contents))
@@ -321,12 +321,12 @@ def test_other_tasks_are_served_one_at_a_time(kind, task, request):
                 assert given_masks == [one["segmentation"] for one in found.results if one["score"] >= 0.2]
             assert {key: value for key, value in given.items() if key in found.result} == found.result
             assert set(given) == {*found.result, "model", "task", "milliseconds"}
-        assert metric(address, "gmf_batch_pictures_sum") == metric(address, "gmf_batch_pictures_count") == 4
+        assert metric(address, "gmf_batch_images_sum") == metric(address, "gmf_batch_images_count") == 4
         answer = httpx.post(f"{address}/predict", content=b"broken", headers=PNG)
-        assert (answer.status_code, answer.json()["error"]) == (400, "picture: not a readable picture: no known format")
+        assert (answer.status_code, answer.json()["error"]) == (400, "image: not a readable image: no known format")
 
 
-def test_large_pictures_are_refused_where_planes_of_their_size_are_filled(classes, segments, objects):
+def test_large_images_are_refused_where_planes_of_their_size_are_filled(classes, segments, objects):
     assert most_pixels(classes, "classification") == most_pixels(objects, "detection") == 64_000_000
     assert most_pixels(segments, "segmentation") == 64_000_000
     many = dataclasses.make_dataclass("Many", [("class_names", list)])(["name"] * 150)
@@ -357,7 +357,7 @@ def test_the_command_serves_until_it_is_stopped(run, classes, stop):
             line = process.stderr.readline()
             address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
             assert "classification, fused" in line
-            content = picture(5)
+            content = image(5)
             answer = httpx.post(f"{address}/predict", content=content, headers=PNG)
             same(answer.json(), classes.predict(decode(content, "")).result)
             process.send_signal(stop)

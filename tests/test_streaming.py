@@ -1,4 +1,4 @@
-"""Streams: every sample once over all processes and workers, in every epoch another order, whatever the pictures are like."""
+"""Streams: every sample once over all processes and workers, in every epoch another order, whatever the images are like."""
 
 import gc
 import io
@@ -23,15 +23,14 @@ from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from torch.utils.data import DataLoader
 
-from groupmixformer.data import sources
-from groupmixformer.data import streaming
 from groupmixformer.cli.main import main
-from groupmixformer.tasks.classification.data import train_transform
-from groupmixformer.training.recipe import Augmentation
+from groupmixformer.data import sources, streaming
 from groupmixformer.data.shards import write_shards
 from groupmixformer.data.streaming import open_stream
+from groupmixformer.tasks.classification.data import train_transform
+from groupmixformer.training.recipe import Augmentation
 
-CLASSES = {"1": 19, "2": 17, "10": 11}  # pictures for training: 47 in all, which nothing here divides; timm's order
+CLASSES = {"1": 19, "2": 17, "10": 11}  # images for training: 47 in all, which nothing here divides; timm's order
 HELD_OUT = 7  # of each class
 
 
@@ -52,7 +51,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(photos):
+def images(photos):
     """What each split holds: pixels and name of the class, all different."""
     found = {
         split: Counter(
@@ -74,7 +73,7 @@ def shards(photos, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def parquet(photos, tmp_path_factory):
-    """The same pictures in the form that the Hub keeps them: parquet files of different lengths."""
+    """The same images in the form that the Hub keeps them: parquet files of different lengths."""
     root = tmp_path_factory.mktemp("parquet")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     for split, folder, parts in (("train", "train", 3), ("validation", "val", 2)):
@@ -116,7 +115,7 @@ def order(samples):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_training_takes_no_picture_twice(opened, pictures, world_size, workers):
+def test_training_takes_no_image_twice(opened, images, world_size, workers):
     stream = opened("train")
     assert stream.num_samples == 47
     assert sorted(stream.class_names) == sorted(CLASSES)
@@ -124,19 +123,19 @@ def test_training_takes_no_picture_twice(opened, pictures, world_size, workers):
     each = 47 // (world_size * max(1, workers)) * max(1, workers)
     assert [len(part) for part in parts] == [each] * world_size
     seen = content(stream, list(chain(*parts)))
-    assert seen <= pictures["train"]
+    assert seen <= images["train"]
     assert seen.total() == each * world_size
     assert {problem for part in parts for *_, problem in part} == {""}
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_takes_each_picture_once(opened, pictures, world_size, workers):
+def test_evaluation_takes_each_image_once(opened, images, world_size, workers):
     stream = opened("validation")
     parts = [read(stream, rank, world_size, workers, training=False) for rank in range(world_size)]
     ranges = world_size * max(1, workers)
     assert [len(part) for part in parts] == [-(-21 // ranges) * max(1, workers)] * world_size
-    assert content(stream, list(chain(*parts))) == pictures["validation"]
+    assert content(stream, list(chain(*parts))) == images["validation"]
     padding = [image for part in parts for image, label, _ in part if label < 0]
     assert len(padding) == sum(map(len, parts)) - 21
     assert not torch.cat([torch.zeros(1), *padding]).any()
@@ -151,10 +150,10 @@ def test_the_order_depends_on_seed_and_epoch(opened):
     assert sorted(first) == sorted(second) == sorted(unshuffled)
 
 
-def test_what_is_left_out_changes(opened, pictures):
+def test_what_is_left_out_changes(opened, images):
     stream = opened("train")
     left_out = [
-        tuple(pictures["train"] - content(stream, chain(*(read(stream, rank, 3, 0, e) for rank in range(3))))) for e in range(6)
+        tuple(images["train"] - content(stream, chain(*(read(stream, rank, 3, 0, e) for rank in range(3))))) for e in range(6)
     ]
     assert all(len(pair) == 2 for pair in left_out)
     assert len(set(left_out)) > 1
@@ -170,23 +169,23 @@ def test_workers_that_persist_see_the_new_epoch(shards):
         assert order(loader) == order(read(open_stream("wds/", str(shards), "train"), workers=2, epoch=epoch))
 
 
-def test_folders_and_single_files_work_as_hugging_face_sets(photos, pictures):
+def test_folders_and_single_files_work_as_hugging_face_sets(photos, images):
     stream = open_stream(f"hfids/{photos}", "", "train")
     assert (stream.num_samples, stream.class_names) == (47, sorted(CLASSES))
     parts = [[read(stream, rank, 2, 2, epoch) for rank in range(2)] for epoch in range(3)]
     seen = [content(stream, chain(*both)) for both in parts]
-    assert all(counts <= pictures["train"] and counts.total() == 44 for counts in seen)
+    assert all(counts <= images["train"] and counts.total() == 44 for counts in seen)
     assert len({tuple(sorted(counts)) for counts in seen}) > 1
     held_out = open_stream(f"hfids/{photos}", "", "validation")
-    assert content(held_out, chain(*(read(held_out, rank, 2, training=False) for rank in range(2)))) == pictures["validation"]
+    assert content(held_out, chain(*(read(held_out, rank, 2, training=False) for rank in range(2)))) == images["validation"]
 
 
-def test_few_pictures_at_a_time_are_shuffled_too(shards, pictures, monkeypatch):
+def test_few_images_at_a_time_are_shuffled_too(shards, images, monkeypatch):
     monkeypatch.setattr(streaming, "BUFFER", 4)
     stream = open_stream("wds/", str(shards), "train")
     for rank in range(2):
         seen = content(stream, read(stream, rank, 2))
-        assert seen <= pictures["train"]
+        assert seen <= images["train"]
         assert seen.total() == 23
 
 
@@ -240,8 +239,8 @@ def rewritten(shards, folder, change):
     return folder
 
 
-def bad_pictures(numbers):
-    """Spoil the pictures of these numbers, each in another way."""
+def bad_images(numbers):
+    """Spoil the images of these numbers, each in another way."""
     how = (
         lambda suffix, value: value[: len(value) // 2] if suffix == "png" else value,
         lambda suffix, value: b"" if suffix == "png" else value,
@@ -261,35 +260,35 @@ def bad_pictures(numbers):
 
 @pytest.mark.parametrize("numbers", [[0], [46], [1, 2, 3, 14, 22, 23, 40], list(range(10, 47))], ids=str)
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 2)])
-def test_unreadable_pictures_are_replaced_and_named(shards, pictures, tmp_path, numbers, world_size, workers, monkeypatch):
+def test_unreadable_images_are_replaced_and_named(shards, images, tmp_path, numbers, world_size, workers, monkeypatch):
     monkeypatch.setattr(streaming, "BUFFER", 2)  # some ranges begin, and some end, with bad ones
-    folder = rewritten(shards, tmp_path / "bad", bad_pictures(numbers))
+    folder = rewritten(shards, tmp_path / "bad", bad_images(numbers))
     stream = open_stream("wds/", str(folder), "train")
     parts = [read(stream, rank, world_size, workers) for rank in range(world_size)]
     assert {len(part) for part in parts} == {47 // (world_size * max(1, workers)) * max(1, workers)}
     samples = list(chain(*parts))
     problems = [problem for *_, problem in samples if problem]
-    assert len(set(problems)) == len(problems) >= len(numbers) - 1  # one picture is left out where 47 is divided by 2
+    assert len(set(problems)) == len(problems) >= len(numbers) - 1  # one image is left out where 47 is divided by 2
     assert all(re.match(r"train-\d{6}\.tar: train/\d+/\d+\.png: ", problem) for problem in problems)
-    assert set(content(stream, samples)) <= set(pictures["train"])
-    assert content(stream, [sample for sample in samples if not sample[2]]) <= pictures["train"]
+    assert set(content(stream, samples)) <= set(images["train"])
+    assert content(stream, [sample for sample in samples if not sample[2]]) <= images["train"]
 
 
-def test_unreadable_pictures_do_not_count_in_evaluation(shards, pictures, tmp_path):
-    folder = rewritten(shards, tmp_path / "bad", bad_pictures([0, 1, 2, 10, 11, 12, 20]))
+def test_unreadable_images_do_not_count_in_evaluation(shards, images, tmp_path):
+    folder = rewritten(shards, tmp_path / "bad", bad_images([0, 1, 2, 10, 11, 12, 20]))
     stream = open_stream("wds/", str(folder), "validation")
     samples = list(chain(*(read(stream, rank, 2, training=False) for rank in range(2))))
     assert len(samples) == 22
-    assert content(stream, samples) < pictures["validation"]
+    assert content(stream, samples) < images["validation"]
     left_out = [(image, problem) for image, label, problem in samples if label < 0]
     assert sum(bool(problem) for _, problem in left_out) == 7
     assert len(left_out) == 8  # one fills up
     assert not torch.stack([image for image, _ in left_out]).any()
 
 
-def test_a_set_without_a_readable_picture_is_refused(shards, tmp_path):
+def test_a_set_without_a_readable_image_is_refused(shards, tmp_path):
     folder = rewritten(shards, tmp_path / "bad", lambda name, value: b"" if name.endswith("png") else value)
-    with pytest.raises(ValueError, match=r"^no picture can be read: train-.*\.png"):
+    with pytest.raises(ValueError, match=r"^no image can be read: train-.*\.png"):
         read(open_stream("wds/", str(folder), "train"))
 
 
@@ -354,7 +353,7 @@ def test_damaged_shards_are_named_in_one_line(shards, tmp_path, damage, hint):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_in_a_shard_is_unpickled(shards, pictures, tmp_path):
+def test_nothing_in_a_shard_is_unpickled(shards, images, tmp_path):
     class Trap:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
@@ -371,7 +370,7 @@ def test_nothing_in_a_shard_is_unpickled(shards, pictures, tmp_path):
                         trap.size = len(value)
                         new.addfile(trap, io.BytesIO(value))
     stream = open_stream("wds/", str(folder), "train")
-    assert content(stream, read(stream)) == pictures["train"]
+    assert content(stream, read(stream)) == images["train"]
     assert not (tmp_path / "sprung").exists()
 
 
@@ -469,7 +468,7 @@ def test_shards_names_what_it_leaves_out(photos, tmp_path, capsys):
     result = json.loads(captured.out)
     assert (result["train"], result["validation"], result["shards"]) == (47, 22, 8)
     assert len(result["skipped"]) == 1
-    assert f"{copy}/train/2/empty.jpeg: not a readable picture" in captured.err
+    assert f"{copy}/train/2/empty.jpeg: not a readable image" in captured.err
     assert len(read(open_stream("wds/", str(tmp_path / "out"), "train"))) == 47
     assert not list(tmp_path.glob("*.part"))
     assert main(argv) == 1
@@ -512,7 +511,7 @@ def test_a_hugging_face_set_must_have_classes(parquet, tmp_path):
         open_stream(f"hfids/{tmp_path}", "", "validation")
 
 
-def test_hugging_face_pictures_may_be_missing(parquet, tmp_path):
+def test_hugging_face_images_may_be_missing(parquet, tmp_path):
     copy = shutil.copytree(parquet, tmp_path / "copy")
     path = next(copy.rglob("train-00001*"))
     table = datasets.Dataset.from_parquet(str(path)).cast_column("image", datasets.Image(decode=False))

@@ -26,13 +26,21 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from groupmixformer import load_checkpoint
-from groupmixformer.models.checkpoint import load_model
-from groupmixformer.tasks.classification.training import Classification
 from groupmixformer.cli.main import main
-from groupmixformer.tasks.classification.data import ImageData, Pictures, collate, eval_loader, eval_transform, open_images, train_transform
-from groupmixformer.tasks.classification.metrics import evaluate
-from groupmixformer.training.loaders import EvaluationOrder, TrainingOrder
 from groupmixformer.data.images import decode
+from groupmixformer.models.checkpoint import load_model
+from groupmixformer.tasks.classification.data import (
+    ImageData,
+    ImageSamples,
+    collate,
+    eval_loader,
+    eval_transform,
+    open_images,
+    train_transform,
+)
+from groupmixformer.tasks.classification.metrics import evaluate
+from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.training.loaders import EvaluationOrder, TrainingOrder
 from groupmixformer.training.recipe import Augmentation, Recipe, read_recipe
 from groupmixformer.training.trainer import read_metrics, train
 
@@ -161,10 +169,10 @@ HARD = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=1.0)
 
 @pytest.fixture(scope="session")
 def samples(photos):
-    """Training pictures of `photos`, augmented with all that draws random numbers."""
-    pictures = open_images(str(photos)).train
-    pictures.seed, pictures.transform = 3, train_transform(HARD, CONFIG)
-    return pictures
+    """Training images of `photos`, augmented with all that draws random numbers."""
+    images = open_images(str(photos)).train
+    images.seed, images.transform = 3, train_transform(HARD, CONFIG)
+    return images
 
 
 def test_a_sample_is_the_same_wherever_it_is_made(samples):
@@ -187,9 +195,9 @@ def test_another_seed_augments_otherwise(samples, photos):
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m10", "original", "v0"])
 def test_randaugment_never_fails(photos, policy):
-    pictures = open_images(str(photos)).train
-    pictures.transform = train_transform(Augmentation(auto_augment=policy), CONFIG)
-    assert all(pictures[epoch, 0][0].isfinite().all() for epoch in range(150))
+    images = open_images(str(photos)).train
+    images.transform = train_transform(Augmentation(auto_augment=policy), CONFIG)
+    assert all(images[epoch, 0][0].isfinite().all() for epoch in range(150))
 
 
 def test_posterize_without_bits_gives_black(photos):
@@ -214,7 +222,7 @@ LONG = [
 
 @pytest.fixture(scope="session")
 def odd(write_digits, tmp_path_factory):
-    """28 pictures for training: 7 batches of 4, so that the last of an epoch is alone in its step."""
+    """28 images for training: 7 batches of 4, so that the last of an epoch is alone in its step."""
     return write_digits(tmp_path_factory.mktemp("odd"), ["zero", "one"], train=14, val=3)
 
 
@@ -439,7 +447,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_says_so(photos, before_ste
     assert "There is no checkpoint yet: lower optimizer.lr" in result.err
 
 
-# Bad pictures
+# Bad images
 
 
 def png_header(width, height):
@@ -456,7 +464,7 @@ RAMP = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (36, 1))
 
 
 def unusual(folder):
-    """Write pictures of every kind; return what each must be read as (grey without channels) and how far off it may be."""
+    """Write images of every kind; return what each must be read as (grey without channels) and how far off it may be."""
     colours = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 77)], axis=2)
     rgb = Image.fromarray(colours)
     sixteen = (RAMP.astype(np.uint16) * 257)[:, ::-1].copy()
@@ -481,7 +489,7 @@ def unusual(folder):
 
 
 def bad(folder):
-    """Write pictures that cannot be read; return their names."""
+    """Write images that cannot be read; return their names."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(folder / "truncated.jpg")
     whole = (folder / "truncated.jpg").read_bytes()
     contents = {"truncated.jpg": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"<html>not found</html>"}
@@ -490,18 +498,18 @@ def bad(folder):
     return {str(folder / name) for name in (*contents, "bomb.png")}
 
 
-def test_unusual_pictures_are_read_as_they_look(photos, tmp_path):
+def test_unusual_images_are_read_as_they_look(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "data")
     expected = unusual(tmp_path / "data" / "train" / "one")
-    pictures = open_images(str(tmp_path / "data")).train
-    found = {Path(pictures.name(i)).name: pictures.read(i)[0] for i in range(len(pictures))}
+    images = open_images(str(tmp_path / "data")).train
+    found = {Path(images.name(i)).name: images.read(i)[0] for i in range(len(images))}
     for name, (values, tolerance) in expected.items():
         values = np.broadcast_to(values[..., None] if values.ndim == 2 else values, (36, 40, 3)).astype(int)
         assert found[name].mode == "RGB"
         assert np.abs(np.asarray(found[name]).astype(int) - values).max() <= tolerance, name
 
 
-def test_a_bad_picture_always_fails_with_the_same_words(tmp_path):
+def test_a_bad_image_always_fails_with_the_same_words(tmp_path):
     bad(tmp_path)
     for path in tmp_path.iterdir():
         for file in (lambda: path, path.read_bytes):  # noqa: B023
@@ -517,7 +525,7 @@ def test_a_bad_picture_always_fails_with_the_same_words(tmp_path):
 
 @pytest.fixture(scope="session")
 def messy(photos, tmp_path_factory):
-    """`photos` with 7 unusual and 4 bad pictures for training (35 in all) and 4 bad ones for validation (20 in all)."""
+    """`photos` with 7 unusual and 4 bad images for training (35 in all) and 4 bad ones for validation (20 in all)."""
     root = tmp_path_factory.mktemp("messy") / "data"
     shutil.copytree(photos, root)
     unusual(root / "train" / "one")
@@ -525,21 +533,21 @@ def messy(photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_pictures_are_replaced_counted_and_named(messy, tmp_path, capsys, workers):
+def test_bad_images_are_replaced_counted_and_named(messy, tmp_path, capsys, workers):
     data, names, _ = messy
     more = ["--batch_size", "5", "--epochs", "2", "--bad_limit", "0.12", "--workers", workers]  # 4 of 35
     run = fit(data, tmp_path / "run", *more)
-    assert "4 pictures unreadable" in capsys.readouterr().err
+    assert "4 images unreadable" in capsys.readouterr().err
     rows = read_metrics(run)
     assert [row["unreadable"] for row in rows] == [4, 4]  # every epoch meets them all: 7 batches of 5
     lines = (run / "unreadable.txt").read_text().splitlines()
-    assert {line.split(": not a readable picture")[0] for line in lines} == names
+    assert {line.split(": not a readable image")[0] for line in lines} == names
     assert len(lines) == 4
     assert [row["val_images"] for row in rows] == [16, 16]
     assert rows[-1]["val_top1"] == pytest.approx(round(rows[-1]["val_top1"] * 16) / 16)
 
 
-def test_bad_pictures_in_validation_do_not_count(messy, photos, tmp_path):
+def test_bad_images_in_validation_do_not_count(messy, photos, tmp_path):
     rows = []
     for data in (messy[0], photos):
         images = ImageData(open_images(str(photos)).train, open_images(str(data)).held_out, ["one", "zero"])
@@ -556,24 +564,24 @@ def test_bad_pictures_in_validation_do_not_count(messy, photos, tmp_path):
     assert rows[0][0] == 16
 
 
-def test_the_replacement_is_the_next_picture_that_can_be_read(messy):
-    pictures = open_images(str(messy[0])).train
-    pictures.transform = eval_transform({**CONFIG, "crop_pct": 1.0})
-    names = [pictures.name(i) for i in range(len(pictures))]
+def test_the_replacement_is_the_next_image_that_can_be_read(messy):
+    images = open_images(str(messy[0])).train
+    images.transform = eval_transform({**CONFIG, "crop_pct": 1.0})
+    names = [images.name(i) for i in range(len(images))]
     for index in (names.index(name) for name in messy[1]):
         following = next(i % len(names) for i in range(index, 99) if names[i % len(names)] not in messy[1])
-        image, label, problem = pictures[0, index]
-        assert torch.equal(image, pictures[0, following][0])
-        assert label == pictures[0, following][1]
+        image, label, problem = images[0, index]
+        assert torch.equal(image, images[0, following][0])
+        assert label == images[0, following][1]
         assert problem.startswith(names[index])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_more_bad_pictures_than_the_limit_end_the_run(messy, tmp_path, capsys, workers):
+def test_more_bad_images_than_the_limit_end_the_run(messy, tmp_path, capsys, workers):
     argv = ["train", "folder", *options(messy[0], tmp_path / "run", "--batch_size", "5", "--workers", workers)]
     line = gmf(capsys, *argv, code=1).err.strip().splitlines()[-1]
     assert line.startswith("gmf: error: ")
-    assert "of 35 training pictures cannot be read, more than bad_limit (0.10%) allows" in line
+    assert "of 35 training images cannot be read, more than bad_limit (0.10%) allows" in line
     assert any(name in line for name in messy[1])
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -630,7 +638,7 @@ def test_the_recipe_is_the_published_one(variant, drop_path):
 
 def test_the_published_recipe_makes_what_it_says():
     source = [(Image.new("RGB", (300, 260)), 0)] * 1024
-    images = ImageData(Pictures(source), Pictures(source[:1]), ["a", "b"])
+    images = ImageData(ImageSamples(source), ImageSamples(source[:1]), ["a", "b"])
     task = Classification(read_recipe("imagenet_mobile"), images, world_size=8)
     assert task.total_batch == 512
     (optimizer,), (schedule,) = task.configure_optimizers()
@@ -865,8 +873,8 @@ def test_a_model_of_fixed_size_trains_and_is_used_at_another(photos, tmp_path, c
     measured = json.loads(gmf(capsys, "eval", run, "--json").out)
     assert measured["top1"] == result["top1"] == read_metrics(run)[0]["val_top1"]
     assert measured["input_size"] == [3, 32, 32]
-    picture = next((photos / "val" / "one").iterdir())
-    assert len(json.loads(gmf(capsys, "predict", run, picture, "--json").out)["images"]) == 1
+    image = next((photos / "val" / "one").iterdir())
+    assert len(json.loads(gmf(capsys, "predict", run, image, "--json").out)["images"]) == 1
     resumed = fit(photos, tmp_path / "tuned", "--checkpoint", run, *FROZEN, "--optimizer.weight_decay", "0")
     assert equal(dict(load_model(resumed).state_dict()), dict(load_model(run).state_dict()))
 
@@ -879,9 +887,9 @@ def numbered(write_digits, tmp_path_factory):
 
 def test_numbered_classes_keep_their_names(numbered, tmp_path, capsys):
     images = open_images(str(numbered))
-    for pictures in (images.train, images.held_out):
-        for i in range(len(pictures)):
-            assert images.class_names[pictures.read(i)[1]] == Path(pictures.name(i)).parent.name
+    for photos in (images.train, images.held_out):
+        for i in range(len(photos)):
+            assert images.class_names[photos.read(i)[1]] == Path(photos.name(i)).parent.name
     run = fit(numbered, tmp_path / "run", "--epochs", "8", "--optimizer.lr", "0.01", "--augmentation.scale", "[0.8,1.0]")
     assert load_model(run).pretrained_cfg["label_names"] == images.class_names
     result = json.loads(gmf(capsys, "eval", run, "--per-class", "--json").out)

@@ -31,10 +31,10 @@ def folder(randomise, tmp_path):
 
 @pytest.mark.slow  # half of it imports; test_checkpoint.py has a shorter one
 def test_pipeline_is_our_prediction(folder):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
-    answer = transformers.pipeline("image-classification", model=str(folder))([picture, picture.rotate(90)], top_k=3)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    answer = transformers.pipeline("image-classification", model=str(folder))([photo, photo.rotate(90)], top_k=3)
     ours = Classes(folder, torch.device("cpu"))
-    for got, image in zip(answer, (picture, picture.rotate(90)), strict=True):
+    for got, image in zip(answer, (photo, photo.rotate(90)), strict=True):
         expected = ours.predict(image).result["classes"]
         assert [item["label"] for item in got] == [item["class"] for item in expected]
         assert [item["score"] for item in got] == pytest.approx([item["probability"] for item in expected], rel=1e-4)

@@ -23,8 +23,8 @@ def test_a_released_checkpoint_of_each_variant_predicts(name, tmp_path, capsys, 
     assert loaded.pretrained_cfg["architecture"] == name.removesuffix("_384")  # the tensors do not tell the image size
     images = torch.randn(1, 3, 101, 64)
     assert torch.equal(loaded(images), model(images))
-    Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 100).save(tmp_path / "picture.png")
-    assert main(["predict", str(path), str(tmp_path / "picture.png"), "--json"]) == 0
+    Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 100).save(tmp_path / "image.png")
+    assert main(["predict", str(path), str(tmp_path / "image.png"), "--json"]) == 0
     classes = json.loads(capsys.readouterr().out)["images"][0]["classes"]
     assert len(classes) == 5
     assert all(isinstance(row["class"], str) and 0 <= row["probability"] <= 1 for row in classes)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parents[1] / "tests"))
 from chromium import open_tab  # noqa: E402
 
 run = sys.argv[1]
-command = [sys.executable, "-m", "groupmixformer.cli", "demo", run, "--port", "0"]
+command = [sys.executable, "-m", "groupmixformer.cli.main", "demo", run, "--port", "0"]
 with tempfile.TemporaryDirectory() as folder, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
     assert process.stderr
     shot = Path(folder, "shot.png")
@@ -32,8 +32,8 @@ with tempfile.TemporaryDirectory() as folder, subprocess.Popen(command, stderr=s
         tab.run("new Promise(done => setTimeout(done, 1000))")  # animations end
         tab.screenshot(shot)
     process.terminate()
-    with Image.open(shot) as picture:
-        page = picture.convert("RGB")
+    with Image.open(shot) as image:
+        page = image.convert("RGB")
     left, top, right, bottom = ImageChops.invert(page).getbbox() or (0, 0, *page.size)
     page = page.crop((left - 8, top - 8, right + 8, bottom + 8))
     page.point(lambda value: round(value / 5) * 5).save(HERE / "demo.png", optimize=True)  # steps nobody sees: half the size

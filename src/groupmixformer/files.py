@@ -26,24 +26,24 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_file(path, text.getvalue())
 
 
-def write_prediction(out: Path, picture: Path, files: Mapping[str, bytes], taken: set[Path]) -> list[str]:
-    """Write what was made of a picture under the picture's name.
+def write_prediction(out: Path, image: Path, files: Mapping[str, bytes], taken: set[Path]) -> list[str]:
+    """Write what was made of an image under the image's name.
 
     Args:
         out: Folder to write to.
-        picture: The file that was looked at.
+        image: The file that was looked at.
         files: Contents by the ending of their name.
-        taken: Files to keep, resolved: pictures that are looked at and what was written of them. A number is added to a name
+        taken: Files to keep, resolved: images that are looked at and what was written of them. A number is added to a name
             that would replace one; what is written is added to them.
 
     Returns:
         The files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    folder, number, stem = out.resolve(), 1, picture.stem
+    folder, number, stem = out.resolve(), 1, image.stem
     while not taken.isdisjoint(folder / f"{stem}{ending}" for ending in files):  # of one name from several folders
         number += 1
-        stem = f"{picture.stem}-{number}"
+        stem = f"{image.stem}-{number}"
     for ending, content in files.items():
         write_file(out / f"{stem}{ending}", content)
         taken.add(folder / f"{stem}{ending}")

@@ -44,7 +44,7 @@ def create_network(name: str, settings: Settings) -> nn.Module:
 
 
 def count_macs(name: str, settings: Settings) -> int | None:
-    """Count the multiply-adds of the forward pass for one picture; none for a detector, where they depend on what is found."""
+    """Count the multiply-adds of the forward pass for one image; none for a detector, where they depend on what is found."""
     if settings.task == "detection":
         return None
     with torch.device("meta"):
@@ -178,7 +178,7 @@ def table(result: dict[str, Any]) -> str:
             line += f"{_cell(row['latency_p50'], '.1f'):>10}{_cell(row['latency_p99'], '.1f'):>10}{row['latency_steps']:>5}"
         lines.append(line + (f"{_cell(row['change'], '.2f', 'x'):>9}" if changes else ""))
     if waits:
-        lines.append(f"p50 and p99: latency of a single picture by wall clock over n steps; p99 from {ENOUGH_FOR_P99} steps")
+        lines.append(f"p50 and p99: latency of a single image by wall clock over n steps; p99 from {ENOUGH_FOR_P99} steps")
     if changes:
         lines.append("change: earlier median / median now; above 1 is faster than then")
     plain = [row["model"] for row in rows if not row["fused"]]

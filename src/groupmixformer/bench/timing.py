@@ -35,9 +35,9 @@ class Settings:
     Attributes:
         task: classification, detection (Mask R-CNN) or segmentation (UPerNet, 512 channels, with its second head).
         train: Measure a training step, forward, backward and AdamW, instead of inference.
-        batch_size: Pictures at once.
-        size: Height and width of the pictures.
-        dtype: fp32, bf16 or fp16; for inference the type of weights and pictures, for training that of autocast.
+        batch_size: Images at once.
+        size: Height and width of the images.
+        dtype: fp32, bf16 or fp16; for inference the type of weights and images, for training that of autocast.
         compile: Mode of torch.compile; none for eager. Of a detector, the backbone alone is compiled. On a CPU the weights are
             frozen for inference, so that they can be packed and folded.
         fuse: Bring GroupMixFormers into their inference form first, other models run as they are.
@@ -114,7 +114,7 @@ def _is_ours(network: nn.Module) -> bool:
 
 
 class Runner:
-    """A network in one form, ready to be stepped on random pictures.
+    """A network in one form, ready to be stepped on random images.
 
     Args:
         network: For the task, in float32 on the CPU.
@@ -135,11 +135,11 @@ class Runner:
             network = network.to(memory_format=torch.channels_last)
         dtype = TYPES[settings.dtype] if not settings.train and settings.task == "classification" else torch.float32
         self.network: Any = network.to(settings.device, dtype).train(settings.train)
-        pictures = torch.randn(settings.batch_size, 3, *settings.size, device=settings.device, dtype=dtype)
-        self.inputs: Any = pictures.contiguous(memory_format=torch.channels_last)
+        images = torch.randn(settings.batch_size, 3, *settings.size, device=settings.device, dtype=dtype)
+        self.inputs: Any = images.contiguous(memory_format=torch.channels_last)
         self.targets: Any = None
         if settings.task == "detection":
-            self.inputs = [picture.sigmoid() for picture in pictures]
+            self.inputs = [image.sigmoid() for image in images]
             target = {key: value.to(settings.device) for key, value in _objects(settings).items()}
             self.targets = [target] * settings.batch_size if settings.train else None
         elif settings.train:
@@ -260,7 +260,7 @@ def measure(
     Returns:
         For each a row: model (the label), fused, images_per_second and milliseconds of a step (medians), milliseconds_low and
         _high (the quartiles), speed_up over the first one, latency_p50 and _p99 in milliseconds over latency_steps (inference
-        on single pictures alone), peak_memory of a step in MiB, parameters.
+        on single images alone), peak_memory of a step in MiB, parameters.
 
     Raises:
         ValueError: If one cannot be run.

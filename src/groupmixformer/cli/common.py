@@ -208,7 +208,7 @@ def _data_of(run: str) -> tuple[str, str]:
 
 
 def _open(run: str, args: argparse.Namespace, task: str, precision: str = "fp32") -> Any:
-    """Return the model of a run, ready to look at pictures as `args` say: its `predict` takes one."""
+    """Return the model of a run, ready to look at images as `args` say: its `predict` takes one."""
     if task == "classification":
         from ..tasks.classification.predict import Classes
 
@@ -247,8 +247,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from ..tasks.classification.predict import data_config
 
     if args.plot:
-        from ..visual.figures import write_figure
         from ..tasks.classification.report import reliability_diagram  # before the work, in case that matplotlib is missing
+        from ..visual.figures import write_figure
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.run).to(_device(args.device))
@@ -302,25 +302,25 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _read(paths: Sequence[Path], command: str, skipped: list[str]) -> Iterator[tuple[Path, Any]]:
-    """Read pictures one by one, with their paths; those that cannot be read are reported and added to `skipped`."""
+    """Read images one by one, with their paths; those that cannot be read are reported and added to `skipped`."""
     from ..data.images import read_image
 
     for path in _progress(paths, command, len(paths)):
         try:
-            picture = read_image(path)
+            image = read_image(path)
         except ValueError as error:
             skipped.append(str(path))
             print(f"gmf {command}: skipped {error}", file=sys.stderr)
             continue
-        yield path, picture
+        yield path, image
     if len(skipped) == len(paths):
         raise ValueError(f"none of {len(paths)} images could be read")
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Classify pictures, or find objects or segments in them."""
-    from ..files import write_prediction
+    """Classify images, or find objects or segments in them."""
     from ..data.images import find_images
+    from ..files import write_prediction
 
     task = _task(args)
     model, out = _open(args.run, args, task), Path(args.out or "predictions")
@@ -330,8 +330,8 @@ def predict(args: argparse.Namespace) -> None:
     lines: list[str] = []
     paths = find_images(args.images)
     taken = {path.resolve() for path in paths}
-    for path, picture in _read(paths, "predict", skipped):
-        found = model.predict(picture, str(path), 0.5 if args.score is None else args.score)
+    for path, image in _read(paths, "predict", skipped):
+        found = model.predict(image, str(path), 0.5 if args.score is None else args.score)
         images.append({"image": str(path), **found.result})
         lines.append(f"{path}: {found.text}")
         coco += found.results
@@ -348,7 +348,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def explain(args: argparse.Namespace) -> None:
-    """Show what positions of pictures attend to, and what speaks for a class, an object or a segment."""
+    """Show what positions of images attend to, and what speaks for a class, an object or a segment."""
     from ..models.checkpoint import task_of
 
     task = task_of(args.run)
@@ -358,9 +358,9 @@ def explain(args: argparse.Namespace) -> None:
     ):
         if value is not None and task not in tasks:
             raise UsageError(f"{option} is for {' and '.join(tasks)}, and {args.run} holds a model for {task}")
-    from ..tasks.explainer import open_explainer
-    from ..files import write_prediction
     from ..data.images import find_images
+    from ..files import write_prediction
+    from ..tasks.explainer import open_explainer
 
     explainer = open_explainer(args.run, _device(args.device), args.image_size, args.wanted_class, args.wanted_object)
     images: list[dict[str, Any]] = []
@@ -368,9 +368,9 @@ def explain(args: argparse.Namespace) -> None:
     lines: list[str] = []
     paths = find_images(args.images)
     taken = {path.resolve() for path in paths}
-    for path, picture in _read(paths, "explain", skipped):
+    for path, image in _read(paths, "explain", skipped):
         try:
-            found = explainer.explain(picture, args.query or (), args.stage or (), args.format)
+            found = explainer.explain(image, args.query or (), args.stage or (), args.format)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         figure, arrays = write_prediction(Path(args.out), path, found.files, taken)
@@ -380,10 +380,10 @@ def explain(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Answer over HTTP: POST a picture, get JSON."""
+    """Answer over HTTP: POST an image, get JSON."""
+    from ..deploy.serve import Limits, application, listen, server, service
     from ..models.fuse import fuse
     from ..models.groupmixformer import GroupMixFormer
-    from ..deploy.serve import Limits, application, listen, server, service
 
     task = _task(args)
     listening, address = listen(args.host, args.port)
@@ -399,7 +399,7 @@ def serve(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps({"address": address, "model": name, "task": task}), flush=True)
         print(
-            f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST a picture to /predict",
+            f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST an image to /predict",
             file=sys.stderr,
             flush=True,
         )
@@ -407,12 +407,12 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Open a local page: drop a picture, see what is found, click a point and see what it attends to."""
+    """Open a local page: drop an image, see what is found, click a point and see what it attends to."""
     from PIL import Image
 
-    from ..models.checkpoint import task_of
     from ..deploy.demo import Page, application
     from ..deploy.serve import listen, server
+    from ..models.checkpoint import task_of
 
     listening, address = listen(args.host, args.port)
     with listening:
@@ -420,7 +420,7 @@ def demo(args: argparse.Namespace) -> None:
         for run in args.runs:
             task = task_of(run)
             runs[run] = (_open(run, args, task), task)
-            runs[run][0].predict(Image.new("RGB", (64, 64)))  # the first picture takes longer
+            runs[run][0].predict(Image.new("RGB", (64, 64)))  # the first image takes longer
             examples += sorted(str(path) for path in Path(run, "examples").glob("*.png"))
         app = application(Page(runs), examples)
         if args.json:
@@ -433,12 +433,12 @@ def bench(args: argparse.Namespace) -> None:
     """Measure speed and memory of models side by side."""
     import torch
 
+    from ..bench.published import accuracy_against_speed, at_published_size
     from ..bench.side_by_side import SIZES, headline, read_earlier, table
     from ..bench.side_by_side import bench as measure
-    from ..models.checkpoint import model_name
-    from ..files import write_rows
-    from ..bench.published import accuracy_against_speed, at_published_size
     from ..bench.timing import Settings
+    from ..files import write_rows
+    from ..models.checkpoint import model_name
 
     settings = Settings(
         task=args.task,
@@ -480,18 +480,18 @@ def _export_detector(args: argparse.Namespace, progress: Callable[[str], None]) 
         raise UsageError(f"--features is for classification, and {args.run} holds a model for detection")
     if args.format != "onnx":
         raise ValueError(f"{args.run}: {args.format} cannot carry a detector: export it with --format onnx")
-    from ..tasks.detection.training import load_detector
-    from ..deploy.export import real_picture
+    from ..deploy.export import real_image
     from ..deploy.export_detector import export_detector
+    from ..tasks.detection.training import load_detector
 
     detector, stored = load_detector(args.run)
-    return export_detector(detector, args.out, real_picture(Path(args.run)), stored["class_names"], progress)
+    return export_detector(detector, args.out, real_image(Path(args.run)), stored["class_names"], progress)
 
 
 def _to_export(args: argparse.Namespace, task: str) -> tuple[Any, dict[str, Any]]:
     """Return the network of a run as it is exported, and what is written beside it."""
-    from ..models.checkpoint import load_checkpoint
     from ..deploy.export import Exported
+    from ..models.checkpoint import load_checkpoint
     from ..tasks.classification.predict import class_names, data_config
 
     if task == "segmentation":
@@ -515,9 +515,9 @@ def _to_export(args: argparse.Namespace, task: str) -> tuple[Any, dict[str, Any]
 
 def export(args: argparse.Namespace) -> None:
     """Write a model for another program, and compare the file with the model."""
-    from ..models.checkpoint import task_of
-    from ..deploy.export import FORMATS, real_picture
+    from ..deploy.export import FORMATS, real_image
     from ..deploy.export import export as write_export
+    from ..models.checkpoint import task_of
 
     suffix = FORMATS[args.format].suffix
     if Path(args.out).suffix != suffix:
@@ -539,7 +539,7 @@ def export(args: argparse.Namespace) -> None:
         what += f"{result['strays']} without a counterpart"
     else:
         network, about = _to_export(args, task)
-        result = write_export(network, args.format, args.out, real_picture(Path(args.run)), progress=progress, **about)
+        result = write_export(network, args.format, args.out, real_image(Path(args.run)), progress=progress, **about)
         what = f"{FORMATS[args.format].title}, {result['bytes'] / 1e6:.1f} MB"
     text = f"{args.out}: {what}, largest relative difference "
     text += ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
@@ -547,23 +547,23 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _export_int8(args: argparse.Namespace) -> None:
+    from ..deploy.export import FORMATS, real_image
+    from ..deploy.quantize import WAYS, from_data, from_folder, quantize, table
     from ..models.checkpoint import task_of
     from ..tasks.classification.data import eval_loader, open_images
-    from ..deploy.export import FORMATS, real_picture
     from ..tasks.classification.predict import data_config
-    from ..deploy.quantize import WAYS, from_data, from_folder, quantize, table
 
     if args.format not in WAYS[args.int8]:
         raise UsageError(f"--int8 {args.int8} is for --format {' and '.join(WAYS[args.int8])}, got {args.format}")
     if args.calibrate and args.int8 != "static":
-        raise UsageError(f"--calibrate is for --int8 static: {args.int8} needs no pictures")
+        raise UsageError(f"--calibrate is for --int8 static: {args.int8} needs no images")
     if args.features or task_of(args.run) != "classification":
         raise UsageError("--int8 is for the logits of classifiers, whose accuracy it measures")
     network, about = _to_export(args, "classification")
     config = data_config(network.network)
     own_data = args.int8 == "static" and not args.calibrate
     if own_data and not Path(args.run, "recipe.yaml").is_file():
-        raise ValueError(f"{args.run}: has no recipe that names its training data: name a folder of pictures with --calibrate")
+        raise ValueError(f"{args.run}: has no recipe that names its training data: name a folder of images with --calibrate")
     data, root = (args.data, "data") if args.data else _data_of(args.run)
     images = open_images(data, root, need_train=False)
     if len(images.class_names) != len(about["classes"]):
@@ -582,7 +582,7 @@ def _export_int8(args: argparse.Namespace) -> None:
         args.format,
         args.int8,
         args.out,
-        real_picture(Path(args.run)),
+        real_image(Path(args.run)),
         eval_loader(images.held_out, config),
         calibration,
         source,
@@ -592,7 +592,7 @@ def _export_int8(args: argparse.Namespace) -> None:
     for problem in (*skipped, *result["skipped"]):
         print(f"gmf export: skipped {problem}", file=sys.stderr)
     text = f"{args.out}: {FORMATS[args.format].title}, int8 {args.int8}"
-    text += f", calibrated on {result['calibration']['pictures']} pictures of {source}" if source else ""
+    text += f", calibrated on {result['calibration']['images']} images of {source}" if source else ""
     _show({"run": args.run, **result, "data": data}, args.json, f"{text}\n{table(result)}")
 
 
@@ -632,9 +632,9 @@ def push(args: argparse.Namespace) -> None:
 
 
 def shards(args: argparse.Namespace) -> None:
-    """Turn a folder of pictures into WebDataset shards."""
-    from ..tasks.classification.data import open_images
+    """Turn a folder of images into WebDataset shards."""
     from ..data.shards import write_shards
+    from ..tasks.classification.data import open_images
 
     if not Path(args.folder).is_dir():
         raise ValueError(f"{args.folder}: no such folder")
@@ -645,8 +645,8 @@ def shards(args: argparse.Namespace) -> None:
     for line in result["skipped"]:
         print(f"gmf shards: left out {line}", file=sys.stderr)
     text = (
-        f"{args.out}: {result['train']:,} pictures for training and {result['validation']:,} for validation in "
+        f"{args.out}: {result['train']:,} images for training and {result['validation']:,} for validation in "
         f"{result['shards']:,} shards of {len(images.class_names)} classes, {result['bytes'] / 1e9:.2f} GB, "
-        f"{len(result['skipped'])} unreadable pictures left out"
+        f"{len(result['skipped'])} unreadable images left out"
     )
     _show({"out": args.out, **result}, args.json, text)

@@ -98,7 +98,7 @@ def _parser() -> Parser:
     def looks(added: Parser) -> None:
         added.add_argument("--slide", action="store_true", help="for segmentation: look through windows of the training size")
         added.add_argument("--scales", type=_scales, help="for segmentation: average over sizes, such as 0.75,1,1.25")
-        added.add_argument("--flip", action="store_true", help="for segmentation: average with the mirrored picture")
+        added.add_argument("--flip", action="store_true", help="for segmentation: average with the mirrored image")
 
     added = command(commands.quickstart, "quickstart", "gmf quickstart --out runs/first")
     added.add_argument("--out", help="folder of the run; runs/quickstart, or the next that is free, by default")
@@ -119,7 +119,7 @@ def _parser() -> Parser:
     added.add_argument("--root", help="where timm's data sets lie (default: data)")
     added.add_argument("--split", help="for detection and segmentation: the part of the data (default: val)")
     added.add_argument("--test-size", action="store_true", help="take size and crop that the model stores for tests, if any")
-    added.add_argument("--crop-pct", type=_share, help="share of the resized picture that is kept; the model's own by default")
+    added.add_argument("--crop-pct", type=_share, help="share of the resized image that is kept; the model's own by default")
     added.add_argument("--crop-mode", choices=("center", "squash", "border"), help="timm's crops; the model's own by default")
     added.add_argument(
         "--interpolation",
@@ -137,7 +137,7 @@ def _parser() -> Parser:
     uses_run(added)
     added.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
     added.add_argument("--top", type=_number(1), help="for classification: classes to show (default: 5)")
-    added.add_argument("--out", help="for detection and segmentation: folder of the drawn pictures (default: predictions)")
+    added.add_argument("--out", help="for detection and segmentation: folder of the drawn images (default: predictions)")
     added.add_argument("--score", type=_share, help="for detection: least score of an object that is drawn (default: 0.5)")
     looks(added)
 
@@ -150,7 +150,7 @@ def _parser() -> Parser:
         nargs="+",
         action="extend",
         metavar="Y,X",
-        help="pixels of the picture whose attention is shown; by default the most relevant one",
+        help="pixels of the image whose attention is shown; by default the most relevant one",
     )
     added.add_argument(
         "--stage",
@@ -181,7 +181,7 @@ def _parser() -> Parser:
     uses_run(added)
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
     added.add_argument("--port", type=_number(0), default=8000, help="0 takes one that is free (default: %(default)s)")
-    added.add_argument("--max-batch", type=_number(1), help="for classification: pictures looked at together (default: 16)")
+    added.add_argument("--max-batch", type=_number(1), help="for classification: images looked at together (default: 16)")
     added.add_argument("--queue", type=_number(1), default=64, help="requests taken in at once (default: %(default)s)")
     added.add_argument("--max-megabytes", type=_number(1), default=20, help="size of a request (default: %(default)s)")
     added.add_argument("--top", type=_number(1), help="for classification: classes to name (default: 5)")
@@ -202,7 +202,7 @@ def _parser() -> Parser:
     )
     added.add_argument("--task", choices=("classification", "detection", "segmentation"), default="classification")
     added.add_argument("--train", action="store_true", help="a training step instead of inference")
-    added.add_argument("--batch-size", type=_number(1), default=1, help="pictures at once (default: %(default)s)")
+    added.add_argument("--batch-size", type=_number(1), default=1, help="images at once (default: %(default)s)")
     added.add_argument(
         "--size", type=_number(32), nargs="+", help="height and width; by default 224, 800 1333 or 512, by the task"
     )
@@ -251,7 +251,7 @@ def _parser() -> Parser:
     added.add_argument(
         "--calibrate",
         metavar="FOLDER",
-        help="for static: pictures, in class folders or not; the run's training data by default",
+        help="for static: images, in class folders or not; the run's training data by default",
     )
     added.add_argument("--data", help="to measure int8 on: data set, or a folder of class folders; the run's own by default")
 
@@ -270,9 +270,9 @@ def _parser() -> Parser:
     added.add_argument("--dry-run", metavar="DIR", help="write what would be uploaded to a new folder, and stop")
 
     added = command(commands.shards, "shards", "gmf shards photos --out shards")
-    added.add_argument("folder", metavar="FOLDER", help="holds train/ and val/, each with one folder of pictures per class")
+    added.add_argument("folder", metavar="FOLDER", help="holds train/ and val/, each with one folder of images per class")
     added.add_argument("--out", required=True, help="folder to write")
-    added.add_argument("--images-per-shard", type=_number(1), default=1000, help="pictures in a file (default: %(default)s)")
+    added.add_argument("--images-per-shard", type=_number(1), default=1000, help="images in a file (default: %(default)s)")
     added.add_argument("--seed", type=_number(0), default=0, help="of the order for training (default: %(default)s)")
     added.add_argument("--workers", type=_number(1), default=os.cpu_count() or 1, help="threads; one for each core by default")
     return parser

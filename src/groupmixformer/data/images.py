@@ -1,4 +1,4 @@
-"""Pictures: finding, reading and converting to RGB what is found in real data sets."""
+"""Images: finding, reading and converting to RGB what is found in real data sets."""
 
 import io
 import math
@@ -53,12 +53,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = None) -> Image.Image:
-    """Read a picture as RGB.
+    """Read an image as RGB.
 
     Args:
         file: An open file, its bytes or its path.
         name: What to call it in an error.
-        most_pixels: Of a stranger's picture, which may also have fewer formats, and no side over 50 times the other.
+        most_pixels: Of a stranger's image, which may also have fewer formats, and no side over 50 times the other.
 
     Raises:
         ValueError: If it cannot be read, is truncated, or has so many pixels (above 179 million) that it may be an attack.
@@ -78,14 +78,14 @@ def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = 
     except IsADirectoryError:
         raise ValueError(f"{name}: a folder without images") from None
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a readable picture: no known format") from error
+        raise ValueError(f"{name}: not a readable image: no known format") from error
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{name}: not a readable picture: {lines[0]}") from error
+        raise ValueError(f"{name}: not a readable image: {lines[0]}") from error
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read the picture at `path` as RGB.
+    """Read the image at `path` as RGB.
 
     Raises:
         ValueError: As `decode` does.

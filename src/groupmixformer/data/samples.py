@@ -1,4 +1,4 @@
-"""A sample by its number: seeded where it is made, replaced where its picture cannot be read."""
+"""A sample by its number: seeded where it is made, replaced where its image cannot be read."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ def _few(lines: Sequence[str]) -> str:
 
 
 class Samples(Dataset[Any]):
-    """A data set of a task. The last part of a sample is its problem: the pictures that could not be read, or "".
+    """A data set of a task. The last part of a sample is its problem: the images that could not be read, or "".
 
     For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample is the same
-    in whatever process it is made, and an unreadable picture is replaced by the next one. For evaluation the key is the index;
-    -1, which fills up a batch, and unreadable pictures give a blank sample, which metrics leave out.
+    in whatever process it is made, and an unreadable image is replaced by the next one. For evaluation the key is the index;
+    -1, which fills up a batch, and unreadable images give a blank sample, which metrics leave out.
     """
 
     seed = 0  # of the augmentation
-    skipped: Sequence[str] = ()  # a line for each picture that was left out when the data was opened
-    dropped: Sequence[str] = ()  # a line for each object that was left out of its picture
+    skipped: Sequence[str] = ()  # a line for each image that was left out when the data was opened
+    dropped: Sequence[str] = ()  # a line for each object that was left out of its image
 
     def left_out(self, name: str, limit: float) -> list[str]:
         """Say what was left out.
 
         Args:
             name: Of the split.
-            limit: Largest share of the pictures.
+            limit: Largest share of the images.
 
         Raises:
             ValueError: If it is exceeded.
@@ -38,10 +38,10 @@ class Samples(Dataset[Any]):
         whole = len(self) + len(self.skipped)
         if len(self.skipped) > limit * whole:
             raise ValueError(
-                f"{len(self.skipped)} of {whole} {name} pictures cannot be used, more than bad_limit ({limit:.2%}) allows: "
+                f"{len(self.skipped)} of {whole} {name} images cannot be used, more than bad_limit ({limit:.2%}) allows: "
                 f"{_few(self.skipped)}"
             )
-        kinds = {"pictures": self.skipped, "objects": self.dropped}
+        kinds = {"images": self.skipped, "objects": self.dropped}
         return [f"{len(lines)} {name} {kind} left out: {_few(lines)}" for kind, lines in kinds.items() if lines]
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Samples(Dataset[Any]):
 
     @abstractmethod
     def read(self, index: int) -> Any:
-        """Read a picture and what is known of it.
+        """Read an image and what is known of it.
 
         Raises:
             ValueError: If it cannot be read.
@@ -82,4 +82,4 @@ class Samples(Dataset[Any]):
                 problems.append(str(error))
                 continue
             return (*self.for_training(content), "\n".join(problems))
-        raise ValueError(f"100 pictures in a row cannot be read: {problems[0]}; {problems[1]}; ...")
+        raise ValueError(f"100 images in a row cannot be read: {problems[0]}; {problems[1]}; ...")

@@ -7,7 +7,7 @@ import torch
 
 
 def seed_all(*keys: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch's CPU from `keys`, such as a seed, an epoch and a picture's index."""
+    """Seed the generators of Python, NumPy and PyTorch's CPU from `keys`, such as a seed, an epoch and an image's index."""
     state = np.random.SeedSequence(keys).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))  # noqa: NPY002 - timm draws from the global generator

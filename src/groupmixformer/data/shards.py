@@ -11,7 +11,7 @@ import numpy as np
 
 from .images import decode
 
-Files = Sequence[tuple[str, int]]  # pictures and their classes
+Files = Sequence[tuple[str, int]]  # images and their classes
 
 
 def write_shards(
@@ -24,23 +24,23 @@ def write_shards(
     workers: int,
     progress: Callable[[Any, str, int], Any],
 ) -> dict[str, Any]:
-    """Write pictures as shards that timm's `wds/` reads too: the files as they are, those for training in random order.
+    """Write images as shards that timm's `wds/` reads too: the files as they are, those for training in random order.
 
-    Each picture is decoded to see that it can be, and left out if not. The shards lie in a folder beside `out` that is renamed
+    Each image is decoded to see that it can be, and left out if not. The shards lie in a folder beside `out` that is renamed
     when it is complete: what was interrupted is begun again.
 
     Args:
-        folder: Where the pictures lie; they are named relative to it.
-        splits: Pictures of train and validation.
+        folder: Where the images lie; they are named relative to it.
+        splits: Images of train and validation.
         class_names: In the order of the classes' numbers.
         out: Folder to write.
-        per_shard: Pictures in a shard.
-        seed: Of the order of the pictures for training.
+        per_shard: Images in a shard.
+        seed: Of the order of the images for training.
         workers: Threads.
         progress: Given the shards as they are done, a word for it and their number, it passes them on.
 
     Returns:
-        The number of pictures in each split, of `shards` and `bytes`, and `skipped`: a line for each picture that was left out.
+        The number of images in each split, of `shards` and `bytes`, and `skipped`: a line for each image that was left out.
 
     Raises:
         ValueError: If `out` exists and is not empty.

@@ -15,7 +15,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}
 PIECES = 256  # in which a Hugging Face set is read that is not made of parquet files
 FETCHES = 3  # of a file by URL, before giving up
 
-Sample = tuple[bytes | Path | None, Any, str]  # a picture's file or what is in it, its class as stored, its name in messages
+Sample = tuple[bytes | Path | None, Any, str]  # an image's file or what is in it, its class as stored, its name in messages
 
 
 class Source(Protocol):
@@ -201,9 +201,9 @@ class HuggingFace:
         for table in self._tables(shard):
             rows = table.slice(max(0, start - row))
             row += len(table) - len(rows)
-            for picture, label in zip(rows[self.image].to_pylist(), rows[self.label].to_pylist(), strict=True):
-                picture = picture or {"bytes": None, "path": None}
-                yield _content(**picture), label, f"{name}: {picture['path'] or f'row {row}'}"
+            for image, label in zip(rows[self.image].to_pylist(), rows[self.label].to_pylist(), strict=True):
+                image = image or {"bytes": None, "path": None}
+                yield _content(**image), label, f"{name}: {image['path'] or f'row {row}'}"
                 row += 1
 
 

@@ -17,22 +17,22 @@ from .images import decode
 from .seeding import seed_all
 from .sources import HuggingFace, Sample, Source, WebDataset
 
-BUFFER = 2048  # undecoded pictures among which a worker draws the next
+BUFFER = 2048  # undecoded images among which a worker draws the next
 
 
 class Stream(IterableDataset[tuple[Any, int, str]]):
-    """Yields (transformed picture, class, problem); `problem` names a picture that could not be read, or is "".
+    """Yields (transformed image, class, problem); `problem` names an image that could not be read, or is "".
 
     The shards are joined to a ring, for training in an order and with a beginning that depend on seed and epoch alone, and each
     worker reads one range of it. Training shuffles once more inside the range, and leaves out what the division into ranges
     leaves, other samples in each epoch; evaluation fills up with zeros of class -1, which metrics leave out. An unreadable
-    picture is replaced for training by the next readable one of its range (by the last, if none follows) and for evaluation by
+    image is replaced for training by the next readable one of its range (by the last, if none follows) and for evaluation by
     zeros of class -1. So every process has equally many samples, whatever comes.
 
     Random numbers are seeded for every training sample from seed, epoch, range and place.
 
     Attributes:
-        transform: Makes of a picture what is yielded; none for the picture itself.
+        transform: Makes of an image what is yielded; none for the image itself.
         class_names: Names of the classes.
         num_samples: Number of samples in the split.
     """
@@ -101,10 +101,10 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
                 raise ValueError(f"{name}: holds more than {length} samples")
 
     def _read(self, sample: Sample) -> tuple[Image.Image, int]:
-        """Decode a sample; ValueError if its picture or its class cannot be used."""
+        """Decode a sample; ValueError if its image or its class cannot be used."""
         content, label, name = sample
         if content is None:
-            raise ValueError(f"{name}: holds no picture")
+            raise ValueError(f"{name}: holds no image")
         try:
             index = int(label)
         except (TypeError, ValueError):
@@ -117,7 +117,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         return self.transform(image) if self.transform else image
 
     def _train(self, samples: Iterator[Sample], skip: int, keys: tuple[int, ...]) -> Iterator[tuple[Any, int, str]]:
-        waiting: list[tuple[int, str]] = []  # places of unreadable pictures, and what is wrong with them
+        waiting: list[tuple[int, str]] = []  # places of unreadable images, and what is wrong with them
         last: tuple[Image.Image, int] | None = None
 
         def flush() -> Iterator[tuple[Any, int, str]]:
@@ -139,7 +139,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             if not problem:
                 yield from flush()
         if waiting and last is None:
-            raise ValueError(f"no picture can be read: {waiting[0][1]}")
+            raise ValueError(f"no image can be read: {waiting[0][1]}")
         yield from flush()
 
     def _evaluate(self, samples: Iterator[Sample], length: int) -> Iterator[tuple[Any, int, str]]:

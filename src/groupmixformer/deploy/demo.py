@@ -1,4 +1,4 @@
-"""A page to try runs on: drop a picture, see what is found in it, click a point and see what it attends to.
+"""A page to try runs on: drop an image, see what is found in it, click a point and see what it attends to.
 
 Nothing is loaded from elsewhere and nothing is sent anywhere: gradio brings its fonts and scripts, and what it would report and
 look up is switched off before it is imported.
@@ -18,24 +18,24 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image, ImageDraw
 
+from ..data.images import IMAGE_SUFFIXES, decode
 from ..models.attention_maps import overlays, suited_stage
-from ..visual.figures import GROUPS, ORANGE
 from ..models.groupmixformer import GroupMixFormer
 from ..tasks.classification.predict import most_pixels
-from ..data.images import IMAGE_SUFFIXES, decode
+from ..visual.figures import GROUPS, ORANGE
 
-SIDE = 640  # longer side of a picture on the page
+SIDE = 640  # longer side of an image on the page
 MEGABYTES = 20  # of an uploaded file
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run sees in a picture.
+    """What a run sees in an image.
 
     Attributes:
-        shown: The picture as the page shows it, with a frame around what the model sees if that is less.
+        shown: The image as the page shows it, with a frame around what the model sees if that is less.
         classes: Probabilities by name, for a classifier.
-        drawn: The picture with boxes, masks or segments, for other tasks.
+        drawn: The image with boxes, masks or segments, for other tasks.
         text: What was found in a line, for other tasks.
         milliseconds: That the model took, preparing and drawing included.
     """
@@ -47,16 +47,16 @@ class Seen:
     milliseconds: float
 
 
-def _for_the_page(picture: Image.Image) -> Image.Image:
-    factor = SIDE / max(picture.size)
-    return picture.resize([max(1, round(side * factor)) for side in picture.size], Image.Resampling.BICUBIC)
+def _for_the_page(image: Image.Image) -> Image.Image:
+    factor = SIDE / max(image.size)
+    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
 
 
 class Page:
     """What the page does, without the page.
 
     Args:
-        runs: Models by the names of their runs, ready to look at pictures, each with its task.
+        runs: Models by the names of their runs, ready to look at images, each with its task.
     """
 
     def __init__(self, runs: Mapping[str, tuple[Any, str]]) -> None:
@@ -66,17 +66,17 @@ class Page:
         return decode(Path(file), Path(file).name, most_pixels(*self.runs[run]))
 
     def predict(self, run: str, file: str) -> Seen:
-        """Look at a picture.
+        """Look at an image.
 
         Raises:
             ValueError: If it cannot be read; says why in a line.
         """
         model, task = self.runs[run]
-        picture = self._read(run, file)
+        image = self._read(run, file)
         start = time.perf_counter()
-        found = model.predict(picture, Path(file).name)
+        found = model.predict(image, Path(file).name)
         milliseconds = 1000 * (time.perf_counter() - start)
-        shown = _for_the_page(picture)
+        shown = _for_the_page(image)
         if task != "classification":
             drawn = Image.open(io.BytesIO(next(iter(found.files.values()))))
             return Seen(shown, None, drawn, found.text, milliseconds)
@@ -94,12 +94,12 @@ class Page:
 
         Args:
             run: Name of the run.
-            file: The picture.
-            point: Shares of the picture's width and height, from the top left.
+            file: The image.
+            point: Shares of the image's width and height, from the top left.
             stage: From 0 to 3.
 
         Returns:
-            Four pictures of what the model sees, the point marked and the strength of attention laid over, each with the size
+            Four images of what the model sees, the point marked and the strength of attention laid over, each with the size
             of the groups that are compared.
 
         Raises:
@@ -109,8 +109,8 @@ class Page:
         if not isinstance(model.model, GroupMixFormer):
             kind = type(model.model).__name__ if task == "classification" else f"a model for {task}"
             raise ValueError(f"{run} holds {kind}: attention is shown for classifiers with Group-Mix Attention")
-        picture = self._read(run, file)
-        view = model.view(picture)
+        image = self._read(run, file)
+        view = model.view(image)
         try:
             query = view.seen([int(share * side) for share, side in zip(reversed(point), view.original, strict=True)])
         except ValueError as error:
@@ -124,15 +124,15 @@ class Page:
 
 
 def _marked(pixels: np.ndarray[Any, Any], query: Sequence[int]) -> Image.Image:
-    """Enlarge a picture (H, W, 3) of values from 0 to 1 for the page, and mark a pixel of it."""
+    """Enlarge an image (H, W, 3) of values from 0 to 1 for the page, and mark a pixel of it."""
     small = Image.fromarray((pixels * 255).round().astype(np.uint8))
-    picture = _for_the_page(small)
-    (y, x), arm = ((at + 0.5) * picture.width / small.width for at in query), SIDE // 30
-    pen = ImageDraw.Draw(picture)
+    image = _for_the_page(small)
+    (y, x), arm = ((at + 0.5) * image.width / small.width for at in query), SIDE // 30
+    pen = ImageDraw.Draw(image)
     for color, wide in (("white", 14), (ORANGE, 8)):
         pen.line((x - arm, y - arm, x + arm, y + arm), color, wide)
         pen.line((x - arm, y + arm, x + arm, y - arm), color, wide)
-    return picture
+    return image
 
 
 def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
@@ -140,7 +140,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
 
     Args:
         page: What it does.
-        examples: Files of pictures to try.
+        examples: Files of images to try.
     """
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     import gradio as gr
@@ -170,7 +170,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
             raise refuse(error) from error
 
     def click(run: str, file: str | None, stage: int, shown: Any, event: gr.SelectData) -> Any:
-        if None in event.index:  # the picture was still on its way to the browser
+        if None in event.index:  # the image was still on its way to the browser
             return gr.skip(), gr.skip()
         height, width = shown.shape[:2]
         point = ((event.index[0] + 0.5) / width, (event.index[1] + 0.5) / height)
@@ -182,7 +182,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
             with gr.Column(scale=2, min_width=240):
                 run = gr.Dropdown(names, value=names[0], label="Run", elem_id="run")
                 suffixes = sorted(IMAGE_SUFFIXES)
-                file = gr.File(label="Picture", file_types=suffixes, height=140, elem_id="file")
+                file = gr.File(label="Image", file_types=suffixes, height=140, elem_id="file")
                 if examples:
                     gr.Examples([[str(Path(path).resolve())] for path in examples], [file], label="To try")
             with gr.Column(scale=3, min_width=280):

@@ -1,7 +1,7 @@
 """Networks as files for other programs: ONNX, torch.export, AOTInductor, OpenVINO.
 
 A file is written under another name, opened again by the program that it is for, and compared with the network on random and
-real pictures of several sizes. Only then does it get its name.
+real images of several sizes. Only then does it get its name.
 """
 
 import importlib
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._sympy.value_ranges import ValueRanges
 from torchvision.transforms import v2
 
-from ..models.fuse import fuse
 from ..data.images import find_images, read_image
+from ..models.fuse import fuse
 
 OPSET = 20  # of ONNX: the first with GELU
 TOLERANCE = 1e-4  # of the largest difference, relative to the largest value
@@ -179,8 +179,8 @@ FORMATS = {
 }
 
 
-def real_picture(folder: Path) -> Image.Image:
-    """Return a picture of the examples in the folder of a run, or a photograph that ships with scikit-learn."""
+def real_image(folder: Path) -> Image.Image:
+    """Return an image of the examples in the folder of a run, or a photograph that ships with scikit-learn."""
     for path in find_images([str(folder / "examples")]) if (folder / "examples").is_dir() else []:
         return read_image(path)
     from sklearn.datasets import load_sample_image
@@ -188,11 +188,9 @@ def real_picture(folder: Path) -> Image.Image:
     return Image.fromarray(load_sample_image("china.jpg"))
 
 
-def to_pixels(
-    picture: Image.Image, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """Return a picture as normalised images (1, channels, *size); grey for other than three channels."""
-    pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+def to_pixels(image: Image.Image, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return an image as normalised images (1, channels, *size); grey for other than three channels."""
+    pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
     pixels = v2.functional.resize(pixels, list(size), antialias=True)
     if channels != 3:
         pixels = pixels.mean(dim=0, keepdim=True).expand(channels, -1, -1)
@@ -251,7 +249,7 @@ def export(
     network: nn.Module,
     format: str,
     path: str | Path,
-    picture: Image.Image,
+    image: Image.Image,
     input_size: tuple[int, int, int],
     classes: Sequence[str],
     mean: Sequence[float],
@@ -265,7 +263,7 @@ def export(
         network: An `Exported` in eval mode. It is left as it is.
         format: One of `FORMATS`.
         path: The file; its folder is created if need be.
-        picture: A real one to compare on.
+        image: A real one to compare on.
         input_size: Channels, height and width that the network is used at.
         classes: Their names, in order.
         mean: Of the pixels, by channel.
@@ -314,7 +312,7 @@ def export(
             run = target.load(written)
             for size in compared_sizes(input_size):
                 progress(f"comparing at {size[0]} x {size[1]}")
-                pixels = to_pixels(picture, channels, size, mean, std)
+                pixels = to_pixels(image, channels, size, mean, std)
                 pairs = [(run(images), network(images)) for images in (pixels, torch.randn(3, channels, *size))]
                 errors[f"{size[0]}x{size[1]}"] = max(_difference(got, expected) for got, expected in pairs)
         except Exception as error:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 from torchvision.transforms.v2 import functional as F
 
-from .export import NAME, first_line, quietly
 from ..models.fuse import fuse
+from .export import NAME, first_line, quietly
 
 OPSET = 18  # of ONNX: the last that PyTorch's tracing exporter writes whole; the other cannot follow non-maximum suppression
-TOLERANCE = 1e-3  # of boxes, relative to the picture's larger side; of scores; of the share of a picture's pixels in a mask
+TOLERANCE = 1e-3  # of boxes, relative to the image's larger side; of scores; of the share of an image's pixels in a mask
 # Rounding decides whether an object at the limit of an overlap or of a list is kept: so many may have no counterpart.
 STRAYS = 0.05
-SIZES = ((97, 129), (160, 224))  # to compare at, beside the picture's own
+SIZES = ((97, 129), (160, 224))  # to compare at, beside the image's own
 
 
 def _resize(transform: Any, image: Tensor, target: None) -> tuple[Tensor, None]:
@@ -34,7 +34,7 @@ def _resize(transform: Any, image: Tensor, target: None) -> tuple[Tensor, None]:
 
 
 class ExportedDetector(nn.Module):
-    """What a file holds: a picture (3, height, width) in 0 to 1 to boxes, labels, scores and, of Mask R-CNN, masks."""
+    """What a file holds: an image (3, height, width) in 0 to 1 to boxes, labels, scores and, of Mask R-CNN, masks."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -95,21 +95,21 @@ def _write(network: ExportedDetector, image: Tensor, metadata: Mapping[str, str]
 def export_detector(
     detector: nn.Module,
     path: str | Path,
-    picture: Image.Image,
+    image: Image.Image,
     class_names: Sequence[str],
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write the inference form of a detector, in float32 for a CPU, for one picture of any size at a time, and compare.
+    """Write the inference form of a detector, in float32 for a CPU, for one image of any size at a time, and compare.
 
     Args:
-        detector: A `groupmixformer.detection.Detector` in eval mode. It is left as it is.
+        detector: A `groupmixformer.tasks.detection.model.Detector` in eval mode. It is left as it is.
         path: The file; its folder is created if need be.
-        picture: A real one (RGB) to compare on; at best, one with objects.
+        image: A real one (RGB) to compare on; at best, one with objects.
         class_names: In the order of the labels, the first of which is 1.
         progress: Is told what is done.
 
     Returns:
-        As `groupmixformer.export.export`; the errors are those of the objects within the tolerance, objects says how many were
+        As `groupmixformer.deploy.export.export`; the errors are those of the objects within the tolerance, objects says how many were
         compared, and strays how many of them have no counterpart.
 
     Raises:
@@ -132,7 +132,7 @@ def export_detector(
         "outputs": json.dumps(network.names),
         "version": version(NAME),
     }
-    pixels = F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True)
+    pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder, quietly():
         written = Path(folder, path.name)
@@ -144,9 +144,9 @@ def export_detector(
             for size in dict.fromkeys([tuple(pixels.shape[1:]), *SIZES]):
                 progress(f"comparing at {size[0]} x {size[1]}")
                 differences = []
-                for image in (F.resize(pixels, list(size)), torch.rand(3, *size)):
-                    got = [torch.from_numpy(output) for output in session.run(None, {"image": image.numpy()})]
-                    differences.append(unlike(got, plain(image), *limits))
+                for sample in (F.resize(pixels, list(size)), torch.rand(3, *size)):
+                    got = [torch.from_numpy(output) for output in session.run(None, {"image": sample.numpy()})]
+                    differences.append(unlike(got, plain(sample), *limits))
                 apart = torch.cat(differences)
                 within = apart[apart <= TOLERANCE]
                 objects, strays = objects + len(apart), strays + len(apart) - len(within)

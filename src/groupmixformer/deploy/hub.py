@@ -44,7 +44,7 @@ import timm
 import groupmixformer
 
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # for a PIL picture
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # for a PIL image
 features = timm.create_model("hf-hub:{repo_id}", pretrained=True, features_only=True)
 ```
 
@@ -72,11 +72,11 @@ classify = pipeline("image-classification", model="{repo_id}")
 
 ```python
 import torch
-from groupmixformer.detection import load_detector
+from groupmixformer.tasks.detection.training import load_detector
 
 model, stored = load_detector("hf-hub:{repo_id}")
 with torch.inference_mode():
-    found = model([torch.rand(3, 480, 640)])[0]  # pictures of any sizes, RGB from 0 to 1
+    found = model([torch.rand(3, 480, 640)])[0]  # images of any sizes, RGB from 0 to 1
 names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 ```
 """,
@@ -84,11 +84,11 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 
 ```python
 from PIL import Image
-from groupmixformer.segmentation import load_segmenter, segment
+from groupmixformer.tasks.segmentation.training import load_segmenter, segment
 
 model, stored = load_segmenter("hf-hub:{repo_id}")
-picture = Image.open("picture.jpg").convert("RGB")
-labels = segment(model, model.prepare(picture), (picture.height, picture.width)).argmax(dim=0)  # of stored["class_names"]
+image = Image.open("image.jpg").convert("RGB")
+labels = segment(model, model.prepare(image), (image.height, image.width)).argmax(dim=0)  # of stored["class_names"]
 ```
 """,
 }
@@ -253,12 +253,12 @@ def _results(known: _Known) -> str:
         elif column.startswith("val_") and column != "val_images":
             name = TASKS[known.task][1].get(column, ("", column.removeprefix("val_").replace("_", " ")))[1]
             values[name] = f"{value:.2%}"
-    images = f"{known.best['val_images']:,.0f} pictures of " if "val_images" in known.best else ""
+    images = f"{known.best['val_images']:,.0f} images of " if "val_images" in known.best else ""
     return (
         f"Measured on {images}{_measured_on(known)}, after epoch {known.best['epoch'] + 1:.0f} of {known.epochs}. "
-        "That epoch was kept because it is the best on these same pictures, so the numbers lean high.\n\n"
+        "That epoch was kept because it is the best on these same images, so the numbers lean high.\n\n"
         f"{_table(('metric', 'value'), values)}\n\n"
-        "Nothing else was measured: no other data, no other size of picture."
+        "Nothing else was measured: no other data, no other size of image."
     )
 
 

@@ -20,7 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..tasks.classification.data import Pictures, eval_transform
+from ..bench.timing import Settings, machine, seconds_of, set_threads
+from ..data.images import find_images, read_image
+from ..models.fuse import fuse
+from ..tasks.classification.data import ImageSamples, eval_transform
 from ..tasks.classification.metrics import evaluate
 from .export import (
     FORMATS,
@@ -39,21 +42,18 @@ from .export import (
     to_pixels,
     to_program,
 )
-from ..models.fuse import fuse
-from ..data.images import find_images, read_image
-from ..bench.timing import Settings, machine, seconds_of, set_threads
 
 WAYS = {"static": ("onnx", "openvino"), "weights": ("pt2",), "dynamic": ("pt2",)}  # and the formats that can carry them
 PACKAGES = {"onnx": "onnxruntime.quantization", "openvino": "nncf", "pt2": "torchao"}
-PICTURES = 128  # to calibrate on
+IMAGES = 128  # to calibrate on
 POINTS = 0.01  # of top-1, as a share: losing more is said
-BATCH = 16  # timed beside a single picture
+BATCH = 16  # timed beside a single image
 SETTINGS = Settings()  # of the timing: one CPU thread
 KINDS = ("Conv", "Gemm", "MatMul")  # of ONNX
 
 
 def _draw(number: int, read: Callable[[int], Tensor], name: str) -> tuple[Tensor, list[str]]:
-    """Return up to PICTURES readable ones of so many, the same ones each time, and a line for each that could not be read."""
+    """Return up to IMAGES readable ones of so many, the same ones each time, and a line for each that could not be read."""
     images: list[Tensor] = []
     problems: list[str] = []
     for index in random.Random(0).sample(range(number), number):
@@ -61,43 +61,43 @@ def _draw(number: int, read: Callable[[int], Tensor], name: str) -> tuple[Tensor
             images.append(read(index))
         except ValueError as error:
             problems.append(str(error))
-        if len(images) == PICTURES:
+        if len(images) == IMAGES:
             break
     if not images:
-        raise ValueError(f"{name}: none of {number} pictures to calibrate on could be read: {problems[0]}")
+        raise ValueError(f"{name}: none of {number} images to calibrate on could be read: {problems[0]}")
     return torch.stack(images), problems
 
 
 def from_folder(folder: str, config: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-    """Draw pictures to calibrate on from a folder, however deep they lie.
+    """Draw images to calibrate on from a folder, however deep they lie.
 
     Args:
         folder: It needs no classes.
         config: How to resize and crop them.
 
     Returns:
-        Images (N, C, H, W), N up to PICTURES, and a line for each picture drawn that could not be read.
+        Images (N, C, H, W), N up to IMAGES, and a line for each image drawn that could not be read.
 
     Raises:
-        ValueError: If the folder holds no readable picture.
+        ValueError: If the folder holds no readable image.
     """
     paths = find_images([folder]) if Path(folder).is_dir() else []
     if paths in ([], [Path(folder)]):
-        raise ValueError(f"{folder}: no folder with pictures, expected one to calibrate on")
+        raise ValueError(f"{folder}: no folder with images, expected one to calibrate on")
     transform = eval_transform(dict(config))
     return _draw(len(paths), lambda index: transform(read_image(paths[index])), folder)
 
 
-def from_data(pictures: Any, config: Mapping[str, Any], name: str) -> tuple[Tensor, list[str]]:
-    """Draw pictures to calibrate on from a data set, as `from_folder` does.
+def from_data(images: Any, config: Mapping[str, Any], name: str) -> tuple[Tensor, list[str]]:
+    """Draw images to calibrate on from a data set, as `from_folder` does.
 
     Raises:
-        ValueError: If it is a stream, of which no pictures can be chosen, or has no readable picture.
+        ValueError: If it is a stream, of which no images can be chosen, or has no readable image.
     """
-    if not isinstance(pictures, Pictures):
-        raise ValueError(f"{name}: is a stream, from which no pictures can be drawn: name a folder with --calibrate")
-    pictures.transform = eval_transform(dict(config))
-    return _draw(len(pictures), lambda index: pictures.for_evaluation(pictures.read(index))[0], name)
+    if not isinstance(images, ImageSamples):
+        raise ValueError(f"{name}: is a stream, from which no images can be drawn: name a folder with --calibrate")
+    images.transform = eval_transform(dict(config))
+    return _draw(len(images), lambda index: images.for_evaluation(images.read(index))[0], name)
 
 
 def _quantize_onnx(exact: Path, images: Tensor, metadata: Mapping[str, str], path: Path) -> None:
@@ -171,7 +171,7 @@ def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], ima
     save_program(program, metadata, path)
 
 
-def _try(path: Path, format: str, out: Path, picture: Image.Image, about: Mapping[str, Any]) -> None:
+def _try(path: Path, format: str, out: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
     """Run a file at every size that exported files are compared at; for OpenVINO, at the model's own.
 
     Raises:
@@ -181,7 +181,7 @@ def _try(path: Path, format: str, out: Path, picture: Image.Image, about: Mappin
     try:
         run = FORMATS[format].load(path)
         for size in compared_sizes(about["input_size"])[: 1 if format == "openvino" else None]:
-            for images in (to_pixels(picture, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)):
+            for images in (to_pixels(image, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)):
                 (logits,) = run(images)
                 assert logits.shape == (len(images), classes) and logits.isfinite().all(), f"no logits at {size}"
     except Exception as error:
@@ -212,7 +212,7 @@ def verdict(exact: Mapping[str, Any], int8: Mapping[str, Any]) -> list[str]:
     loss = round(exact["top1"] - int8["top1"], 9)
     if loss > POINTS:
         lines.append(f"int8 loses {100 * loss:.1f} points of top-1, more than {100 * POINTS:g}")
-    for key, what in (("milliseconds", "on one picture"), (f"milliseconds_{BATCH}", f"on {BATCH} pictures")):
+    for key, what in (("milliseconds", "on one image"), (f"milliseconds_{BATCH}", f"on {BATCH} images")):
         if int8[key] > exact[key]:
             lines.append(f"int8 is slower {what}: {int8[key]:.1f} ms instead of {exact[key]:.1f}")
     if int8["bytes"] > exact["bytes"]:
@@ -223,7 +223,7 @@ def verdict(exact: Mapping[str, Any], int8: Mapping[str, Any]) -> list[str]:
 def _measure(
     paths: Mapping[str, Path], format: str, size: Sequence[int], held_out: DataLoader[Any], progress: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row for each file, the exact one first, and a line for each picture that could not be read."""
+    """Return a row for each file, the exact one first, and a line for each image that could not be read."""
     target, settings = FORMATS[format], SETTINGS
     rows: list[dict[str, Any]] = []
     with set_threads(settings.threads):
@@ -243,13 +243,13 @@ def _measure(
             rows.append({**row, "bytes": size_on_disk(paths[form], target)})
         progress("timing")
         for key, batch in (("milliseconds", 1), (f"milliseconds_{BATCH}", BATCH)):
-            pictures = torch.randn(batch, *size)
+            images = torch.randn(batch, *size)
             seconds: dict[str, list[float]] = {form: [] for form in opened}
             for run in opened.values():
-                run(pictures)
+                run(images)
             for _ in range(settings.rounds):
                 for form, run in opened.items():
-                    seconds[form].append(seconds_of(lambda: run(pictures), settings, settings.seconds))  # noqa: B023
+                    seconds[form].append(seconds_of(lambda: run(images), settings, settings.seconds))  # noqa: B023
             for measured in rows:
                 measured[key] = 1000 * statistics.median(seconds[measured["form"]])
     return rows, found.problems
@@ -261,7 +261,7 @@ def quantize(
     format: str,
     way: str,
     path: str | Path,
-    picture: Image.Image,
+    image: Image.Image,
     held_out: DataLoader[Any],
     calibration: Tensor | None,
     calibrated_on: str,
@@ -273,10 +273,10 @@ def quantize(
     Args:
         network: In eval mode, giving logits. It is left as it is.
         format: onnx or openvino for static, pt2 for weights and dynamic.
-        way: static (weights and activations, whose ranges come from pictures), weights, or dynamic (weights, and activations by
+        way: static (weights and activations, whose ranges come from images), weights, or dynamic (weights, and activations by
             the range that they have).
         path: The file.
-        picture: A real one to try the file on.
+        image: A real one to try the file on.
         held_out: Batches to measure the accuracy on.
         calibration: For static, images (N, C, H, W).
         calibrated_on: Where they come from, to be told with the file.
@@ -284,10 +284,10 @@ def quantize(
         progress: Is told what is done.
 
     Returns:
-        file, format, int8 (the way), calibration (data and pictures; none where it needs none), rows for the forms float32 and
+        file, format, int8 (the way), calibration (data and images; none where it needs none), rows for the forms float32 and
         int8 (top1 and agreement with float32's predictions as shares; images; bytes; processor time in milliseconds for one
-        picture and, as milliseconds_16, for 16 at once, medians of rounds in turns), verdict, threads, machine, skipped (a line
-        for each picture that could not be read) and metadata.
+        image and, as milliseconds_16, for 16 at once, medians of rounds in turns), verdict, threads, machine, skipped (a line
+        for each image that could not be read) and metadata.
 
     Raises:
         ValueError: If the format cannot carry the network, or the file does not run; then nothing is left of it.
@@ -300,9 +300,9 @@ def quantize(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
         exact, written = Path(folder, f"float32{target.suffix}"), Path(folder, f"int8{target.suffix}")
-        metadata = export(network, format, exact, picture, **about, progress=progress)["metadata"]
+        metadata = export(network, format, exact, image, **about, progress=progress)["metadata"]
         name = Path(calibrated_on).resolve().name if Path(calibrated_on).exists() else calibrated_on  # not whose disk it is on
-        source = {"data": name, "pictures": len(calibration)} if calibration is not None else None
+        source = {"data": name, "images": len(calibration)} if calibration is not None else None
         metadata = metadata | {"int8": json.dumps({"way": way, "calibration": source})}
         progress(f"writing 8-bit integers: {way}")
         with quietly(), contextlib.redirect_stdout(io.StringIO()):  # where nncf draws its bars
@@ -315,7 +315,7 @@ def quantize(
                 raise
             except Exception as error:
                 raise ValueError(f"{format} cannot carry this network as int8 {way} ({first_line(error)})") from error
-            _try(written, format, path, picture, about)
+            _try(written, format, path, image, about)
             rows, skipped = _measure({"float32": exact, "int8": written}, format, about["input_size"], held_out, progress)
         move_into_place(written, path, target)
     result = {"file": str(path), "format": format, "int8": way, "calibration": source, "rows": rows, "verdict": verdict(*rows)}
@@ -324,12 +324,12 @@ def quantize(
 
 def table(result: Mapping[str, Any]) -> str:
     """Show what `quantize` measured, and its verdict."""
-    lines = [f"{'':8}{'top-1':>9}{'as float32':>12}{'size':>10}{'1 picture':>12}{f'{BATCH} pictures':>13}"]
+    lines = [f"{'':8}{'top-1':>9}{'as float32':>12}{'size':>10}{'1 image':>12}{f'{BATCH} images':>13}"]
     for row in result["rows"]:
         times = (row["milliseconds"], row[f"milliseconds_{BATCH}"])
         lines.append(
             f"{row['form']:8}{row['top1']:>9.2%}{row['agreement']:>12.2%}{row['bytes'] / 1e6:>7.1f} MB"
             f"{times[0]:>9.1f} ms{times[1]:>10.1f} ms"
         )
-    lines.append(f"on {result['rows'][0]['images']:,} pictures; processor time, {result['machine']}")
+    lines.append(f"on {result['rows'][0]['images']:,} images; processor time, {result['machine']}")
     return "\n".join([*lines, *result["verdict"]])

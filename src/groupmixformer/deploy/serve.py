@@ -1,6 +1,6 @@
-"""A model behind HTTP: POST a picture, get JSON.
+"""A model behind HTTP: POST an image, get JSON.
 
-Pictures that arrive together are looked at together. LitServe (0.2.19) does that too, but the queue to its workers has no
+Images that arrive together are looked at together. LitServe (0.2.19) does that too, but the queue to its workers has no
 bound, they are processes that it terminates with what still waits for them, and it exports no metrics. What is left to write is
 short: requests wait in one event loop, and one thread runs the model.
 """
@@ -27,11 +27,11 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from ..tasks.classification.predict import Predicted, most_pixels
 from ..data.images import decode
+from ..tasks.classification.predict import Predicted, most_pixels
 
-BODY_SECONDS = 30.0  # to send a picture in
-GATHER_SECONDS = 0.005  # that a picture waits for others which are on their way
+BODY_SECONDS = 30.0  # to send an image in
+GATHER_SECONDS = 0.005  # that an image waits for others which are on their way
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -41,7 +41,7 @@ class Limits:
     """What the server takes on.
 
     Attributes:
-        batch: Pictures that the model looks at together.
+        batch: Images that the model looks at together.
         queue: Requests that are taken in and not yet answered; more are turned away.
         megabytes: Size of a request's body.
     """
@@ -79,7 +79,7 @@ class Histogram:
 
 
 class Service:
-    """A model, the pictures that wait for it, and what is counted.
+    """A model, the images that wait for it, and what is counted.
 
     Args:
         prepare: From a file's content to the model's input; runs in several threads.
@@ -95,10 +95,10 @@ class Service:
         self._inside = 0
         self._answers: Counter[int] = Counter()
         self._seconds = Histogram("gmf_request_seconds", "From the arrival of a request to its answer.", SECONDS)
-        self._sizes = Histogram("gmf_batch_pictures", "Pictures that the model looked at together.", SIZES)
+        self._sizes = Histogram("gmf_batch_images", "Images that the model looked at together.", SIZES)
 
     def warm_up(self) -> None:
-        """Look at a grey picture, so that what cannot work fails before anybody waits."""
+        """Look at a grey image, so that what cannot work fails before anybody waits."""
         buffer = io.BytesIO()
         Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
         self._look([self._prepare(buffer.getvalue())])
@@ -114,7 +114,7 @@ class Service:
             raise HTTPException(503, waiting, {"Retry-After": "1", "Connection": "close"})
         self._inside += 1
         try:
-            content = await self._picture(request)
+            content = await self._image(request)
             loop = asyncio.get_running_loop()
             found: asyncio.Future[Predicted] = loop.create_future()
             self._waiting.put_nowait((await loop.run_in_executor(self._readers, self._prepare, content), found))
@@ -124,18 +124,18 @@ class Service:
         finally:
             self._inside -= 1
 
-    async def _picture(self, request: Request) -> bytes:
-        """Read the picture of a request: its body, or the file of a form."""
+    async def _image(self, request: Request) -> bytes:
+        """Read the image of a request: its body, or the file of a form."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         form = kind == "multipart/form-data"
         if not (form or kind.startswith("image/") or kind == "application/octet-stream"):
-            expected = "expected a picture as the body (Content-Type: image/...) or as the file of a multipart form"
+            expected = "expected an image as the body (Content-Type: image/...) or as the file of a multipart form"
             raise HTTPException(415, f"got Content-Type {kind or 'of no kind'}, {expected}", {"Connection": "close"})
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._body(request)
         except TimeoutError:
-            raise HTTPException(408, f"the picture took over {BODY_SECONDS:g} s to arrive", {"Connection": "close"}) from None
+            raise HTTPException(408, f"the image took over {BODY_SECONDS:g} s to arrive", {"Connection": "close"}) from None
         except ClientDisconnect:
             raise HTTPException(400, "the client went away") from None
         if not form:
@@ -147,7 +147,7 @@ class Service:
         async with Request(request.scope, replay).form(max_files=1) as fields:  # raises HTTPException 400 itself
             file = next((value for value in fields.values() if isinstance(value, UploadFile)), None)
             if file is None:
-                raise HTTPException(400, "got a form without a file, expected one with a picture")
+                raise HTTPException(400, "got a form without a file, expected one with an image")
             return await file.read()
 
     async def _body(self, request: Request) -> bytes:
@@ -164,7 +164,7 @@ class Service:
         return bytes(body)
 
     async def _gather(self) -> list[tuple[Any, asyncio.Future[Predicted]]]:
-        """Wait for a picture, and for a moment for others if there are requests on their way."""
+        """Wait for an image, and for a moment for others if there are requests on their way."""
         batch = [await self._waiting.get()]
         try:
             async with asyncio.timeout(GATHER_SECONDS):
@@ -181,7 +181,7 @@ class Service:
             batch = await self._gather()
             try:
                 found = await loop.run_in_executor(self._model, self._look, [image for image, _ in batch])
-            except Exception as error:  # the next picture may be another matter
+            except Exception as error:  # the next image may be another matter
                 for _, future in batch:
                     if not future.done():  # whoever waited may have been cancelled
                         future.set_exception(error)
@@ -206,7 +206,7 @@ class Service:
 
 
 def service(model: Any, task: str, limits: Limits, score: float = 0.5) -> Service:
-    """Return the service of a model: classifiers look at several pictures at once, others at one.
+    """Return the service of a model: classifiers look at several images at once, others at one.
 
     Args:
         model: `inference.Classes`, or one of scenes.py.
@@ -217,14 +217,14 @@ def service(model: Any, task: str, limits: Limits, score: float = 0.5) -> Servic
     most = most_pixels(model, task)
     if task == "classification":
         return Service(
-            lambda content: model.transform(decode(content, "picture", most)),
+            lambda content: model.transform(decode(content, "image", most)),
             lambda images: [model.ranked(row) for row in model.probabilities(torch.stack(images))],
             limits,
         )
-    # Decoded where it is looked at, so that large pictures do not wait in the memory.
+    # Decoded where it is looked at, so that large images do not wait in the memory.
     return Service(
         lambda content: content,
-        lambda files: [_with_masks(model.predict(decode(content, "picture", most), score=score), model) for content in files],
+        lambda files: [_with_masks(model.predict(decode(content, "image", most), score=score), model) for content in files],
         Limits(1, limits.queue, limits.megabytes),
     )
 

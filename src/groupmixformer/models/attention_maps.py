@@ -125,14 +125,14 @@ def attention_maps(model: nn.Module, images: Tensor, query: Sequence[int], stage
 
 
 def by_group_size(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Magnitude of `attention_maps` per group size, enlarged to the picture: (B, 8, h, w) -> (B, 4, H, W), peak 1."""
+    """Magnitude of `attention_maps` per group size, enlarged to the image: (B, 8, h, w) -> (B, 4, H, W), peak 1."""
     strength = maps.abs().unflatten(1, (4, 2)).mean(dim=2)  # (B, 4, h, w)
     strength = strength / strength.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
     return F.interpolate(strength, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def suited_stage(size: Sequence[int], stages: Iterable[int]) -> int:
-    """Return the deepest of `stages` with at least 4 tokens along each side of pictures (H, W); the first if none has them."""
+    """Return the deepest of `stages` with at least 4 tokens along each side of images (H, W); the first if none has them."""
     stages = sorted(stages)
     return max((stage for stage in stages if min(size) // (4 * 2**stage) >= 4), default=stages[0])
 

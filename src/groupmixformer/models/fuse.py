@@ -1,4 +1,4 @@
-"""The exact inference form: the same function to rounding, with what does not depend on the picture worked out beforehand.
+"""The exact inference form: the same function to rounding, with what does not depend on the image worked out beforehand.
 
 What is folded:
 - BN into the convolution or linear layer before it, that of the first segment into its rows of the layer for Q, K and V.
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import groupmixformer as network
 from ..ops import triton_kernels as kernels
+from ..ops.onednn import Depthwise, Linear, linear
+from . import groupmixformer as network
 from .groupmixformer import (
     Block,
     GroupMixAttention,
@@ -38,7 +39,6 @@ from .groupmixformer import (
     _takes_kernels,
     scale_within_heads,
 )
-from ..ops.onednn import Depthwise, Linear, linear
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,9 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..ops import triton_kernels as kernels
 from ..ops import dispatch as modes
 from ..ops import recompute
+from ..ops import triton_kernels as kernels
 from ..ops.onednn import Depthwise, Linear, depthwise
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]

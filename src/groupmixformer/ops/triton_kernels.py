@@ -90,7 +90,7 @@ def _jit(function: Any) -> Any:
 
 # Triton. Strides arrive in units of C, so that the compiler sees how addresses are aligned. A convolution is worked out for
 # strips of 4 pixels in a row: of 10 neighbours that are loaded for 7 taps each is used up to 4 times. Strips are numbered
-# through all pictures, so that small maps fill blocks too.
+# through all images, so that small maps fill blocks too.
 
 
 @_jit
@@ -107,7 +107,7 @@ def _pick(segment, a, b, c, d):
 
 @_jit
 def _strips(first, strips, H, across, STRIPS: tl.constexpr):
-    """Which of the strips there are, and for each its picture, row and first column."""
+    """Which of the strips there are, and for each its image, row and first column."""
     strip = first + tl.arange(0, STRIPS)
     row = strip // across
     return strip < strips, row // H, row % H, strip % across * 4
@@ -180,10 +180,10 @@ def _depthwise_kernel(
     """One run of strips, segment and block of channels."""
     segment = tl.program_id(1)
     c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    held, picture, y, x = _strips(tl.program_id(0) * STRIPS, strips, H, across, STRIPS)
-    source = _pixels(_pick(segment, m0, m1, m2, m3), picture // B, picture % B, y, x, c, W, m_j, m_b, m_n, C)
+    held, image, y, x = _strips(tl.program_id(0) * STRIPS, strips, H, across, STRIPS)
+    source = _pixels(_pick(segment, m0, m1, m2, m3), image // B, image % B, y, x, c, W, m_j, m_b, m_n, C)
     result += segment.to(tl.int64) * r_s * C
-    result = _pixels(result, picture // B, picture % B, y, x, c, W, r_j, r_b, r_n, C)
+    result = _pixels(result, image // B, image % B, y, x, c, W, r_j, r_b, r_n, C)
     s0, s1, s2, s3 = _convolve_segment(segment, source, taps, held, y, x, c, C, H, W, m_n * C, C, FLIP, STRIPS, BLOCK)
     _store(result, s0, held, x, c, C, W)
     _store(result + r_n * C, s1, held, x + 1, c, C, W)
@@ -200,15 +200,15 @@ def _row_gradient(
     zero = tl.zeros((STRIPS, BLOCK), tl.float32)
     t0, t1, t2, t3, t4, t5, t6 = zero, zero, zero, zero, zero, zero, zero
     for start in range(first, last, STRIPS):
-        held, picture, y, x = _strips(start, strips, H, across, STRIPS)
-        here = _pixels(grad, picture // B, picture % B, y, x, c, W, g_j, g_b, g_n, C)
+        held, image, y, x = _strips(start, strips, H, across, STRIPS)
+        here = _pixels(grad, image // B, image % B, y, x, c, W, g_j, g_b, g_n, C)
         g0 = tl.load(here, held[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
         g1 = tl.load(here + g_n * C, (held & (x + 1 < W))[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
         g2 = tl.load(here + 2 * g_n * C, (held & (x + 2 < W))[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
         g3 = tl.load(here + 3 * g_n * C, (held & (x + 3 < W))[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
         row = y + (i - K // 2)
         there = held & (row >= 0) & (row < H)
-        line = _pixels(source, picture // B, picture % B, row, x, c, W, s_j, s_b, s_n, C)
+        line = _pixels(source, image // B, image % B, row, x, c, W, s_j, s_b, s_n, C)
         for j in tl.static_range(K + 3):
             column = x + (j - K // 2)
             inside = (there & (column >= 0) & (column < W))[:, None] & (c < C)[None, :]
@@ -343,7 +343,7 @@ def _product_kernel(
 
 @_jit
 def _merge_kernel(product, maxima, sums, result, maximum, norm, runs, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Join the runs of `_product_kernel` and normalise. One picture and segment."""
+    """Join the runs of `_product_kernel` and normalise. One image and segment."""
     g, groups = tl.program_id(0), tl.num_programs(0)
     c = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -367,7 +367,7 @@ def _context_backward_kernel(
     grad, result, maximum, norm, k0, k1, k2, k3, v0, v1, v2, v3, dk, dv, B, N, run_length, k_b, k_n,
     C: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P = softmax(K), dV += P @ grad, dK = P * (V @ grad^T - sum of grad * result). One picture and segment, and run."""
+    """P = softmax(K), dV += P @ grad, dK = P * (V @ grad^T - sum of grad * result). One image and segment, and run."""
     g, run = tl.program_id(0), tl.program_id(1)
     c, end = _channels(WIDTH, BLOCK)
     offset, inside = _heads_of(g, c, end, C, False)
@@ -407,7 +407,7 @@ def _combine_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention: scale * Q @ matrix + Q * (convolution of V + bias). One picture and segment, and run of strips.
+    """Attention: scale * Q @ matrix + Q * (convolution of V + bias). One image and segment, and run of strips.
 
     A fifth segment is a copy of `local`.
     """

@@ -20,7 +20,7 @@ from ..models.groupmixformer import GroupMixFormer
 
 @functools.cache
 def _any_size(name: str) -> dict[str, Any]:
-    """Return what makes a model take pictures of any size: Swin and its kin must be told, others need nothing."""
+    """Return what makes a model take images of any size: Swin and its kin must be told, others need nothing."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg and cfg.fixed_input_size:
         try:
@@ -69,7 +69,7 @@ class Backbone:
                     features(torch.empty(1, 3, 64, 96))
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"{self.name} does not serve as a backbone for pictures of any size: {reason}") from error
+                raise ValueError(f"{self.name} does not serve as a backbone for images of any size: {reason}") from error
         if missing := [stride for stride in strides if stride not in by_stride]:
             raise ValueError(
                 f"{self.name} has features of strides {list(features.feature_info.reduction())}, expected {missing} too: "
@@ -84,7 +84,7 @@ def _flat(name: str) -> str:
 
 
 def take_any_size(features: nn.Module) -> nn.Module:
-    """Tell embeddings that are made for one size of picture, such as CoaT's, the size of each that comes."""
+    """Tell embeddings that are made for one size of image, such as CoaT's, the size of each that comes."""
     for module in features.modules():
         if isinstance(module, PatchEmbed) and module.strict_img_size and hasattr(module, "set_input_size"):
             module.register_forward_pre_hook(lambda module, inputs: module.set_input_size(tuple(inputs[0].shape[-2:])))
@@ -191,7 +191,7 @@ def open_backbone(
     source = load_model(checkpoint)
     weights, cfg = source.state_dict(), source.pretrained_cfg
     if cfg["input_size"][0] != 3:
-        raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: pictures are read as RGB")
+        raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: images are read as RGB")
     if not isinstance(source, GroupMixFormer):
         return Backbone(cfg["architecture"]), weights, colors(cfg)
     found = architecture(weights)

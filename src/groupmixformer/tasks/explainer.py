@@ -1,4 +1,4 @@
-"""A trained model of any task explains a picture: what positions attend to, and what speaks for what it found."""
+"""A trained model of any task explains an image: what positions attend to, and what speaks for what it found."""
 
 import io
 from abc import ABC, abstractmethod
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..models.checkpoint import task_of
 from ..models.attention_maps import GROUP_SIZES, attend, by_group_size, class_relevance, relevance, stages_of, suited_stage
-from ..visual.figures import Row, overlay_figure, shown
+from ..models.checkpoint import task_of
 from ..models.groupmixformer import GroupMixFormer
+from ..visual.figures import Row, overlay_figure, shown
 from .classification.predict import Classes, Point, Predicted, View
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _index(class_names: Sequence[str], wanted: str) -> int:
 
 
 class Explainer(ABC):
-    """A trained network that explains pictures.
+    """A trained network that explains images.
 
     Attributes:
         backbone: The GroupMixFormer in it, if it has one.
@@ -66,21 +66,21 @@ class Explainer(ABC):
     stages: dict[int, int]
 
     @abstractmethod
-    def see(self, picture: Image.Image) -> View:
-        """Prepare a picture (RGB)."""
+    def see(self, image: Image.Image) -> View:
+        """Prepare an image (RGB)."""
 
     @abstractmethod
-    def choose(self, picture: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
-        """Find what to explain, and its relevance for a stage; a query (y, x) in the original picture may decide what."""
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
+        """Find what to explain, and its relevance for a stage; a query (y, x) in the original image may decide what."""
 
     def explain(
-        self, picture: Image.Image, queries: Sequence[Point] = (), stages: Sequence[int] = (), form: str = "png"
+        self, image: Image.Image, queries: Sequence[Point] = (), stages: Sequence[int] = (), form: str = "png"
     ) -> Predicted:
-        """Explain a picture (RGB).
+        """Explain an image (RGB).
 
         Args:
-            picture: RGB.
-            queries: Pixels (y, x) of the picture; by default the one of greatest relevance, or the centre where there is none.
+            image: RGB.
+            queries: Pixels (y, x) of the image; by default the one of greatest relevance, or the centre where there is none.
             stages: Stages of the attention maps, the last of them also that of the relevance; by default the deepest with at
                 least 4 tokens along each side, up to 2 for attention and 3 for relevance.
             form: Of the figure: png, svg or pdf.
@@ -91,12 +91,12 @@ class Explainer(ABC):
         Raises:
             ValueError: If a query, stage, class or object does not exist.
         """
-        view = self.see(picture)
+        view = self.see(image)
         points = [view.seen(query) for query in queries]
         last = max(stages) if stages else suited_stage(view.size, self.stages)
         if last not in self.stages:
             raise ValueError(f"got stage {last}, expected one of {', '.join(map(str, self.stages))}")
-        chosen = self.choose(picture, view, last, queries[0] if queries else None)
+        chosen = self.choose(image, view, last, queries[0] if queries else None)
         speaks = chosen.relevance is not None and bool(chosen.relevance.any())
         origin = "given" if queries else "relevance" if speaks else "centre"
         if not queries:
@@ -112,7 +112,7 @@ class Explainer(ABC):
             "queries_from": origin,
         }
         arrays: dict[str, Any] = {
-            "picture": view.pixels,
+            "image": view.pixels,
             "queries": np.array(queries),
             "queries_seen": np.array(points),
             "group_sizes": np.array(GROUP_SIZES),
@@ -138,10 +138,10 @@ class Explainer(ABC):
 
         figure = self._draw(view, queries, points, chosen, strengths)
         drawn, packed = io.BytesIO(), io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):  # the same file from the same picture
+        with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):  # the same file from the same image
             figure.savefig(drawn, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
         np.savez_compressed(packed, **arrays)
-        # The names differ from that of the picture, which may lie in the same folder.
+        # The names differ from that of the image, which may lie in the same folder.
         files = {f"-explained.{form}": drawn.getvalue(), "-explained.npz": packed.getvalue()}
         return Predicted(result, self._text(result), files, [])
 
@@ -150,15 +150,15 @@ class Explainer(ABC):
         view: View, queries: Sequence[Point], points: Sequence[Point], chosen: Chosen, strengths: dict[int, Tensor]
     ) -> Figure:
         """Draw a row for each query and stage; the first has the relevance."""
-        picture = shown(view.pixels)
+        image = shown(view.pixels)
         rows = [
-            Row(picture, f"query {query[0]}, {query[1]}\nstage {stage}", point, strengths=overlaid[i].numpy())
+            Row(image, f"query {query[0]}, {query[1]}\nstage {stage}", point, strengths=overlaid[i].numpy())
             for i, (query, point) in enumerate(zip(queries, points, strict=True))
             for stage, overlaid in strengths.items()
         ]
-        first, *others = rows or [Row(picture)]  # without maps, of another backbone, a query shows nothing
+        first, *others = rows or [Row(image)]  # without maps, of another backbone, a query shows nothing
         rows = [replace(first, box=chosen.box, relevance=chosen.relevance), *others]
-        return overlay_figure(rows, "query marked" if strengths else "picture", chosen.title)
+        return overlay_figure(rows, "query marked" if strengths else "image", chosen.title)
 
     @staticmethod
     def _text(result: dict[str, Any]) -> str:
@@ -182,11 +182,11 @@ class OfClasses(Explainer):
         self.stages = stages_of(model)
         self.wanted = None if wanted is None else _index(self.classes.class_names, wanted)
 
-    def see(self, picture: Image.Image) -> View:
-        """Prepare a picture by timm's transform."""
-        return self.classes.view(picture)
+    def see(self, image: Image.Image) -> View:
+        """Prepare an image by timm's transform."""
+        return self.classes.view(image)
 
-    def choose(self, picture: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
         """Weigh the class."""
         classes = None if self.wanted is None else [self.wanted]
         found, logits = class_relevance(self.classes.model, view.images, classes, stage)
@@ -208,25 +208,25 @@ class _OfScenes(Explainer):
             raise ValueError(f"{self.model.backbone.name} gives features as {body.output_fmt}, expected NCHW: not explained")
         self.stages = stages_of(body)
 
-    def _run(self, pictures: Any) -> tuple[Any, list[Tensor]]:
+    def _run(self, batch: Any) -> tuple[Any, list[Tensor]]:
         """Return what the network gives, and the features of its backbone that it was computed from."""
         features: list[Tensor] = []
         # torchvision and segmentation_models_pytorch call the backbone themselves and keep what it gives.
         hook = self.model.body.register_forward_hook(lambda module, inputs, output: features.extend(output))
         try:
             with torch.enable_grad():
-                return self.model(pictures), features
+                return self.model(batch), features
         finally:
             hook.remove()
 
     def _view(
-        self, picture: Image.Image, images: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+        self, image: Image.Image, images: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
     ) -> View:
-        """Return the view of which the first `size` pixels of normalised images are the picture."""
+        """Return the view of which the first `size` pixels of normalised images are the image."""
         height, width = size
         colors = images[0, :, :height, :width].permute(1, 2, 0).cpu() * torch.tensor(std) + torch.tensor(mean)
         pixels = (255 * colors.clamp(0, 1)).round().to(torch.uint8).numpy()
-        original = (picture.height, picture.width)
+        original = (image.height, image.width)
         return View(images, pixels, original, (height / original[0], width / original[1]))
 
     def _weigh(self, score: Tensor, features: Sequence[Tensor], view: View, stage: int) -> NDArray[np.float32]:
@@ -243,19 +243,19 @@ class OfObjects(_OfScenes):
         super().__init__(Objects(run, device, image_size, None))
         self.wanted = wanted
 
-    def see(self, picture: Image.Image) -> View:
-        """Resize the picture as torchvision does."""
+    def see(self, image: Image.Image) -> View:
+        """Resize the image as torchvision does."""
         from .detection.data import to_tensor
 
         transform = self.model.network.transform
-        seen, _ = transform([to_tensor(picture).to(self.scenes.device)])
-        return self._view(picture, seen.tensors, seen.image_sizes[0], transform.image_mean, transform.image_std)
+        seen, _ = transform([to_tensor(image).to(self.scenes.device)])
+        return self._view(image, seen.tensors, seen.image_sizes[0], transform.image_mean, transform.image_std)
 
-    def choose(self, picture: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
         """Weigh the score of the object."""
         from .detection.data import to_tensor
 
-        (found,), features = self._run([to_tensor(picture).to(self.scenes.device).requires_grad_()])
+        (found,), features = self._run([to_tensor(image).to(self.scenes.device).requires_grad_()])
         boxes, scores = found["boxes"].detach().cpu(), found["scores"].detach().cpu()
         if self.wanted is not None:
             if self.wanted >= len(scores):
@@ -292,16 +292,16 @@ class OfSegments(_OfScenes):
         super().__init__(Segments(run, device, image_size, None))
         self.wanted = None if wanted is None else _index(self.scenes.class_names, wanted)
 
-    def see(self, picture: Image.Image) -> View:
-        """Resize the picture as the segmenter does, and fill it up."""
+    def see(self, image: Image.Image) -> View:
+        """Resize the image as the segmenter does, and fill it up."""
         from .segmentation.training import STRIDE
 
-        prepared = self.model.prepare(picture)[None].to(self.scenes.device)
+        prepared = self.model.prepare(image)[None].to(self.scenes.device)
         height, width = prepared.shape[-2:]
         images = F.pad(prepared, (0, -width % STRIDE, 0, -height % STRIDE))
-        return self._view(picture, images, (height, width), self.model.mean, self.model.std)
+        return self._view(image, images, (height, width), self.model.mean, self.model.std)
 
-    def choose(self, picture: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Chosen:
         """Weigh the logits of the class where it is the likeliest."""
         height, width = view.size
         logits, features = self._run(view.images[..., :height, :width].detach().requires_grad_())
@@ -328,7 +328,7 @@ def open_explainer(
     wanted_class: str | None = None,
     wanted_object: int | None = None,
 ) -> Explainer:
-    """Open a run of any task to explain pictures.
+    """Open a run of any task to explain images.
 
     Args:
         run: Folder of a run, or for classifiers what `load_model` reads.

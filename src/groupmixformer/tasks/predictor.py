@@ -1,4 +1,4 @@
-"""What is done with a trained detector or segmenter: measured, used on pictures, reported."""
+"""What is done with a trained detector or segmenter: measured, used on images, reported."""
 
 import io
 import json
@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ..files import write_file
 from ..visual.drawing import draw_objects, draw_segments
 from ..visual.figures import BLUE
-from ..files import write_file
 from .classification.predict import Predicted
 from .classification.report import curves, write_page
 
@@ -33,7 +33,7 @@ class Measured:
         result: Metrics by name, for a JSON object; per_class holds those of each class.
         text: The main ones in a line or two.
         table: Those of each class, the worst first.
-        skipped: A line for each picture that was left out.
+        skipped: A line for each image that was left out.
     """
 
     result: dict[str, Any]
@@ -42,9 +42,9 @@ class Measured:
     skipped: list[str]
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -65,8 +65,8 @@ def _side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Figure:
     figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
     axes = figure.subplots(len(pairs), 2, squeeze=False)
     for row, pair in zip(axes, pairs, strict=True):
-        for axis, picture in zip(row, pair, strict=True):
-            axis.imshow(picture)
+        for axis, image in zip(row, pair, strict=True):
+            axis.imshow(image)
             axis.axis("off")
     axes[0][0].set_title("annotated", fontsize=9)
     axes[0][1].set_title("found", fontsize=9)
@@ -98,15 +98,15 @@ class _Scenes(ABC):
 
     @abstractmethod
     def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
-        """Measure on every picture once."""
+        """Measure on every image once."""
 
     @abstractmethod
-    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
-        """Look at a picture (RGB); the score from which objects are drawn matters for detection alone."""
+    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
+        """Look at an image (RGB); the score from which objects are drawn matters for detection alone."""
 
     @abstractmethod
     def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
-        """Draw some held-out pictures as they are annotated, and as the model sees them."""
+        """Draw some held-out images as they are annotated, and as the model sees them."""
 
     def _loader(self, images: Any, workers: int, collate: Any) -> DataLoader[Any]:
         return DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate)
@@ -123,7 +123,7 @@ class _Scenes(ABC):
         return images
 
     def report(self, folder: Path, images: Any, measured: Measured) -> Path:
-        """Write the report of a run, with some held-out pictures."""
+        """Write the report of a run, with some held-out images."""
         shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
         rows = measured.result["per_class"]
         name = next(key for key in ("mask_AP", "box_AP", "IoU") if key in rows[0])
@@ -140,9 +140,9 @@ class _Scenes(ABC):
         table["held-out images"] = f"{measured.result['images']:,}; the epoch shown is the best of the run on these same images"
         sections = {"Curves": ("curves", curves(folder, *self.metric)), "Classes": ("classes", bars)}
         if pairs := self.examples(images, sorted(shown)):
-            sections["Held-out pictures"] = ("predictions", _side_by_side(pairs))
+            sections["Held-out images"] = ("predictions", _side_by_side(pairs))
         value = measured.result[self.metric[0].removeprefix("val_")]
-        return write_page(folder, f"{self.metric[1]} {value:.2%} on held-out pictures", table, sections)
+        return write_page(folder, f"{self.metric[1]} {value:.2%} on held-out images", table, sections)
 
 
 class Objects(_Scenes):
@@ -167,9 +167,9 @@ class Objects(_Scenes):
         return self._check_classes(CocoImages(data, split, masks=self.model.masks), data)
 
     @torch.inference_mode()
-    def _find(self, picture: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _find(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         with self._precision():
-            found: dict[str, torch.Tensor] = self.model([picture.to(self.device)])[0]
+            found: dict[str, torch.Tensor] = self.model([image.to(self.device)])[0]
         return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in found.items()}
 
     def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
@@ -179,15 +179,15 @@ class Objects(_Scenes):
         results: list[dict[str, Any]] = []
         skipped, seconds, start = list(images.skipped), 0.0, time.perf_counter()
         seen: set[Any] = set()
-        for pictures, ids, problems in progress(self._loader(images, workers, collate), "evaluating"):
+        for inputs, ids, problems in progress(self._loader(images, workers, collate), "evaluating"):
             skipped += problems
             if ids[0] != -1 and not problems:
                 begun = time.perf_counter()
-                results += to_results(self._find(pictures[0]), ids[0], images.category_ids)
+                results += to_results(self._find(inputs[0]), ids[0], images.category_ids)
                 seconds += time.perf_counter() - begun
                 seen.add(ids[0])
         if not seen:
-            raise ValueError(f"no picture to evaluate on: {skipped[0]}")
+            raise ValueError(f"no image to evaluate on: {skipped[0]}")
         result: dict[str, Any] = {}
         classes: list[dict[str, Any]] = [{"class": name, "index": index} for index, name in enumerate(self.class_names)]
         for name, kind in self.kinds.items():
@@ -204,11 +204,11 @@ class Objects(_Scenes):
         main = f"{list(self.kinds)[-1]}_AP"
         return Measured(result, "\n".join(lines), _ranked(classes, main), skipped)
 
-    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
+    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
         """Find objects; those of at least `score` are drawn and listed, all are in COCO's results."""
         from .detection.data import to_results, to_tensor
 
-        found = self._find(to_tensor(picture))
+        found = self._find(to_tensor(image))
         stem = Path(name).stem
         image_id = int(stem) if stem.isdecimal() else Path(name).name  # as COCO's files are named
         results = to_results(found, image_id, self.config["category_ids"])
@@ -224,7 +224,7 @@ class Objects(_Scenes):
         ]
         counts = {n: sum(thing["class"] == n for thing in listed) for n in self.class_names}
         text = ", ".join(f"{count} {n}" for n, count in counts.items() if count) or "nothing"
-        drawn = {".png": _png(draw_objects(picture, objects, self.class_names))}
+        drawn = {".png": _png(draw_objects(image, objects, self.class_names))}
         return Predicted({"objects": listed}, text, drawn, results)
 
     def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
@@ -232,14 +232,14 @@ class Objects(_Scenes):
         pairs: list[tuple[Image.Image, Image.Image]] = []
         for index in indices:
             try:
-                picture, record = images.read(index)
+                image, record = images.read(index)
             except ValueError:  # unreadable
                 continue
             target = images.target(record)
             if "masks" in target:
                 target["masks"] = target["masks"].bool()
-            found = self.predict(picture, record["file_name"], score=0.5)
-            pairs.append((draw_objects(picture, target, self.class_names), Image.open(io.BytesIO(found.files[".png"]))))
+            found = self.predict(image, record["file_name"], score=0.5)
+            pairs.append((draw_objects(image, target, self.class_names), Image.open(io.BytesIO(found.files[".png"]))))
         return pairs
 
 
@@ -275,11 +275,11 @@ class Segments(_Scenes):
 
         return self._check_classes(SemanticImages(data, split, prepare=self.model.prepare), data)
 
-    def _labels(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         from .segmentation.training import segment
 
         with self._precision():
-            return segment(self.model, picture.to(self.device), size, **self.how).argmax(dim=0).cpu()
+            return segment(self.model, image.to(self.device), size, **self.how).argmax(dim=0).cpu()
 
     def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
         """Compute mIoU and accuracies from one confusion matrix over all pixels, in the size of the files."""
@@ -287,17 +287,17 @@ class Segments(_Scenes):
 
         confusion: Any = 0
         skipped, seen, seconds, start = list(images.skipped), 0, 0.0, time.perf_counter()
-        for pictures, (true, *_), problems in progress(self._loader(images, workers, collate), "evaluating"):
+        for inputs, (true, *_), problems in progress(self._loader(images, workers, collate), "evaluating"):
             skipped += problems
             if not true.numel():
                 continue
             begun = time.perf_counter()
-            predicted = self._labels(pictures[0], (true.shape[0], true.shape[1]))
+            predicted = self._labels(inputs[0], (true.shape[0], true.shape[1]))
             seconds += time.perf_counter() - begun
             confusion = confusion + confusion_matrix(true, predicted, len(self.class_names))
             seen += 1
         if not seen:
-            raise ValueError(f"no picture to evaluate on: {skipped[0]}")
+            raise ValueError(f"no image to evaluate on: {skipped[0]}")
         measured = numbers(confusion)
         iou = measured.pop("iou")
         classes = [
@@ -308,9 +308,9 @@ class Segments(_Scenes):
         result = {**measured, "images": seen, **rates, **self.how, "ignored_label": IGNORE, "per_class": classes}
         return Measured(result, text, _ranked(classes, "IoU"), skipped)
 
-    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
+    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
         """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
-        labels = self._labels(self.model.prepare(picture), (picture.height, picture.width))
+        labels = self._labels(self.model.prepare(image), (image.height, image.width))
         ids = np.asarray(self.config["class_ids"], dtype=np.uint8)
         mask = Image.fromarray(ids[labels.numpy()], mode="P")
         colors = np.zeros((256, 3), dtype=np.uint8)
@@ -318,7 +318,7 @@ class Segments(_Scenes):
         mask.putpalette(colors.tobytes())
         shares = labels.flatten().bincount(minlength=len(self.class_names)) / labels.numel()
         there = {self.class_names[i]: shares[i].item() for i in shares.argsort(descending=True).tolist() if shares[i]}
-        drawn = draw_segments(picture, labels, self.class_names, self.config["colors"])
+        drawn = draw_segments(image, labels, self.class_names, self.config["colors"])
         text = ", ".join(f"{n} {share:.1%}" for n, share in there.items())
         return Predicted({"shares": there}, text, {"-overlay.png": _png(drawn), "-mask.png": _png(mask)}, [])
 
@@ -327,17 +327,17 @@ class Segments(_Scenes):
         pairs = []
         for index in indices:
             try:
-                picture, true = images.read(index)
+                image, true = images.read(index)
             except ValueError:  # unreadable
                 continue
-            labels = self._labels(self.model.prepare(picture), (picture.height, picture.width))
+            labels = self._labels(self.model.prepare(image), (image.height, image.width))
             pairs.append(
-                tuple(draw_segments(picture, shown, self.class_names, self.config["colors"]) for shown in (true, labels))
+                tuple(draw_segments(image, shown, self.class_names, self.config["colors"]) for shown in (true, labels))
             )
         return pairs  # type: ignore[return-value]
 
 
 def write_results(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """Write COCO's results of all pictures as results.json; return the file."""
+    """Write COCO's results of all images as results.json; return the file."""
     write_file(out / "results.json", json.dumps(results))
     return str(out / "results.json")

@@ -1,4 +1,4 @@
-"""What every task shares: optimiser and schedule, averaged weights, sharding, steps that are skipped, pictures that are bad."""
+"""What every task shares: optimiser and schedule, averaged weights, sharding, steps that are skipped, images that are bad."""
 
 import copy
 from abc import abstractmethod
@@ -14,11 +14,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torchmetrics import MeanMetric
 
+from ..data.samples import Samples
+from ..data.seeding import seed_all
 from ..models.groupmixformer import GroupMixFormer
 from .loaders import Loaders
 from .recipe import Recipe
-from ..data.samples import Samples
-from ..data.seeding import seed_all
 
 
 class Task(lightning.LightningModule):
@@ -82,7 +82,7 @@ class Task(lightning.LightningModule):
                 self.notes += samples.left_out(name, recipe.bad_limit)
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
-        self.unreadable: dict[str, None] = {}  # pictures, with the reason
+        self.unreadable: dict[str, None] = {}  # images, with the reason
         self.train_loss = MeanMetric(nan_strategy="ignore")
         self._losses: list[tuple[float, float]] = []  # a run that is resumed inside an epoch reports the whole epoch's loss
         self._statistics: list[torch.Tensor] = []
@@ -213,7 +213,7 @@ class Task(lightning.LightningModule):
             self.notes.append(f"{self.recipe.checkpoint}: does not fit {len(parameters)} parameters, which stay new: {few}")
 
     def note_unreadable(self, problems: Sequence[str]) -> None:
-        """Count unreadable pictures.
+        """Count unreadable images.
 
         Args:
             problems: Names and reasons.
@@ -225,14 +225,14 @@ class Task(lightning.LightningModule):
         self.check_unreadable(list(self.unreadable))
 
     def check_unreadable(self, found: Sequence[str]) -> None:
-        """Stop the run if so many pictures, of one process or of all, are more than the recipe allows.
+        """Stop the run if so many images, of one process or of all, are more than the recipe allows.
 
         Raises:
             ValueError: If they are.
         """
         if len(found) > self.recipe.bad_limit * self.loaders.samples:
             raise ValueError(
-                f"{len(found)} of {self.loaders.samples} training pictures cannot be read, more than bad_limit "
+                f"{len(found)} of {self.loaders.samples} training images cannot be read, more than bad_limit "
                 f"({self.recipe.bad_limit:.2%}) allows: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"
             )
 
@@ -244,7 +244,7 @@ class Task(lightning.LightningModule):
         return gathered
 
     def all_unreadable(self) -> list[str]:
-        """Return the unreadable pictures of all processes; all must call this."""
+        """Return the unreadable images of all processes; all must call this."""
         return sorted({name for names in self._of_all(list(self.unreadable)) for name in names})
 
     def whole_model(self) -> nn.Module:

@@ -86,16 +86,16 @@ class Augmentation:
 
 @dataclass
 class Detector:
-    """A detector of torchvision over a backbone of timm, and what is done to its pictures.
+    """A detector of torchvision over a backbone of timm, and what is done to its images.
 
     Args:
         architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages) or mask_rcnn (boxes and masks).
-        sizes: Shorter sides of training pictures besides image_size, in pixels; one of all is drawn for each picture.
+        sizes: Shorter sides of training images besides image_size, in pixels; one of all is drawn for each image.
         max_size: Limit of the longer side, in pixels.
         width: Channels of the feature pyramid and of the heads; the papers' is 256.
         anchor_scale: Side of the smallest anchors, in strides of their level: 8 is 32 pixels at stride 4.
-        regions: For two stages, the regions of a training picture from which the second one learns.
-        objects: Most objects to find in a picture.
+        regions: For two stages, the regions of a training image from which the second one learns.
+        objects: Most objects to find in an image.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
@@ -117,13 +117,13 @@ class Detector:
 
 @dataclass
 class Segmenter:
-    """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its pictures.
+    """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its images.
 
     Args:
         decoder: upernet, fpn, or another of segmentation_models_pytorch by its name.
         channels: Width of upernet and fpn; none for the library's.
         auxiliary: Weight of the loss of a second head on the features of stride 16, for training only; 0 for no such head.
-        scale: Range of the shorter side of a training picture in parts of image_size, before a square of that size is cut out.
+        scale: Range of the shorter side of a training image in parts of image_size, before a square of that size is cut out.
         hflip: Probability of a horizontal flip.
         photometric: Change brightness, contrast, saturation and hue at random.
         frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
@@ -162,7 +162,7 @@ class Recipe:
         drop_path_rate: Stochastic depth of the last block.
         ema: Decay of the averaged weights, which are then the ones that are validated and kept; none for no average.
         workers: Processes that load images for each process that trains; 0 loads in the training process.
-        bad_limit: Share of the training pictures that may be unreadable before the run stops; fewer are replaced and counted.
+        bad_limit: Share of the training images that may be unreadable before the run stops; fewer are replaced and counted.
         skip_limit: Steps in a row that may be skipped because their gradients are not finite before the run stops.
         save_minutes: Minutes between checkpoints inside an epoch; each epoch ends with one too.
         log_steps: Steps between entries of the TensorBoard log; metrics.csv has a row for each epoch.
@@ -180,8 +180,8 @@ class Recipe:
         optimizer: The optimiser.
         schedule: The learning rate over time.
         augmentation: For classification, what is done to training images.
-        detector: For detection, the detector and what is done to its pictures.
-        segmenter: For segmentation, the decoder and what is done to its pictures.
+        detector: For detection, the detector and what is done to its images.
+        segmenter: For segmentation, the decoder and what is done to its images.
     """
 
     data: str

@@ -29,8 +29,8 @@ from torch import nn
 
 from ..files import write_file, write_rows
 from .loaders import STOP_SIGNALS
-from .recipe import Recipe, write_recipe
 from .module import Task
+from .recipe import Recipe, write_recipe
 
 
 class Stopped(BaseException):
@@ -117,7 +117,7 @@ class Keep(Callback):
         self._save(trainer, due=True)
 
 
-NOTES = {"skipped_steps": "steps skipped", "unreadable": "pictures unreadable"}
+NOTES = {"skipped_steps": "steps skipped", "unreadable": "images unreadable"}
 
 
 class Patience(EarlyStopping):
@@ -296,7 +296,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    task: Task = import_module(f"groupmixformer.tasks.{recipe.task}.training").start(recipe, world_size)  # the others may lack what they need
+    task: Task = import_module(f"groupmixformer.tasks.{recipe.task}.training").start(
+        recipe, world_size
+    )  # the others may lack what they need
     if recipe.compile:
         task.compile_model()
     if first:

@@ -1,4 +1,4 @@
-"""Boxes, masks and segments drawn on a copy of the picture."""
+"""Boxes, masks and segments drawn on a copy of the image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,29 +12,29 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..tasks.segmentation.data import palette
 
-SIDE = 480  # smaller pictures are enlarged to this shorter side, so that names can be read
+SIDE = 480  # smaller images are enlarged to this shorter side, so that names can be read
 
 
-def _canvas(picture: Image.Image) -> tuple[Tensor, float]:
-    """Return the picture (3, H, W), uint8, enlarged if it is small, and the factor."""
-    factor = max(1.0, SIDE / min(picture.size))
-    size = [round(side * factor) for side in (picture.height, picture.width)]
-    return F.pil_to_tensor(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)), factor
+def _canvas(image: Image.Image) -> tuple[Tensor, float]:
+    """Return the image (3, H, W), uint8, enlarged if it is small, and the factor."""
+    factor = max(1.0, SIDE / min(image.size))
+    size = [round(side * factor) for side in (image.height, image.width)]
+    return F.pil_to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC)), factor
 
 
-def draw_objects(picture: Image.Image, objects: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
+def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
     """Draw boxes and masks with names and scores.
 
     Args:
-        picture: RGB.
+        image: RGB.
         objects: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on; maybe scores (N), and masks (N, H, W) of
             booleans.
         names: Of the classes.
 
     Returns:
-        A copy, enlarged if the picture is small.
+        A copy, enlarged if the image is small.
     """
-    canvas, factor = _canvas(picture)
+    canvas, factor = _canvas(image)
     labels = objects["labels"].tolist()
     if not labels:
         return F.to_pil_image(canvas)
@@ -56,19 +56,19 @@ def draw_objects(picture: Image.Image, objects: Mapping[str, Tensor], names: Seq
     return F.to_pil_image(drawn)
 
 
-def draw_segments(picture: Image.Image, labels: Tensor, names: Sequence[str], colors: Sequence[Sequence[int]]) -> Image.Image:
-    """Lay the colours of the classes over a picture, with a legend at its side.
+def draw_segments(image: Image.Image, labels: Tensor, names: Sequence[str], colors: Sequence[Sequence[int]]) -> Image.Image:
+    """Lay the colours of the classes over an image, with a legend at its side.
 
     Args:
-        picture: RGB.
+        image: RGB.
         labels: Class of each pixel (H, W); others than the classes stay as they are.
         names: Of the classes.
         colors: Of the classes: red, green, blue.
 
     Returns:
-        A copy, enlarged if the picture is small, with the classes that are in it listed from the largest on.
+        A copy, enlarged if the image is small, with the classes that are in it listed from the largest on.
     """
-    canvas, _ = _canvas(picture)
+    canvas, _ = _canvas(image)
     labels = F.resize(labels[None].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST)[0]
     counts = labels.flatten().bincount(minlength=256)[: len(names)]
     there = [index for index in counts.argsort(descending=True).tolist() if counts[index]]

@@ -1,4 +1,4 @@
-"""Figures of what a network looks at, laid over the pictures."""
+"""Figures of what a network looks at, laid over the images."""
 
 import io
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of panels: the picture, then what is laid over it.
+    """A row of panels: the image, then what is laid over it.
 
     Attributes:
-        picture: (h, w, 3), 0 to 1.
+        image: (h, w, 3), 0 to 1.
         name: What stands left of it.
         point: Row and column of the query that is marked.
         box: Of an object that is marked: left, top, right, bottom.
@@ -34,7 +34,7 @@ class Row:
         relevance: (h, w), 0 to 1.
     """
 
-    picture: NDArray[Any]
+    image: NDArray[Any]
     name: str = ""
     point: tuple[float, float] | None = None
     box: Sequence[float] | None = None
@@ -43,11 +43,11 @@ class Row:
 
 
 def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance") -> Figure:
-    """Draw pictures and, side by side, what positions in them attend to by group size, and relevance where there is any.
+    """Draw images and, side by side, what positions in them attend to by group size, and relevance where there is any.
 
     Args:
         rows: What to draw.
-        title: What stands over the pictures.
+        title: What stands over the images.
         relevance: What stands over the relevance.
     """
     groups = any(row.strengths is not None for row in rows)
@@ -55,20 +55,20 @@ def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance"
     if any(row.relevance is not None for row in rows):
         titles.append(relevance)
     side = 1.6  # width of a panel in inches
-    heights = [side * min(max(row.picture.shape[0] / row.picture.shape[1], 0.3), 3) for row in rows]
+    heights = [side * min(max(row.image.shape[0] / row.image.shape[1], 0.3), 3) for row in rows]
     extra = 0.2 + 0.17 * max(text.count("\n") + 1 for text in titles)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=(side * len(titles) + 0.9, sum(heights) + 0.06 * len(rows) + extra), layout=layout)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
     for line, row in zip(axes, rows, strict=True):
-        line[0].imshow(row.picture)
+        line[0].imshow(row.image)
         line[0].set_ylabel(row.name, fontsize=8)
         panels = [*(row.strengths if row.strengths is not None else [None] * 4 * groups), row.relevance]
         for axis, values in zip(line[1:], panels, strict=False):
             if values is None:
                 axis.set_visible(False)
                 continue
-            axis.imshow(row.picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(row.image.mean(axis=2), cmap="gray", vmin=0, vmax=1)
             axis.imshow(values, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
         for axis in line:
             axis.set(xticks=[], yticks=[])

@@ -42,11 +42,11 @@ class Digits(Dataset[tuple[Any, int]]):
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
-class Pictures(Samples):
-    """A data set of pictures as (tensor (3, H, W), class, problem); a blank is of class -1.
+class ImageSamples(Samples):
+    """A data set of images as (tensor (3, H, W), class, problem); a blank is of class -1.
 
     Args:
-        source: Pairs of a picture and its class, by index.
+        source: Pairs of an image and its class, by index.
     """
 
     def __init__(self, source: Any) -> None:
@@ -57,14 +57,14 @@ class Pictures(Samples):
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """Name of a picture in messages: its file, if it has one."""
+        """Name of an image in messages: its file, if it has one."""
         if isinstance(self.source, ImageDataset):
             return str(self.source.filename(index, absolute=True))
         samples = getattr(self.source, "samples", None)  # torchvision's folders
-        return str(samples[index][0]) if samples else f"picture {index}"
+        return str(samples[index][0]) if samples else f"image {index}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return a picture as RGB and its class.
+        """Return an image as RGB and its class.
 
         Raises:
             ValueError: If it cannot be read.
@@ -75,7 +75,7 @@ class Pictures(Samples):
         try:
             image, label = self.source[index]
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.name(index)}: not a readable picture: {error}") from error
+            raise ValueError(f"{self.name(index)}: not a readable image: {error}") from error
         return to_rgb(image), int(label)
 
     def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
@@ -92,22 +92,22 @@ class Pictures(Samples):
 
 
 def collate(samples: Sequence[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Make a batch: images (B, 3, H, W), classes (B) and the problems there were, one for each unreadable picture."""
+    """Make a batch: images (B, 3, H, W), classes (B) and the problems there were, one for each unreadable image."""
     images, classes, problems = zip(*samples, strict=True)
     return default_collate(list(images)), torch.tensor(classes), [line for text in problems for line in text.splitlines()]
 
 
 @dataclass
 class ImageData:
-    """Training and held-out pictures of one data set; `train` is None where only an evaluation was asked for."""
+    """Training and held-out images of one data set; `train` is None where only an evaluation was asked for."""
 
     train: Any
     held_out: Any
     class_names: list[str]
 
 
-def _class_folders(folder: Path) -> tuple[Pictures, list[str]]:
-    """Open a folder of one folder of pictures per class, of which there must be two or more with pictures in each."""
+def _class_folders(folder: Path) -> tuple[ImageSamples, list[str]]:
+    """Open a folder of one folder of images per class, of which there must be two or more with images in each."""
     names = {child.name for child in folder.iterdir() if child.is_dir()}
     empty = sorted(n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*")))
     if len(names) < 2 or empty:
@@ -120,8 +120,8 @@ def _class_folders(folder: Path) -> tuple[Pictures, list[str]]:
     found = source.reader.class_to_idx  # in timm's order, which is natural: 2 before 10
     if set(found) != names:
         other = min(set(found) ^ names)
-        raise ValueError(f"{folder}: expected pictures directly in the folders of the classes; found a folder {other} in one")
-    return Pictures(source), sorted(found, key=found.__getitem__)
+        raise ValueError(f"{folder}: expected images directly in the folders of the classes; found a folder {other} in one")
+    return ImageSamples(source), sorted(found, key=found.__getitem__)
 
 
 def _folder(path: Path, need_train: bool) -> ImageData:
@@ -159,7 +159,7 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
     """
     if name == "digits":
-        return ImageData(Pictures(Digits("train")), Pictures(Digits("held-out")), [str(digit) for digit in range(10)])
+        return ImageData(ImageSamples(Digits("train")), ImageSamples(Digits("held-out")), [str(digit) for digit in range(10)])
     if Path(name).is_dir():
         return _folder(Path(name), need_train)
     if name.startswith(("hfids/", "wds/")):
@@ -172,7 +172,7 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
     names = getattr(train, "classes", None)  # torchvision's
     if names is None:  # Hugging Face's
         names = train.reader.dataset.features[train.reader.label_key].names
-    return ImageData(Pictures(train), Pictures(held_out), [str(n) for n in names])
+    return ImageData(ImageSamples(train), ImageSamples(held_out), [str(n) for n in names])
 
 
 def data_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def train_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """From a picture to an augmented, normalised tensor (3, H, W), by timm's training transform."""
+    """From an image to an augmented, normalised tensor (3, H, W), by timm's training transform."""
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
         config["input_size"],
         is_training=True,
@@ -211,7 +211,7 @@ def train_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Cal
 
 
 def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """From a picture to a normalised tensor (3, H, W), by timm's evaluation transform."""
+    """From an image to a normalised tensor (3, H, W), by timm's evaluation transform."""
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
         **{key: config[key] for key in keys if key in config}, is_training=False
@@ -219,7 +219,7 @@ def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tens
     return transform
 
 
-def eval_loader(pictures: Any, config: dict[str, Any], batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
+def eval_loader(images: Any, config: dict[str, Any], batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
     """Batches in order, resized and cropped by `config`."""
-    pictures.transform = eval_transform(config)
-    return DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    images.transform = eval_transform(config)
+    return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())

@@ -18,13 +18,13 @@ class Evaluation:
 
     Attributes:
         metrics: top1 and top5 as shares of 1; loss, the mean cross entropy in nats; calibration_error, the expected calibration
-            error as a share of 1; images, which is N; skipped, the number of pictures that could not be read; images_per_second
+            error as a share of 1; images, which is N; skipped, the number of images that could not be read; images_per_second
             of the whole evaluation, loading included, and model_images_per_second of the model alone.
         predicted: Most likely class of each image (N).
         confidence: Probability of that class (N), float32.
         true: True class of each image (N).
         positions: Place of each image in the loader's order (N), in which those left out have theirs too.
-        problems: A line for each picture that could not be read: its file and the reason.
+        problems: A line for each image that could not be read: its file and the reason.
     """
 
     metrics: dict[str, float]
@@ -57,7 +57,7 @@ def evaluate(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dty
     Args:
         model: A classifier in eval mode; its device is used.
         loader: Batches of (images (B, 3, H, W), classes (B)) or (images, classes, problems). Images of class -1 are left out:
-            their pictures could not be read, and `problems` has a line for each; those that only fill up a batch have none.
+            their images could not be read, and `problems` has a line for each; those that only fill up a batch have none.
         dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A trained classifier with what is stored beside it, ready to look at pictures; scenes.py has its siblings for other tasks."""
+"""A trained classifier with what is stored beside it, ready to look at images; scenes.py has its siblings for other tasks."""
 
 import math
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ Point = tuple[int, int]  # row and column
 
 @dataclass(frozen=True)
 class View:
-    """A picture as a network sees it.
+    """An image as a network sees it.
 
     Attributes:
         images: What the backbone takes (1, 3, H, W).
-        pixels: The picture in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
-        original: Height and width of the picture before.
+        pixels: The image in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
+        original: Height and width of the image before.
         factors: By which its height and width were multiplied.
         offsets: Pixels that came before its first row and column; negative where it was cropped.
     """
@@ -40,14 +40,14 @@ class View:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the picture as it is seen."""
+        """Height and width of the image as it is seen."""
         return self.pixels.shape[0], self.pixels.shape[1]
 
     def seen(self, point: Sequence[int]) -> Point:
         """Return the pixel that holds the middle of a pixel of the original.
 
         Raises:
-            ValueError: If it lies outside of the picture, or of what was left after the crop.
+            ValueError: If it lies outside of the image, or of what was left after the crop.
         """
         if not all(0 <= at < side for at, side in zip(point, self.original, strict=True)):
             height, width = self.original
@@ -82,12 +82,12 @@ class View:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What was found in a picture.
+    """What was found in an image.
 
     Attributes:
         result: For a JSON object.
         text: In a line.
-        files: Contents by the ending of their name: the drawn picture, and for segments the mask; nothing for classes.
+        files: Contents by the ending of their name: the drawn image, and for segments the mask; nothing for classes.
         results: For boxes and masks, COCO's results.
     """
 
@@ -114,12 +114,12 @@ def class_names(model: Any) -> list[str]:
 
 
 def most_pixels(model: Any, task: str) -> int:
-    """Return how many pixels a stranger's picture may have: 64 million, or fewer if a network fills planes of its size.
+    """Return how many pixels a stranger's image may have: 64 million, or fewer if a network fills planes of its size.
 
     A segmenter fills one for each class and Mask R-CNN one for each object, which take 4 GB together at most.
 
     Args:
-        model: A classifier, detector or segmenter, ready to look at pictures.
+        model: A classifier, detector or segmenter, ready to look at images.
         task: Of the model.
     """
     planes = len(model.class_names) if task == "segmentation" else 0
@@ -141,7 +141,7 @@ class Classes:
         model: In eval mode.
         class_names: In the order of its logits.
         config: Size, crop and colours of the model's input.
-        transform: From a picture (RGB) to the model's input (C, H, W).
+        transform: From an image (RGB) to the model's input (C, H, W).
     """
 
     def __init__(self, run: str | Path, device: torch.device, image_size: int | None = None, top: int = 5) -> None:
@@ -151,22 +151,22 @@ class Classes:
         self.config = data_config(self.model, image_size)
         self.transform: Any = eval_transform(self.config)
 
-    def view(self, picture: Image.Image) -> View:
-        """Prepare a picture (RGB), following the transform step by step to know where each pixel goes."""
-        original, factors, offsets = (picture.height, picture.width), [1.0, 1.0], [0, 0]
-        made: Any = picture
+    def view(self, image: Image.Image) -> View:
+        """Prepare an image (RGB), following the transform step by step to know where each pixel goes."""
+        original, factors, offsets = (image.height, image.width), [1.0, 1.0], [0, 0]
+        made: Any = image
         for step in self.transform.transforms:
             made = step(made)
             if not isinstance(made, Image.Image):
                 continue  # a tensor, whose pixels stay where they are
-            for i, (old, new) in enumerate(((picture.height, made.height), (picture.width, made.width))):
+            for i, (old, new) in enumerate(((image.height, made.height), (image.width, made.width))):
                 if "Crop" in type(step).__name__:  # as torchvision and timm round
                     offsets[i] += (new - old) // 2 if new > old else -round((old - new) / 2)
                 else:
                     factors[i] *= new / old
-            picture = made
+            image = made
         images = made[None].to(self.device)
-        return View(images, np.asarray(picture), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
+        return View(images, np.asarray(image), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Classes:
         return self.model(images.to(self.device)).float().softmax(dim=1).cpu()
 
     def ranked(self, probabilities: Tensor) -> Predicted:
-        """Name the likeliest classes of one picture, from its probabilities (classes)."""
+        """Name the likeliest classes of one image, from its probabilities (classes)."""
         best = probabilities.topk(min(self.top, len(probabilities)))
         classes = [
             {"class": self.class_names[index], "index": index, "probability": probability}
@@ -182,6 +182,6 @@ class Classes:
         ]
         return Predicted({"classes": classes}, ", ".join(f"{c['class']} {c['probability']:.1%}" for c in classes), {}, [])
 
-    def predict(self, picture: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
-        """Classify a picture (RGB); its name and a score matter for detection alone."""
-        return self.ranked(self.probabilities(self.transform(picture)[None])[0])
+    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
+        """Classify an image (RGB); its name and a score matter for detection alone."""
+        return self.ranked(self.probabilities(self.transform(image)[None])[0])

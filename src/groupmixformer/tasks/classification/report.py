@@ -15,13 +15,13 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor, nn
 
-from .data import eval_transform
-from .metrics import Evaluation, reliability
-from ...models.attention_maps import attention_maps, by_group_size, suited_stage
-from ...visual.figures import BLUE, ORANGE, Row, drawn, overlay_figure
 from ...files import write_file
+from ...models.attention_maps import attention_maps, by_group_size, suited_stage
 from ...models.groupmixformer import GroupMixFormer
 from ...training.trainer import read_metrics
+from ...visual.figures import BLUE, ORANGE, Row, drawn, overlay_figure
+from .data import eval_transform
+from .metrics import Evaluation, reliability
 
 
 def curves(folder: Path, metric: str, name: str) -> Figure:
@@ -88,22 +88,22 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def _examples(pictures: Sequence[Image.Image], titles: Sequence[str], colors: Sequence[str]) -> Figure:
+def _examples(images: Sequence[Image.Image], titles: Sequence[str], colors: Sequence[str]) -> Figure:
     columns = 8
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, picture, title, color in zip(figure.axes, pictures, titles, colors, strict=False):
-        axes.imshow(picture)
+    for axes, image, title, color in zip(figure.axes, images, titles, colors, strict=False):
+        axes.imshow(image)
         axes.set_title(title, fontsize=7, color=color)
     return figure
 
 
-def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: dict[str, Any]) -> Figure:
-    """Draw, for the centre of each picture, where the last block of stage 2 looks, by group size."""
+def _attention(model: GroupMixFormer, images: Sequence[Image.Image], config: dict[str, Any]) -> Figure:
+    """Draw, for the centre of each image, where the last block of stage 2 looks, by group size."""
     transform = eval_transform(config)
-    inputs = torch.stack([transform(picture) for picture in pictures])
+    inputs = torch.stack([transform(image) for image in images])
     height, width = inputs.shape[-2:]
     stage = suited_stage((height, width), range(min(3, len(model.stages))))
     with torch.inference_mode():
@@ -111,8 +111,8 @@ def _attention(model: GroupMixFormer, pictures: Sequence[Image.Image], config: d
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     seen = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     rows = [
-        Row(picture, point=(height // 2, width // 2), strengths=strengths)
-        for picture, strengths in zip(seen, maps.numpy(), strict=True)
+        Row(image, point=(height // 2, width // 2), strengths=strengths)
+        for image, strengths in zip(seen, maps.numpy(), strict=True)
     ]
     return overlay_figure(rows, "query marked")
 
@@ -125,7 +125,7 @@ def write_report(
     evaluation: Evaluation,
     config: dict[str, Any],
 ) -> Path:
-    """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
+    """Write report.html, one file with its images inside, and the images beside it in report/.
 
     Args:
         folder: Folder of the run.
@@ -142,7 +142,7 @@ def write_report(
     wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
     right = (predicted == true).nonzero().flatten().tolist()
     right = right[:: max(1, len(right) // 16)][:16]
-    if not hasattr(images, "read"):  # a stream, which does not give a picture by its number
+    if not hasattr(images, "read"):  # a stream, which does not give an image by its number
         wrong, right = [], []
     chosen = {i: images.read(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
 
@@ -165,7 +165,7 @@ def write_report(
     if right:
         sections["Held-out images it gets right"] = ("right", shown(right))
     if isinstance(model, GroupMixFormer) and right:
-        caption = "What the centre of a picture attends to, by group size (magnitude of the implied attention)"
+        caption = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
         sections[caption] = ("attention", _attention(model, [chosen[i] for i in right[:4]], config))
 
     rows = {
@@ -174,13 +174,13 @@ def write_report(
         "loss": f"{metrics['loss']:.4f}",
         "calibration error": f"{metrics['calibration_error']:.2%}",
         "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
-        **({"held-out pictures left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
+        **({"held-out images left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
     }
     return write_page(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", rows, sections)
 
 
 def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Figure]]) -> Path:
-    """Write report.html, one file with its pictures inside, and the pictures beside it in report/.
+    """Write report.html, one file with its images inside, and the images beside it in report/.
 
     Args:
         folder: Folder of the run.
@@ -226,21 +226,21 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
 
 
 def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
-    """Write a few held-out pictures of different classes to examples/, to try `gmf predict` on."""
+    """Write a few held-out images of different classes to examples/, to try `gmf predict` on."""
     (folder / "examples").mkdir(exist_ok=True)
     paths: dict[int, Path] = {}
     for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "read") else ():
         try:
-            picture, label = images.read(int(index))
+            image, label = images.read(int(index))
         except ValueError:  # unreadable
             continue
         if label not in paths:
             name = "".join(c if c.isalnum() else "_" for c in class_names[label])
             paths[label] = folder / "examples" / f"{name}.png"
-            picture.save(paths[label])
+            image.save(paths[label])
         if len(paths) == min(number, len(class_names)):
             break
     return list(paths.values())
 
 
-mpl.use("agg")  # pictures go to files
+mpl.use("agg")  # images go to files

@@ -14,11 +14,11 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ...models.checkpoint import architecture, load_model, model_name, save_checkpoint
-from .data import ImageData, collate, data_config, eval_transform, open_images, train_transform
 from ...models.groupmixformer import GroupMixFormer
 from ...training.loaders import Loaders
-from ...training.recipe import Recipe
 from ...training.module import Task
+from ...training.recipe import Recipe
+from .data import ImageData, collate, data_config, eval_transform, open_images, train_transform
 
 
 def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:

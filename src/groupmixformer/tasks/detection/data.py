@@ -21,7 +21,7 @@ from ...data.images import read_image
 from ...data.samples import Samples
 
 # What COCO's own evaluation prints, in its order: average precision at 0.50:0.95, 0.50 and 0.75, for small (below 32 x 32
-# pixels), medium and large (above 96 x 96) objects; average recall with 1, 10 and 100 objects a picture, and by size.
+# pixels), medium and large (above 96 x 96) objects; average recall with 1, 10 and 100 objects an image, and by size.
 NUMBERS = (
     "AP",
     "AP50",
@@ -77,21 +77,21 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _folder_of(annotations: Path, folder: Path, file_names: Iterable[str]) -> Path:
-    """Find the folder with the pictures: the first of the usual ones in which one of them lies."""
+    """Find the folder with the images: the first of the usual ones in which one of them lies."""
     split = annotations.stem.removeprefix("instances_")
     places = [folder / "images" / split, folder / split, folder / "images", folder, annotations.parent]
     return next((place for name in file_names for place in places if (place / name).is_file()), places[2])
 
 
-def _problem_of_picture(path: Path, width: int, height: int) -> str:
-    """Return what is wrong with a picture, by its head alone, or nothing."""
+def _problem_of_image(path: Path, width: int, height: int) -> str:
+    """Return what is wrong with an image, by its head alone, or nothing."""
     try:
         with Image.open(path) as image:
             size = image.size
     except FileNotFoundError:
         return f"{path}: no such file"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return f"{path}: not a readable picture"
+        return f"{path}: not a readable image"
     return "" if size == (width, height) else f"{path}: is {size[0]} x {size[1]} pixels and annotated as {width} x {height}"
 
 
@@ -137,23 +137,23 @@ def _finite(numbers: Any) -> bool:
 
 
 class CocoImages(Samples):
-    """The pictures of one split with their objects.
+    """The images of one split with their objects.
 
-    Training samples are (picture (3, H, W) in 0 to 1, target, problem); the target holds boxes (N, 4) as x1, y1, x2, y2 in
+    Training samples are (image (3, H, W) in 0 to 1, target, problem); the target holds boxes (N, 4) as x1, y1, x2, y2 in
     pixels, labels (N) from 1 on, and masks (N, H, W) if asked for. Crowds are left out of training, as is usual, and objects
-    that make no sense out of everything; pictures without objects stay. Evaluation samples are (picture, id of the picture,
+    that make no sense out of everything; images without objects stay. Evaluation samples are (image, id of the image,
     problem); a blank has id -1.
 
     Args:
-        folder: Holds annotations and pictures.
+        folder: Holds annotations and images.
         split: train, val or another.
         masks: Whether objects need masks.
-        transform: From (picture, target) to the two augmented; none for evaluation.
+        transform: From (image, target) to the two augmented; none for evaluation.
 
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
-        skipped: A line for each picture that is left out: missing, unreadable, or of another size than annotated.
-        dropped: A line for each object that is left out: without area, outside of the picture, of no category.
+        skipped: A line for each image that is left out: missing, unreadable, or of another size than annotated.
+        dropped: A line for each object that is left out: without area, outside of the image, of no category.
         truth: COCO's annotations of what is left, for the evaluation.
 
     Raises:
@@ -177,14 +177,14 @@ class CocoImages(Samples):
         self.folder = _folder_of(annotations, folder, (image["file_name"] for image in content["images"]))
         with ThreadPoolExecutor(8) as pool:
             found = pool.map(
-                lambda image: _problem_of_picture(self.folder / image["file_name"], image["width"], image["height"]),
+                lambda image: _problem_of_image(self.folder / image["file_name"], image["width"], image["height"]),
                 content["images"],
             )
             problems = list(found)
         self.skipped = [problem for problem in problems if problem]
         images = [image for image, problem in zip(content["images"], problems, strict=True) if not problem]
         if not images:
-            raise ValueError(f"{annotations}: none of its {len(problems)} pictures can be used: {self.skipped[0]}")
+            raise ValueError(f"{annotations}: none of its {len(problems)} images can be used: {self.skipped[0]}")
         self.dropped: list[str] = []
         objects = self._objects(content["annotations"], content["images"], {image["id"] for image in images})
         if not any(not thing["iscrowd"] for of_image in objects.values() for thing in of_image):
@@ -199,10 +199,10 @@ class CocoImages(Samples):
         ]
 
     def _objects(self, annotations: Iterable[Any], images: Sequence[Any], usable: set[Any]) -> dict[Any, list[dict[str, Any]]]:
-        """Check the objects, and gather them by picture."""
+        """Check the objects, and gather them by image."""
         by_id = {image["id"]: image for image in images}
         if len(by_id) < len(images):
-            raise ValueError(f"{self.annotations}: two pictures are annotated under one id, expected an id for each")
+            raise ValueError(f"{self.annotations}: two images are annotated under one id, expected an id for each")
         labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
         found: dict[Any, list[dict[str, Any]]] = {}
         for number, record in enumerate(annotations, start=1):
@@ -211,7 +211,7 @@ class CocoImages(Samples):
             name = f"object {record.get('id', number)} of {image['file_name'] if image else image_id}"
             try:
                 if image is None:
-                    raise ValueError("a picture that is not annotated")
+                    raise ValueError("an image that is not annotated")
                 thing = self._object(record, image, labels)
             except ValueError as error:
                 self.dropped.append(f"{name}: {error}")
@@ -233,7 +233,7 @@ class CocoImages(Samples):
         if w < 1 or h < 1:
             raise ValueError(f"box {box} is less than a pixel wide or high")
         if min(inside) < 1:
-            raise ValueError(f"box {box} lies outside of the picture of {width} x {height}")
+            raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
         area = record.get("area")
         thing = {
             "category_id": category,
@@ -254,7 +254,7 @@ class CocoImages(Samples):
         return len(self._records)
 
     def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
-        """Return a picture and its annotations.
+        """Return an image and its annotations.
 
         Raises:
             ValueError: If it cannot be read.
@@ -263,7 +263,7 @@ class CocoImages(Samples):
         return read_image(self.folder / record["file_name"]), record
 
     def target(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return boxes (N, 4), labels (N) and, if asked for, masks (N, H, W) of a picture, without crowds."""
+        """Return boxes (N, 4), labels (N) and, if asked for, masks (N, H, W) of an image, without crowds."""
         height, width = record["height"], record["width"]
         things = [thing for thing in record["objects"] if not thing["iscrowd"]]
         boxes = torch.tensor([thing["bbox"] for thing in things], dtype=torch.float32).reshape(-1, 4)
@@ -281,25 +281,25 @@ class CocoImages(Samples):
         return target
 
     def for_training(self, content: tuple[Image.Image, dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Augment a picture and its objects together."""
+        """Augment an image and its objects together."""
         assert self.transform is not None
-        picture, record = content
-        return self.transform(picture, self.target(record))
+        image, record = content
+        return self.transform(image, self.target(record))
 
     def for_evaluation(self, content: tuple[Image.Image, dict[str, Any]] | None) -> tuple[Tensor, int]:
-        """Give the picture and its id."""
+        """Give the image and its id."""
         if content is None:
             return torch.zeros(3, 32, 32), -1
         return to_tensor(content[0]), content[1]["id"]
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """From a picture to (3, H, W) in 0 to 1."""
-    return v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+def to_tensor(image: Image.Image) -> Tensor:
+    """From an image to (3, H, W) in 0 to 1."""
+    return v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
 
 
 def train_transform(hflip: float, vflip: float, color_jitter: float) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """From a picture and its target to the two augmented; objects that have become too small are left out."""
+    """From an image and its target to the two augmented; objects that have become too small are left out."""
     steps: list[Any] = [v2.ToImage()]
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
@@ -308,9 +308,9 @@ def train_transform(hflip: float, vflip: float, color_jitter: float) -> Callable
 
 
 def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Tensor], list[Any], list[str]]:
-    """Make a batch of lists, since pictures differ in size: pictures, targets (or ids), and the problems there were."""
-    pictures, targets, problems = zip(*samples, strict=True)
-    return list(pictures), list(targets), [line for problem in problems for line in problem.splitlines()]
+    """Make a batch of lists, since images differ in size: images, targets (or ids), and the problems there were."""
+    images, targets, problems = zip(*samples, strict=True)
+    return list(images), list(targets), [line for problem in problems for line in problem.splitlines()]
 
 
 def encode(masks: Tensor) -> list[dict[str, Any]]:
@@ -324,12 +324,12 @@ def encode(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def to_results(detections: Mapping[str, Tensor], image_id: Any, category_ids: Sequence[Any]) -> list[dict[str, Any]]:
-    """Turn what a detector found in one picture into COCO's results.
+    """Turn what a detector found in one image into COCO's results.
 
     Args:
         detections: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on, scores (N), and maybe masks (N, 1, H, W) of
             probabilities.
-        image_id: Of the picture.
+        image_id: Of the image.
         category_ids: Id of each label.
     """
     boxes = detections["boxes"].double().cpu()
@@ -345,7 +345,7 @@ def to_results(detections: Mapping[str, Tensor], image_id: Any, category_ids: Se
 
 
 def restrict(truth: Mapping[str, Any], ids: Container[Any]) -> dict[str, Any]:
-    """Return COCO's annotations of some pictures: those that could be read."""
+    """Return COCO's annotations of some images: those that could be read."""
     return {
         **truth,
         "images": [image for image in truth["images"] if image["id"] in ids],
@@ -360,7 +360,7 @@ def coco_numbers(
 
     Args:
         truth: COCO's annotations.
-        results: COCO's results for its pictures.
+        results: COCO's results for its images.
         kind: bbox or segm.
 
     Returns:

@@ -16,12 +16,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
 from ...models.checkpoint import save_network
-from .data import CocoImages, coco_numbers, collate, restrict, to_results, train_transform
 from ...training.loaders import Loaders
-from ...training.recipe import Recipe
 from ...training.module import Task
+from ...training.recipe import Recipe
+from ..backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
+from .data import CocoImages, coco_numbers, collate, restrict, to_results, train_transform
 
 
 class Pyramid(nn.Module):
@@ -47,21 +47,21 @@ class Pyramid(nn.Module):
 class Detector(Dense):
     """RetinaNet (Lin et al., 2017), Faster R-CNN (Ren et al., 2015) or Mask R-CNN (He et al., 2017), as torchvision has them.
 
-    Takes a list of pictures (3, H, W) in 0 to 1, of any sizes. In training it also takes their targets and gives the losses by
-    name; otherwise it gives for each picture boxes (N, 4) as x1, y1, x2, y2 in its pixels, labels (N) from 1 on, scores (N)
+    Takes a list of images (3, H, W) in 0 to 1, of any sizes. In training it also takes their targets and gives the losses by
+    name; otherwise it gives for each image boxes (N, 4) as x1, y1, x2, y2 in its pixels, labels (N) from 1 on, scores (N)
     and, for Mask R-CNN, masks (N, 1, H, W) of probabilities, the best first.
 
     Args:
         backbone: With features of strides 4 to 32, of which RetinaNet takes those from 8 on.
         num_classes: Number of classes, without the background.
         architecture: retinanet, faster_rcnn or mask_rcnn.
-        image_size: Shorter side to which pictures are resized, in pixels.
+        image_size: Shorter side to which images are resized, in pixels.
         max_size: Limit of the longer side.
         sizes: Other shorter sides for training, of which one of all is drawn.
         width: Channels of the feature pyramid and of the heads.
         anchor_scale: Side of the smallest anchors, in strides of their level.
-        regions: Regions of a training picture from which the second stage learns.
-        objects: Most objects to find in a picture.
+        regions: Regions of a training image from which the second stage learns.
+        objects: Most objects to find in an image.
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         options: Weights of the backbone, and its stochastic depth.
@@ -121,7 +121,7 @@ class Detector(Dense):
                 **heads,
                 **shared,
             )
-            # torchvision takes the strides from the first picture that it sees, wrongly if much of that is filling.
+            # torchvision takes the strides from the first image that it sees, wrongly if much of that is filling.
             for pool in (self.network.roi_heads.box_roi_pool, self.network.roi_heads.mask_roi_pool):
                 if pool is not None:
                     maps = {str(level): torch.zeros(1, 1, 64 >> level, 64 >> level) for level in range(4)}
@@ -139,9 +139,9 @@ class Detector(Dense):
         """Whether it finds masks too."""
         return isinstance(self.network, detection.MaskRCNN)
 
-    def forward(self, pictures: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """Return the losses by name in training, otherwise what is found in each picture."""
-        found = self.network(pictures, targets)
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Return the losses by name in training, otherwise what is found in each image."""
+        found = self.network(images, targets)
         if self.training or not isinstance(self.network, detection.RetinaNet):
             return found
         # RetinaNet has logits for the background too, although nothing is ever labelled so.
@@ -196,20 +196,20 @@ class Detection(Task):
         self.note_new(new)
         self.truth = held_out.truth
         self.monitor = "val_mask_AP" if model.masks else "val_box_AP"
-        self.found: list[tuple[Any, list[dict[str, Any]]]] = []  # of each held-out picture
+        self.found: list[tuple[Any, list[dict[str, Any]]]] = []  # of each held-out image
 
     def compile_model(self) -> None:
-        """Compile the backbone; the rest depends on what is found in a picture."""
+        """Compile the backbone; the rest depends on what is found in an image."""
         self.model.body.compile()
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]], list[str]], batch_idx: int) -> Tensor:
-        """Return the sum of the detector's losses for a batch of pictures, targets and problems."""
-        pictures, targets, problems = batch
+        """Return the sum of the detector's losses for a batch of images, targets and problems."""
+        images, targets, problems = batch
         self.note_unreadable(problems)
-        losses: Mapping[str, Tensor] = self.model(pictures, targets)
+        losses: Mapping[str, Tensor] = self.model(images, targets)
         loss = torch.stack(list(losses.values())).sum()
-        self.log_dict(dict(losses), batch_size=len(pictures))
-        self.log_loss(loss, len(pictures))
+        self.log_dict(dict(losses), batch_size=len(images))
+        self.log_loss(loss, len(images))
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -217,19 +217,19 @@ class Detection(Task):
         self.found = []
 
     def validation_step(self, batch: tuple[list[Tensor], list[Any], list[str]], batch_idx: int) -> None:
-        """Find objects in held-out pictures; those of id -1 fill up a batch and do not count."""
-        pictures, ids, _ = batch
+        """Find objects in held-out images; those of id -1 fill up a batch and do not count."""
+        images, ids, _ = batch
         wanted = [i for i, image_id in enumerate(ids) if image_id != -1]
         if wanted:
-            outputs = [self.evaluated([pictures[i]])[0] for i in wanted]  # together, they would be padded to one size
+            outputs = [self.evaluated([images[i]])[0] for i in wanted]  # together, they would be padded to one size
             self.found += [(ids[i], to_results(o, ids[i], self.category_ids)) for i, o in zip(wanted, outputs, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
-        """Compute COCO's numbers over the pictures of all processes, on the first of them."""
+        """Compute COCO's numbers over the images of all processes, on the first of them."""
         found = dict(pair for pairs in self._of_all(self.found) for pair in pairs)
         numbers: dict[str, float] = {}
         if self.trainer.is_global_zero:
-            # In the order of the annotations, whatever process a picture was on: that decides between equal scores.
+            # In the order of the annotations, whatever process an image was on: that decides between equal scores.
             results = [result for image in self.truth["images"] for result in found.get(image["id"], [])]
             truth = restrict(self.truth, found)
             for kind, name in (("bbox", "box"), *((("segm", "mask"),) if self.evaluated.masks else ())):

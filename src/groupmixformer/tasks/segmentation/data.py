@@ -61,27 +61,27 @@ def palette(number: int) -> list[list[int]]:
     return [[round(255 * part) for part in colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0)] for i in range(number)]
 
 
-def _problem_of_pair(picture: Path, mask: Path) -> str:
-    """Return what is wrong with a picture and its mask, by their heads alone, or nothing."""
+def _problem_of_pair(image: Path, mask: Path) -> str:
+    """Return what is wrong with an image and its mask, by their heads alone, or nothing."""
     sizes = []
-    for path in (picture, mask):
+    for path in (image, mask):
         try:
-            with Image.open(path) as image:
-                sizes.append(image.size)
-                mode = image.mode
+            with Image.open(path) as opened:
+                sizes.append(opened.size)
+                mode = opened.mode
         except FileNotFoundError:
-            return f"{picture}: has no mask {path}" if path == mask else f"{path}: no such file"
+            return f"{image}: has no mask {path}" if path == mask else f"{path}: no such file"
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return f"{path}: not a readable picture"
+            return f"{path}: not a readable image"
     if sizes[0] != sizes[1]:
-        return f"{mask}: is {sizes[1][0]} x {sizes[1][1]} pixels and its picture {sizes[0][0]} x {sizes[0][1]}"
+        return f"{mask}: is {sizes[1][0]} x {sizes[1][1]} pixels and its image {sizes[0][0]} x {sizes[0][1]}"
     return "" if mode in ("L", "P", "1") else f"{mask}: is of mode {mode}, expected one channel of class numbers"
 
 
 class SemanticImages(Samples):
-    """The pictures of one split with the class of each pixel.
+    """The images of one split with the class of each pixel.
 
-    Training samples are (picture (3, H, W), labels (H, W), problem), augmented together; evaluation samples are (picture
+    Training samples are (image (3, H, W), labels (H, W), problem), augmented together; evaluation samples are (image
     (3, h, w), labels (H, W) in the size of the file, problem), and a blank has labels of (0, 0). Labels count from 0; `IGNORE`
     marks pixels that do not count.
 
@@ -89,15 +89,15 @@ class SemanticImages(Samples):
         folder: Holds images/SPLIT, masks/SPLIT and classes.json; or images/training, annotations/training and so on as ADE20K,
             of which class 0 is ignored.
         split: train, val or another.
-        transform: From (picture, labels) to the two augmented; none for evaluation.
-        prepare: From a picture to the tensor that a model takes; for evaluation.
+        transform: From (image, labels) to the two augmented; none for evaluation.
+        prepare: From an image to the tensor that a model takes; for evaluation.
 
     Attributes:
         class_names: Names of the classes, in the order of their labels.
         class_ids: Their numbers in the mask files.
         colors: Their colours for display.
-        names: The picture files.
-        skipped: A line for each picture that is left out: without a mask, unreadable, or of another size than its mask.
+        names: The image files.
+        skipped: A line for each image that is left out: without a mask, unreadable, or of another size than its mask.
 
     Raises:
         ValueError: If there is no such data set.
@@ -115,31 +115,31 @@ class SemanticImages(Samples):
         ignore: int | None
         if (folder / "classes.json").is_file():
             self.class_names, self.class_ids, self.colors, ignore = _classes(folder / "classes.json")
-            pictures, masks = folder / "images" / split, folder / "masks" / split
+            images, masks = folder / "images" / split, folder / "masks" / split
         elif (folder / "annotations" / "training").is_dir():
             self.class_names = _ade20k_classes(folder)
             self.class_ids, ignore = list(range(1, len(self.class_names) + 1)), 0
             self.colors = palette(len(self.class_names))
             split = ADE20K.get(split, split)
-            pictures, masks = folder / "images" / split, folder / "annotations" / split
+            images, masks = folder / "images" / split, folder / "annotations" / split
         else:
             raise ValueError(
                 f"{folder}: expected classes.json, images/ and masks/, or ADE20K's images/training and annotations/training"
             )
-        for place in (pictures, masks):
+        for place in (images, masks):
             if not place.is_dir():
-                raise ValueError(f"{place}: no such folder, expected pictures in {pictures} and masks in {masks}")
-        files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+                raise ValueError(f"{place}: no such folder, expected images in {images} and masks in {masks}")
+        files = sorted(file for file in images.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise ValueError(f"{pictures}: holds no pictures")
+            raise ValueError(f"{images}: holds no images")
         pairs = [(file, masks / f"{file.stem}.png") for file in files]
         with ThreadPoolExecutor(8) as pool:
             problems = list(pool.map(lambda pair: _problem_of_pair(*pair), pairs))
         self.skipped = [problem for problem in problems if problem]
         usable = [pair for pair, problem in zip(pairs, problems, strict=True) if not problem]
         if not usable:
-            raise ValueError(f"{pictures}: none of its {len(files)} pictures can be used: {self.skipped[0]}")
-        self.names, self.masks = [str(picture) for picture, _ in usable], [str(mask) for _, mask in usable]
+            raise ValueError(f"{images}: none of its {len(files)} images can be used: {self.skipped[0]}")
+        self.names, self.masks = [str(image) for image, _ in usable], [str(mask) for _, mask in usable]
         self._labels = np.full(256, -1, dtype=np.int16)  # of each number in a mask file; -1 for those that mean nothing
         if ignore is not None:
             self._labels[ignore] = IGNORE
@@ -149,12 +149,12 @@ class SemanticImages(Samples):
         return len(self.names)
 
     def read(self, index: int) -> tuple[Image.Image, Tensor]:
-        """Return a picture and its labels (H, W), uint8.
+        """Return an image and its labels (H, W), uint8.
 
         Raises:
             ValueError: If one of them cannot be read, or a label is of no class.
         """
-        picture = read_image(Path(self.names[index]))
+        image = read_image(Path(self.names[index]))
         try:
             with Image.open(self.masks[index]) as mask:
                 numbers = np.asarray(mask).astype(np.uint8)
@@ -164,15 +164,15 @@ class SemanticImages(Samples):
         if labels.min() < 0:
             unknown = int(numbers[labels < 0][0])
             raise ValueError(f"{self.masks[index]}: holds the number {unknown}, which is of no class")
-        return picture, torch.from_numpy(labels.astype(np.uint8))
+        return image, torch.from_numpy(labels.astype(np.uint8))
 
     def for_training(self, content: tuple[Image.Image, Tensor]) -> tuple[Tensor, Tensor]:
-        """Augment a picture and its labels together."""
+        """Augment an image and its labels together."""
         assert self.transform is not None
         return self.transform(content[0], tv_tensors.Mask(content[1]))
 
     def for_evaluation(self, content: tuple[Image.Image, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Give the picture as the model takes it, and its labels."""
+        """Give the image as the model takes it, and its labels."""
         assert self.prepare is not None
         if content is None:
             return torch.zeros(3, 32, 32), torch.zeros(0, 0, dtype=torch.int64)
@@ -187,7 +187,7 @@ def train_transform(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """From a picture and its labels to squares: resized, cut out or filled up, flipped, recoloured, normalised."""
+    """From an image and its labels to squares: resized, cut out or filled up, flipped, recoloured, normalised."""
     sides = range(max(1, round(scale[0] * image_size)), round(scale[1] * image_size) + 1)
     grey = [255 * value for value in mean]
     steps: list[Any] = [
@@ -205,11 +205,11 @@ def train_transform(
 
 def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, Any, list[str]]:
     """Make a batch: squares stacked for training, lists for evaluation, where sizes differ; and the problems there were."""
-    pictures, labels, problems = zip(*samples, strict=True)
+    images, labels, problems = zip(*samples, strict=True)
     lines = [line for problem in problems for line in problem.splitlines()]
-    if all(picture.shape[1:] == mask.shape == labels[0].shape for picture, mask in zip(pictures, labels, strict=True)):
-        return torch.stack(pictures), torch.stack(labels), lines
-    return list(pictures), list(labels), lines
+    if all(image.shape[1:] == mask.shape == labels[0].shape for image, mask in zip(images, labels, strict=True)):
+        return torch.stack(images), torch.stack(labels), lines
+    return list(images), list(labels), lines
 
 
 def confusion_matrix(true: Tensor, predicted: Tensor, classes: int) -> Tensor:

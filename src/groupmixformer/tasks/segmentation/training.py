@@ -16,14 +16,14 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 
-from ..backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
 from ...models.checkpoint import save_network
 from ...training.loaders import Loaders
-from ...training.recipe import Recipe
-from .data import IGNORE, SemanticImages, collate, numbers, train_transform
 from ...training.module import Task
+from ...training.recipe import Recipe
+from ..backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
+from .data import IGNORE, SemanticImages, collate, numbers, train_transform
 
-STRIDE = 32  # sides of pictures are filled up to multiples of it
+STRIDE = 32  # sides of images are filled up to multiples of it
 
 
 def _width(decoder: str, channels: int | None) -> dict[str, int]:
@@ -40,7 +40,7 @@ def _width(decoder: str, channels: int | None) -> dict[str, int]:
 
 
 class Segmenter(Dense):
-    """A backbone and a decoder: pictures (B, 3, H, W) of any size, normalised, to logits (B, num_classes, H, W).
+    """A backbone and a decoder: images (B, 3, H, W) of any size, normalised, to logits (B, num_classes, H, W).
 
     In training there is a pair of logits where there is a second head: UPerNet's published setting (Xiao et al., 2018) is a
     small fully convolutional one on the features of stride 16.
@@ -51,7 +51,7 @@ class Segmenter(Dense):
         decoder: upernet (Xiao et al., 2018), fpn (Kirillov et al., 2019) or another of segmentation_models_pytorch.
         channels: Width of upernet and fpn; none for the library's.
         auxiliary: Whether there is a second head.
-        image_size: Shorter side to which `prepare` resizes pictures.
+        image_size: Shorter side to which `prepare` resizes images.
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         options: Weights of the backbone, and its stochastic depth.
@@ -102,15 +102,15 @@ class Segmenter(Dense):
         """The features of timm's model."""
         return self.network.encoder.model
 
-    def prepare(self, picture: Image.Image) -> Tensor:
-        """From a picture to a tensor (3, h, w), its shorter side resized, normalised."""
-        pixels = v2.functional.resize(v2.functional.pil_to_tensor(picture), [self.image_size], antialias=True)
+    def prepare(self, image: Image.Image) -> Tensor:
+        """From an image to a tensor (3, h, w), its shorter side resized, normalised."""
+        pixels = v2.functional.resize(v2.functional.pil_to_tensor(image), [self.image_size], antialias=True)
         return v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
 
-    def forward(self, pictures: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Any:
         """Return the logits, in training with those of the second head, if there is one."""
-        height, width = pictures.shape[-2:]
-        padded = F.pad(pictures, (0, -width % STRIDE, 0, -height % STRIDE))
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
         if self.auxiliary is None or not self.training:
             return self.network(padded)[..., :height, :width]
         features = self.network.encoder(padded)
@@ -127,17 +127,17 @@ def _windows(length: int, window: int) -> list[int]:
     return [round(i * (length - window) / steps) for i in range(steps + 1)]
 
 
-def _logits(model: Segmenter, picture: Tensor, window: int | None) -> Tensor:
-    """Return logits (1, K, h, w) of a picture (1, 3, h, w), whole or averaged over windows."""
-    height, width = picture.shape[-2:]
+def _logits(model: Segmenter, image: Tensor, window: int | None) -> Tensor:
+    """Return logits (1, K, h, w) of an image (1, 3, h, w), whole or averaged over windows."""
+    height, width = image.shape[-2:]
     if window is None or (height <= window and width <= window):
-        return model(picture)
-    summed = picture.new_zeros(1, model.num_classes, height, width, dtype=torch.float32)
-    count = picture.new_zeros(1, 1, height, width, dtype=torch.float32)
+        return model(image)
+    summed = image.new_zeros(1, model.num_classes, height, width, dtype=torch.float32)
+    count = image.new_zeros(1, 1, height, width, dtype=torch.float32)
     for top in _windows(height, window):
         for left in _windows(width, window):
             part = (..., slice(top, top + window), slice(left, left + window))
-            summed[part] += model(picture[part])
+            summed[part] += model(image[part])
             count[part] += 1
     return summed / count
 
@@ -145,29 +145,29 @@ def _logits(model: Segmenter, picture: Tensor, window: int | None) -> Tensor:
 @torch.no_grad()
 def segment(
     model: Segmenter,
-    picture: Tensor,
+    image: Tensor,
     size: tuple[int, int],
     slide: bool = False,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Return the probabilities of the classes for each pixel of one picture.
+    """Return the probabilities of the classes for each pixel of one image.
 
     Args:
         model: In eval mode.
-        picture: As `Segmenter.prepare` gives it (3, h, w), on the model's device.
-        size: Height and width of the result, usually the picture's own.
-        slide: Look through square windows of the training size, which overlap by a third, instead of at the whole picture.
-        scales: Factors by which the picture is resized; the probabilities are averaged.
-        flip: Average with the mirrored picture.
+        image: As `Segmenter.prepare` gives it (3, h, w), on the model's device.
+        size: Height and width of the result, usually the image's own.
+        slide: Look through square windows of the training size, which overlap by a third, instead of at the whole image.
+        scales: Factors by which the image is resized; the probabilities are averaged.
+        flip: Average with the mirrored image.
 
     Returns:
         Probabilities (K, H, W), float32.
     """
     summed = None
     for scale in scales:
-        sides = [max(1, round(side * scale)) for side in picture.shape[-2:]]
-        scaled = picture[None]
+        sides = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        scaled = image[None]
         if scale != 1:
             scaled = F.interpolate(scaled, sides, mode="bilinear", antialias=True)
         for mirrored in (False, True) if flip else (False,):
@@ -236,10 +236,10 @@ class Segmentation(Task):
         self.val_images = SumMetric()
 
     def training_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of pictures (B, 3, H, W), labels (B, H, W) and problems: cross entropy of the pixels."""
-        pictures, labels, problems = batch
+        """Return the loss of a batch of images (B, 3, H, W), labels (B, H, W) and problems: cross entropy of the pixels."""
+        images, labels, problems = batch
         self.note_unreadable(problems)
-        outputs = self.model(pictures)
+        outputs = self.model(images)
         main, *second = outputs if isinstance(outputs, tuple) else (outputs,)
         counted = (labels != IGNORE).sum().clamp(min=1)  # a batch may hold nothing to learn from
 
@@ -249,15 +249,15 @@ class Segmentation(Task):
         loss = loss_of(main)
         for logits in second:
             loss = loss + self.recipe.segmenter.auxiliary * loss_of(logits)
-        self.log_loss(loss, len(pictures))
+        self.log_loss(loss, len(images))
         return loss
 
     def validation_step(self, batch: tuple[Any, Any, list[str]], batch_idx: int) -> None:
-        """Count the pixels of held-out pictures by true and predicted class; empty labels fill up a batch."""
-        pictures, labels, _ = batch
-        for picture, true in zip(pictures, labels, strict=True):
+        """Count the pixels of held-out images by true and predicted class; empty labels fill up a batch."""
+        images, labels, _ = batch
+        for image, true in zip(images, labels, strict=True):
             if true.numel():
-                probabilities = segment(self.evaluated, picture, (true.shape[0], true.shape[1]))
+                probabilities = segment(self.evaluated, image, (true.shape[0], true.shape[1]))
                 self.confusion.update(probabilities.argmax(dim=0)[None], true[None])
                 self.val_images.update(1)
 
