@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import onednn as module
+from groupmixformer.ops import onednn as module
 from groupmixformer.models.groupmixformer import Block
 from groupmixformer.ops.onednn import Depthwise, Linear, depthwise, linear
 
