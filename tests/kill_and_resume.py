@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import groupmixformer.tasks.classification.report
 import groupmixformer.training.trainer  # noqa: F401 - imported once here, so that each start below takes a moment only
 from groupmixformer.cli.main import main
-from groupmixformer.training.trainer import read_metrics
+from groupmixformer.run_folder import read_metrics
 
 SMALL = [
     "--device",

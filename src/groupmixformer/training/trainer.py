@@ -1,16 +1,13 @@
 """A run: one folder with recipe, versions, metrics, checkpoints and the best model; started, stopped, continued, recorded."""
 
-import csv
-import json
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 import warnings
-from importlib import import_module, metadata
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +25,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ..files import write_file, write_rows
+from ..run_folder import METRICS, RECIPE, UNREADABLE, read_metrics, write_versions
 from .loaders import STOP_SIGNALS
 from .module import Task
 from .recipe import Recipe, write_recipe
@@ -158,7 +156,7 @@ class Record(Callback):
         self.start = time.monotonic()
         if trainer.is_global_zero:
             done = [row for row in read_metrics(self.folder) if row["epoch"] < trainer.current_epoch]
-            write_rows(self.folder / "metrics.csv", done)
+            write_rows(self.folder / METRICS, done)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Tell a stream, which has no sampler that Lightning could tell."""
@@ -188,9 +186,9 @@ class Record(Callback):
             "unreadable": len(unreadable),
             "seconds": round(seconds, 1),
         }
-        write_rows(self.folder / "metrics.csv", [*read_metrics(self.folder), row])
+        write_rows(self.folder / METRICS, [*read_metrics(self.folder), row])
         if unreadable:
-            write_file(self.folder / "unreadable.txt", "".join(f"{line}\n" for line in unreadable))
+            write_file(self.folder / UNREADABLE, "".join(f"{line}\n" for line in unreadable))
         if model is not None:
             pl_module.save(model, self.folder)
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
@@ -206,27 +204,6 @@ class Record(Callback):
             file=sys.stderr,
             flush=True,
         )
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Rows of the run's metrics.csv, one an epoch: epoch, step, lr, loss, val_loss, val_top1, seconds."""
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the machine."""
-    packages = ("groupmixformer", "torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "platform": platform.platform(),
-        "device": f"{machine}, {torch.get_num_threads()} threads",
-    }
 
 
 def is_first_process() -> bool:
@@ -266,7 +243,7 @@ def _say_how(task: Task, world_size: int, device: str) -> None:
         print("BatchNorm is not synchronised over the processes: PyTorch does that on GPUs only", file=sys.stderr)
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: bool = False) -> Path:
     """Train by a recipe into its run folder, on one process or as one of several.
 
     The folder holds recipe.yaml, versions.json, metrics.csv, TensorBoard events, checkpoints/last.ckpt, and the model of the
@@ -275,6 +252,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     Args:
         recipe: The settings.
+        build_task: Takes the recipe and the number of processes, opens the data and creates what is trained.
         resume: Continue from the folder's last checkpoint, if there is one.
 
     Returns:
@@ -290,20 +268,18 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     world_size = devices * nodes
     first = is_first_process()
     if first:
-        if (folder / "recipe.yaml").exists() and not resume:
+        if (folder / RECIPE).exists() and not resume:
             raise ValueError(f"{folder}: holds a run already: continue it with --resume, or choose another folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    task: Task = import_module(f"groupmixformer.tasks.{recipe.task}.training").start(
-        recipe, world_size
-    )  # the others may lack what they need
+    task = build_task(recipe, world_size)
     if recipe.compile:
         task.compile_model()
     if first:
-        write_recipe(recipe, folder / "recipe.yaml")
-        write_file(folder / "versions.json", json.dumps(versions(), indent=2))
+        write_recipe(recipe, folder / RECIPE)
+        write_versions(folder)
 
     callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
     if recipe.patience is not None:
