@@ -93,14 +93,14 @@ def test_no_frame_where_all_is_seen(run, image):
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_point_attends_to_what_the_maps_say(classes, photo, stage):
+def test_a_point_attends_to_what_the_maps_say(classes, image, stage):
     page, point = Page({"trees": classes}), (0.6, 0.4)
-    query = classes.view(Image.open(photo)).to_input((40, 96))  # of 100 rows and 160 columns
-    images, names = zip(*page.attend("trees", str(photo), point, stage), strict=True)
+    query = classes.view(Image.open(image)).to_input((40, 96))  # of 100 rows and 160 columns
+    images, names = zip(*page.attend("trees", str(image), point, stage), strict=True)
     assert names == GROUPS
-    image = classes.transform(Image.open(photo))
+    pixels = classes.transform(Image.open(image))
     with torch.no_grad():
-        strengths = by_group_size(attention_maps(classes.model, image[None], query, stage), (64, 64))[0]
+        strengths = by_group_size(attention_maps(classes.model, pixels[None], query, stage), (64, 64))[0]
     for shown, strength in zip(images, strengths, strict=True):
         pixels = np.asarray(shown)
         mark = np.argwhere((pixels == MARK).all(axis=2))
@@ -112,7 +112,7 @@ def test_a_point_attends_to_what_the_maps_say(classes, photo, stage):
             [10 * q[0] + 5 for q in (strongest, weakest)], [10 * q[1] + 5 for q in (strongest, weakest)]
         ]
         assert strength[strongest] > strength[weakest] and spread[0] > 40
-    other = page.attend("trees", str(photo), (0.4, 0.6), stage)
+    other = page.attend("trees", str(image), (0.4, 0.6), stage)
     assert any(a.tobytes() != b[0].tobytes() for a, b in zip(images, other, strict=True))
 
 
@@ -221,7 +221,7 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
         tab.until("document.querySelector('#drawn img')?.naturalHeight == 480")
         tab.until("/crane \\d/.test(document.querySelector('#said').innerText)")
         tab.click("#shown img")
-        tab.until("document.body.innerText.includes('holds a model for segmentation')")
+        tab.until("document.body.innerText.includes('holds a Segmenter')")
 
         tab.click("#file button[aria-label='Clear']")
         tab.until(f"document.querySelector('{field}') !== null")

@@ -19,11 +19,11 @@ from groupmixformer.models.attention_maps import class_relevance, overlays
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.run import Run
 from groupmixformer.run_folder import save_network
-from groupmixformer.tasks import explainer as explanations
 from groupmixformer.tasks.backbone import Backbone
 from groupmixformer.tasks.detection.model import Detector
 from groupmixformer.tasks.predictor import View
 from groupmixformer.tasks.segmentation.model import Segmenter
+from groupmixformer.visual import figures
 from groupmixformer.visual.figures import Row, overlay_figure
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 1, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
@@ -118,7 +118,7 @@ def test_queries_follow_the_image(explainer, tmp_path, randomise, how, size):
     for point in ((height // 2, width // 2), (height // 3, width // 2 + 9), (height // 2 + 9, width // 3 + 1)):
         pixels = np.zeros((height, width, 3), dtype=np.uint8)
         pixels[point[0] - 2 : point[0] + 3, point[1] - 2 : point[1] + 3] = 255
-        view = sees.see(Image.fromarray(pixels))
+        view = sees.view(Image.fromarray(pixels))
         assert view.images.shape[-2] >= view.size[0] and view.images.shape[-1] >= view.size[1]
         bright = view.pixels.max(axis=2) > 150  # what is added around is darker
         middle = np.argwhere(bright).mean(axis=0)
@@ -168,7 +168,7 @@ def test_several_images_in_one_call(folder, explainer, tmp_path, capsys):
         stored = arrays(image["arrays"])
         assert (image["queries"], image["queries_from"], image["stages"]) == ([[60, 70], [50, 50]], "given", [2])
         assert Image.open(image["figure"]).format == "PNG"
-        view = explainer("classifier").see(Image.open(image["image"]))
+        view = explainer("classifier").view(Image.open(image["image"]))
         assert np.array_equal(stored["image"], view.pixels) and stored["image"].shape == (128, 128, 3)
         assert stored["queries"].tolist() == [[60, 70], [50, 50]]
         assert [tuple(point) for point in stored["queries_seen"]] == [view.to_input((60, 70)), view.to_input((50, 50))]
@@ -192,7 +192,7 @@ def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monk
         drawn.append((rows, titles))
         return overlay_figure(rows, *titles)
 
-    monkeypatch.setattr(explanations, "overlay_figure", draw)
+    monkeypatch.setattr(figures, "overlay_figure", draw)
     classes = explainer("classifier")
     image = Image.open(folder / "wide.png")
     found = classes.explain(image, [(60, 70), (50, 50)], [2, 1])
@@ -224,7 +224,7 @@ def test_without_a_query_the_most_relevant_pixel_is_taken(folder, tmp_path, caps
 def test_a_class_by_name_or_number(folder, wanted):
     explainer = Run.open(folder / "classifier").explainer(CPU, wanted_class=wanted)
     image = Image.open(folder / "wide.png")
-    about = explainer.choose(image, explainer.see(image), 3, None).about
+    about = explainer.choose(image, explainer.view(image), 3, None).about
     assert (about["class"], about["index"]) == ("a house", 2)
 
 
@@ -295,7 +295,7 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
     explainer = Run.open(folder / "detector").explainer(CPU)
     for number in (0, 1, 9):
         explainer.wanted = number
-        chosen = explainer.choose(image, explainer.see(image), 3, None)
+        chosen = explainer.choose(image, explainer.view(image), 3, None)
         about, box = chosen.about, found["boxes"][number]
         assert (about["class"], about["index"]) == (NAMES[about["index"]], found["labels"][number] - 1)
         assert (about["object"], about["objects"]) == (number, 40)
@@ -310,7 +310,7 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
 def test_the_object_nearest_to_a_query_is_taken(folder, objects):
     image, _ = objects
     explainer = Run.open(folder / "detector").explainer(CPU)
-    view = explainer.see(image)
+    view = explainer.view(image)
     # No score is above 0.5, so the best counts alone.
     assert [explainer.choose(image, view, 3, at).about["object"] for at in (None, (250, 5))] == [0, 0]
     head = explainer.model.network.roi_heads.box_predictor.cls_score
@@ -339,7 +339,7 @@ def test_objects_are_explained_on_the_image(folder, explainer, tmp_path, capsys,
     height, width = stored["image"].shape[:2]
     assert stored["relevance"].shape == (height, width) and height / width == pytest.approx(size[0] / size[1], rel=0.02)
     assert stored["maps_stage2"].shape == (1, 8, -(-height // 32) * 2, -(-width // 32) * 2)  # with the filling
-    chosen = explainer("detector").choose(photo(*size), explainer("detector").see(photo(*size)), 3, None)
+    chosen = explainer("detector").choose(photo(*size), explainer("detector").view(photo(*size)), 3, None)
     np.testing.assert_allclose(
         chosen.box,
         np.array(chosen.about["box"]) * [width / size[1], height / size[0], width / size[1], height / size[0]],
@@ -368,7 +368,7 @@ def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
     """Against the parts of the network called one after the other."""
     explainer = Run.open(folder / "segmenter").explainer(CPU)
     image = Image.open(folder / "wide.png")
-    view = explainer.see(image)
+    view = explainer.view(image)
     assert view.images.shape == (1, 3, 96, 128) and view.size == (72, 120)
     network = explainer.model.network
     features = network.encoder(view.images)
@@ -391,7 +391,7 @@ def test_which_segment_is_explained(folder, tmp_path, capsys):
     image = Image.open(folder / "wide.png")
     with torch.no_grad():
         explainer.model.network.segmentation_head[0].bias.zero_()
-    view = explainer.see(image)
+    view = explainer.view(image)
     labels = explainer.model(view.images[..., :72, :120])[0].argmax(dim=0)
     largest = int(labels.flatten().bincount().argmax())
     assert explainer.choose(image, view, 3, None).about["index"] == largest

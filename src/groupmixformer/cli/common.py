@@ -142,7 +142,8 @@ def _options(args: argparse.Namespace, run: Any, only: Sequence[str] = ()) -> di
     from ..tasks.registry import BUILT_IN, check_options, find_task
 
     names = only or {name for task in BUILT_IN for name in find_task(task).options}
-    given = {name: getattr(args, name) for name in names if getattr(args, name, None) not in (None, False)}
+    values = {name: getattr(args, name, None) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
     try:
         check_options(run.folder, given, lambda name: "--" + name.removeprefix("wanted_").replace("_", "-"))
     except ValueError as error:
