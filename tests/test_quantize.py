@@ -192,7 +192,7 @@ def test_wrong_usage(untrained, tmp_path, capsys, argv, message):
 def test_segmenters_are_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"task": "segmentation"}))
     argv = ["export", tmp_path, "--format", "pt2", "--int8", "weights", "--out", tmp_path / "x.pt2"]
-    assert "--int8 is for the logits of classifiers" in error(capsys, *argv, code=2)
+    assert "--int8 is for classification, and" in error(capsys, *argv, code=2)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .data.images import read_image, to_rgb
-from .run_folder import RECIPE, RunFolder
+from .run_folder import RunFolder
 from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
 from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device
 
@@ -74,7 +74,7 @@ class Run:
         """
         folder = RunFolder(path)
         if not folder.path.exists():
-            raise FileNotFoundError(f"{path}: no such run, checkpoint file or folder")
+            raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
         run = cls(folder)
         find_task(run.task)
         return run
@@ -247,7 +247,7 @@ class Run:
         if data is not None:
             return data, {}
         if self.recipe is None:
-            raise ValueError(f"{self.folder.source}: has no {RECIPE} that names a data set: name one")
+            raise ValueError(f"{self.folder.source}: has no recipe that names a data set: name one with --data")
         own = {"root": self.recipe.root} if "root" in self.definition.data_options else {}
         return self.recipe.data, own
 

@@ -238,7 +238,7 @@ def build_task(recipe: "Recipe", world_size: int) -> "Task":
 
 
 def check_options(run: RunFolder, options: Iterable[str], spell: Callable[[str], str] = str) -> None:
-    """Refuse options that mean something to other tasks alone.
+    """Refuse options that mean nothing to the task of a run, and say for which of ours they are.
 
     Args:
         run: Holds a model for a task.
@@ -249,7 +249,7 @@ def check_options(run: RunFolder, options: Iterable[str], spell: Callable[[str],
         ValueError: If one has no meaning for the task; says for which it has.
     """
     for option in sorted(set(options) - find_task(run.task).options):
-        tasks = [name for name in task_names() if option in find_task(name).options]
+        tasks = [name for name in BUILT_IN if option in find_task(name).options]
         if tasks:
             raise ValueError(f"{spell(option)} is for {' and '.join(tasks)}, and {run.source} holds a model for {run.task}")
         raise ValueError(f"no option {spell(option)}, expected some of {', '.join(sorted(find_task(run.task).options))}")
