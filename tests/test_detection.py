@@ -504,11 +504,11 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(trained, shapes, tmp_path,
         ["eval", "--plot", "x.png"],
         ["eval", "--batch-size", "2"],
         ["eval", "--root", "data"],
-        ["eval", "--slide"],
+        ["eval", "--sliding-window"],
         ["eval", "--scales", "1,2"],
         ["eval", "--flip"],
         ["predict", "--top", "3"],
-        ["predict", "--slide"],
+        ["predict", "--sliding-window"],
         ["predict", "--flip"],
     ],
     ids=" ".join,
@@ -528,7 +528,7 @@ def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, cap
     (tmp_path / "broken.png").write_bytes(b"not an image")
     before = {path: path.read_bytes() for path in images}
     out = tmp_path / "found"
-    said = gmf(capsys, "predict", run, *images, tmp_path, "--out", out, "--score", "0.3", "--json")
+    said = gmf(capsys, "predict", run, *images, tmp_path, "--out", out, "--score-threshold", "0.3", "--json")
     result = json.loads(said.out)
     assert result["skipped"] == [str(tmp_path / "broken.png")]
     assert f"gmf predict: skipped {tmp_path / 'broken.png'}" in said.err
@@ -570,7 +570,7 @@ def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, cap
 
 def test_prediction_shows_nothing_where_nothing_is_sure(trained, shapes, tmp_path, capsys):
     image = shapes / "images" / "val-0.png"
-    text = gmf(capsys, "predict", trained[0], image, "--out", tmp_path / "found", "--score", "1").out
+    text = gmf(capsys, "predict", trained[0], image, "--out", tmp_path / "found", "--score-threshold", "1").out
     assert f"{image}: nothing  ({tmp_path / 'found' / 'val-0.png'})" in text
     twice = [image, tmp_path / "val-0.png"]
     shutil.copy(image, twice[1])

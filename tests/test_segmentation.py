@@ -482,9 +482,11 @@ def test_a_whole_image_gets_the_classes_of_the_network(network, size):
 
 def test_one_window_is_the_whole_image(network):
     image = torch.randn(3, 45, 61)
-    assert torch.equal(segment(network, image, (45, 61), slide=True), segment(network, image, (45, 61)))
+    assert torch.equal(segment(network, image, (45, 61), sliding_window=True), segment(network, image, (45, 61)))
     image = torch.randn(3, 45, 101)
-    assert not torch.allclose(segment(network, image, (45, 101), slide=True), segment(network, image, (45, 101)), atol=1e-3)
+    assert not torch.allclose(
+        segment(network, image, (45, 101), sliding_window=True), segment(network, image, (45, 101)), atol=1e-3
+    )
 
 
 class Seen(PixelByPixel):
@@ -510,7 +512,7 @@ class Seen(PixelByPixel):
 def test_windows_cover_every_pixel_and_overlap(height, width, window):
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     model = Seen(window)
-    found = segment(model, torch.stack([rows, columns, rows]).float(), (height, width), slide=True)
+    found = segment(model, torch.stack([rows, columns, rows]).float(), (height, width), sliding_window=True)
     summed, count = np.zeros((height, width)), np.zeros((height, width))
     for i, part in enumerate(model.looks, 1):
         summed[part] += i / 10
@@ -529,15 +531,15 @@ def test_windows_cover_every_pixel_and_overlap(height, width, window):
 @pytest.mark.parametrize("size", [(29, 43), (16, 17), (5, 90)])
 def test_windows_give_what_the_whole_gives_pixel_by_pixel(size):
     model, image = PixelByPixel(), torch.randn(3, *size)
-    same(segment(model, image, size, slide=True), segment(model, image, size))
-    same(segment(model, image, (31, 31), slide=True), segment(model, image, (31, 31)))
+    same(segment(model, image, size, sliding_window=True), segment(model, image, size))
+    same(segment(model, image, (31, 31), sliding_window=True), segment(model, image, (31, 31)))
 
 
 def test_a_flip_averages_with_the_mirrored_image(network):
     symmetric, image = PixelByPixel(), torch.randn(3, 33, 47)
     same(segment(symmetric, image, (33, 47), flip=True), segment(symmetric, image, (33, 47)))
     for slide in (False, True):
-        ask = functools.partial(segment, network, size=(50, 71), slide=slide)
+        ask = functools.partial(segment, network, size=(50, 71), sliding_window=slide)
         image = torch.randn(3, 65, 97)
         plain, mirrored = ask(image), ask(image.flip(2)).flip(2)
         assert not torch.allclose(plain, mirrored, atol=1e-3)
@@ -555,7 +557,7 @@ def test_several_sizes_are_averaged(network):
     same(found, sum(each) / 3)
     same(found.sum(0), torch.ones(size))
     assert found.dtype == torch.float32
-    together = segment(network, image, size, scales=(0.75, 1.0, 1.3), flip=True, slide=True)
+    together = segment(network, image, size, scales=(0.75, 1.0, 1.3), flip=True, sliding_window=True)
     same(together.sum(0), torch.ones(size))
     assert not torch.allclose(together, found, atol=1e-3)
     assert segment(network, torch.randn(3, 3, 5), (3, 5), scales=(0.05,)).isfinite().all()
@@ -603,8 +605,8 @@ def test_the_recipe_of_a_run_has_no_fields_of_other_tasks(trained):
     assert not {"detector", "augmentation", "crop_pct"} & fields.keys()
 
 
-HOW = {"whole": [], "slide": ["--slide"], "scales": ["--scales", "0.75,1.25"], "flip": ["--flip"]}
-HOW |= {"all": ["--slide", "--scales", "0.75,1.25", "--flip"], "workers": ["--workers", "1"]}
+HOW = {"whole": [], "slide": ["--sliding-window"], "scales": ["--scales", "0.75,1.25"], "flip": ["--flip"]}
+HOW |= {"all": ["--sliding-window", "--scales", "0.75,1.25", "--flip"], "workers": ["--workers", "1"]}
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -621,7 +623,7 @@ def test_eval_measures_what_predict_writes(data, trained, tmp_path, capsys, how)
     miou, accuracy, ious = brute_force(pairs)
     assert (result["mIoU"], result["accuracy"]) == (pytest.approx(miou), pytest.approx(accuracy))
     assert [row["IoU"] for row in result["per_class"]] == [None if iou is None else pytest.approx(iou) for iou in ious]
-    assert (result["slide"], result["flip"]) == ("--slide" in looks, "--flip" in looks)
+    assert (result["sliding_window"], result["flip"]) == ("--sliding-window" in looks, "--flip" in looks)
     assert result["scales"] == ([0.75, 1.25] if "--scales" in looks else [1.0])
     assert (result["task"], result["split"], result["data"]) == ("segmentation", "val", str(data))
 
@@ -702,7 +704,7 @@ def test_settings_of_other_tasks_are_refused(data, tmp_path, capsys, argv):
         *[("eval", argv, "classification") for argv in (["--batch-size", "4"], ["--plot", "a.png"], ["--root", "data"])],
         ("eval", ["--interpolation", "bicubic"], "classification"),
         ("predict", ["--top", "3"], "classification"),
-        ("predict", ["--score", "0.3"], "detection"),
+        ("predict", ["--score-threshold", "0.3"], "detection"),
     ],
 )
 def test_options_of_other_tasks_are_refused(trained, tmp_path, capsys, monkeypatch, command, argv, task):
@@ -713,7 +715,7 @@ def test_options_of_other_tasks_are_refused(trained, tmp_path, capsys, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", [["--slide"], ["--flip"], ["--scales", "0.5,1"], ["--split", "val"]])
+@pytest.mark.parametrize("argv", [["--sliding-window"], ["--flip"], ["--scales", "0.5,1"], ["--split", "val"]])
 def test_options_of_segmentation_are_refused_for_classifiers(classifiers, capsys, argv):
     folder, _ = classifiers("resnet18")
     line = refusal(capsys, "eval", folder, *argv, code=2)

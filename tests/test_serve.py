@@ -343,7 +343,7 @@ def test_the_command_says_where_it_listens_and_what_is_wrong(run, capsys):
     line = capsys.readouterr().err
     assert line.startswith(f"gmf: error: cannot listen on 127.0.0.1 port {port}: ") and line.count("\n") == 1
     assert main(["serve", str(run), "--host", "nowhere.invalid", "--port", "0"]) == 1
-    assert main(["serve", str(run), "--slide"]) == 2
+    assert main(["serve", str(run), "--sliding-window"]) == 2
     assert main(["serve", "nothing-here", "--port", "0"]) == 1
     assert "nothing-here" in capsys.readouterr().err
 

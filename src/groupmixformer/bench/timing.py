@@ -149,7 +149,7 @@ class Runner:
         self.autocast = settings.dtype != "fp32" and dtype == torch.float32
         self.optimizer = torch.optim.AdamW(network.parameters(), foreach=True) if settings.train else None
         if settings.compile:
-            compiled: Any = self.network.body if settings.task == "detection" else self.network
+            compiled: Any = self.network.features if settings.task == "detection" else self.network
             compiled.compile(mode=settings.compile)
 
     def forward(self, inputs: Any) -> Any:
