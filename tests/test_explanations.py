@@ -151,6 +151,7 @@ def test_a_classifier_is_explained_without_lightning(folder, tmp_path):
     assert result.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.slow
 def test_several_images_in_one_call(folder, explainer, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "more").mkdir()
@@ -306,6 +307,7 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
         assert (places.min(axis=0) >= box[:2] - 70).all() and (places.max(axis=0) <= box[2:] + 70).all()
 
 
+@pytest.mark.slow
 def test_the_object_nearest_to_a_query_is_taken(folder, objects):
     image, _ = objects
     explainer = open_explainer(folder / "detector", CPU)

@@ -39,6 +39,7 @@ def test_kernels_under_the_interpreter():
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_kernels_under_the_interpreter():
     run_kernels("slow", "1")
 
