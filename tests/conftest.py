@@ -5,8 +5,10 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before timm is imported; no test may need the network
 
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from groupmixformer import GroupMixFormer
+from groupmixformer import GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # One thread: results must not depend on the machine, and OpenMP's barriers make many small operations up to 100 times slower
@@ -164,3 +166,54 @@ def released_names():
             yield name
 
     return rename
+
+
+class Form(NamedTuple):
+    """A way to run a network: `build(model, images)` gives what is called with images, of that size or of any."""
+
+    build: Callable
+    any_size: bool = True
+
+
+def exported(model, images):
+    return torch.export.export(model, (images,)).module()
+
+
+def exported_for_any_size(model, images):
+    auto = torch.export.Dim.AUTO  # batch, height and width stay free; torch.export finds their ranges
+    example = torch.randn(2, 3, 69, 45, dtype=images.dtype)
+    return torch.export.export(model, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},)).module()
+
+
+def compiled(model, images, **options):
+    torch._dynamo.reset()  # graphs of tests before count towards its limit
+    return torch.compile(model, fullgraph=True, **options)
+
+
+# What PyTorch makes of a model, in the order of what it costs. TorchScript and torch.fx take the plain network only.
+BUILDS = {
+    "eager": Form(lambda model, images: model),
+    "traced": Form(lambda model, images: torch.jit.trace(model, images, check_trace=False)),
+    "exported": Form(exported, any_size=False),
+    "compiled": Form(functools.partial(compiled, backend="aot_eager", dynamic=False), any_size=False),
+    "exported for any size": Form(exported_for_any_size),
+    "compiled for any size": Form(functools.partial(compiled, backend="aot_eager", dynamic=True)),
+    "compiled by inductor": Form(functools.partial(compiled, dynamic=False), any_size=False),
+    "frozen by inductor": Form(functools.partial(compiled, dynamic=False, options={"freezing": True}), any_size=False),
+}
+FORMS = {
+    **BUILDS,
+    "symbolically traced": Form(lambda model, images: torch.fx.symbolic_trace(model)),
+    "scripted": Form(lambda model, images: torch.jit.script(model)),
+    **{
+        f"fused, {name}": Form(lambda model, images, build=form.build: build(fuse(model), images), form.any_size)
+        for name, form in BUILDS.items()
+    },
+}
+SLOW_FORMS = {name for name in FORMS if "any size" in name or "inductor" in name} | {"fused, compiled"}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_FORMS)) for name in FORMS])
+def form(request):
+    """Every form in turn, or by name: `@pytest.mark.parametrize("form", ["eager", "fused, eager"], indirect=True)`."""
+    return FORMS[request.param]
