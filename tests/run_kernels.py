@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.ops import triton_kernels as kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"

@@ -13,8 +13,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
 from groupmixformer.ops import onednn
 from groupmixformer.tasks.backbone import Backbone

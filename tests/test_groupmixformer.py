@@ -15,8 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # Dims, depths and ratios that differ between neighbours, so that a mixed-up index shows.
