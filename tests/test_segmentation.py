@@ -663,10 +663,10 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
     places = [data / "images" / split / "scene0.png" for split in ("train", "val")]
     tiny = tmp_path / "tiny.jpg"
     Image.new("RGB", (9, 5), "red").save(tiny)
-    (tmp_path / "bad.png").write_bytes(b"not a photo")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     out = tmp_path / "out"
     result = gmf(capsys, "predict", trained[0], *places, tiny, tmp_path / "bad.png", "--out", out, "--json")
-    assert f"skipped {tmp_path / 'bad.png'}: not a readable photo" in result.err
+    assert f"skipped {tmp_path / 'bad.png'}: not a readable image" in result.err
     said = json.loads(result.out)
     assert said["skipped"] == [str(tmp_path / "bad.png")]
     names = ["scene0", "scene0-2", "tiny"]  # two images have one name
