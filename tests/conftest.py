@@ -211,9 +211,19 @@ FORMS = {
     },
 }
 SLOW_FORMS = {name for name in FORMS if "any size" in name or "inductor" in name} | {"fused, compiled"}
+EXHAUSTIVE_FORMS = {
+    "compiled for any size",
+    "frozen by inductor",
+    "fused, compiled for any size",
+    "fused, compiled by inductor",
+}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_FORMS)) for name in FORMS])
+def marks(name):
+    return [pytest.mark.slow] * (name in SLOW_FORMS) + [pytest.mark.exhaustive] * (name in EXHAUSTIVE_FORMS)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=marks(name)) for name in FORMS])
 def form(request):
     """Every form in turn, or by name: `@pytest.mark.parametrize("form", ["eager", "fused, eager"], indirect=True)`."""
     return FORMS[request.param]

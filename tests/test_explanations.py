@@ -350,7 +350,7 @@ def test_objects_are_explained_on_the_image(folder, explainer, tmp_path, capsys,
     assert np.abs(stored["image"] - original).mean() < 3
 
 
-def test_a_image_without_objects_has_attention_alone(folder, tmp_path, capsys):
+def test_an_image_without_objects_has_attention_alone(folder, tmp_path, capsys):
     explainer = open_explainer(folder / "detector", CPU)
     explainer.model.network.roi_heads.score_thresh = 1.0
     found = explainer.explain(Image.open(folder / "wide.png"))
