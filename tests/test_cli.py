@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 
 from groupmixformer import load_checkpoint
 from groupmixformer.cli.main import main
+from groupmixformer.run_folder import read_metrics
 from groupmixformer.training.recipe import RecipeError, read_recipe, shipped, write_recipe
-from groupmixformer.training.trainer import read_metrics
 
 FAST = ["--image_size", "32", "--batch_size", "8", "--workers", "0", "--crop_pct", "1.0"]
 

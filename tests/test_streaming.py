@@ -526,7 +526,7 @@ def test_hugging_face_images_may_be_missing(parquet, tmp_path):
 
 def test_a_run_on_shards(photos, shards, parquet, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # PyTorch waits as long for failed workers
-    options = ["--variant", "test_resnet", "--epochs", "1", "--image_size", "32", "--batch_size", "8", "--workers", "2"]
+    options = ["--model", "test_resnet", "--epochs", "1", "--image_size", "32", "--batch_size", "8", "--workers", "2"]
     assert main(["train", "folder", "--data", "wds/", "--root", str(shards), *options, "--out", str(tmp_path / "run")]) == 0
     found = []
     for data in ([], ["--data", str(photos)], ["--data", f"hfids/{parquet}", "--workers", "2"]):

@@ -38,7 +38,7 @@ class Samples(Dataset[Any]):
         whole = len(self) + len(self.skipped)
         if len(self.skipped) > limit * whole:
             raise ValueError(
-                f"{len(self.skipped)} of {whole} {name} images cannot be used, more than bad_limit ({limit:.2%}) allows: "
+                f"{len(self.skipped)} of {whole} {name} images cannot be used, more than max_unreadable ({limit:.2%}) allows: "
                 f"{_few(self.skipped)}"
             )
         kinds = {"images": self.skipped, "objects": self.dropped}

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from ..files import atomic_write
 from ..models.checkpoint import WEIGHTS, architecture, load_model, one_line, read_network, save_checkpoint, task_of, variant_of
 from ..models.groupmixformer import GroupMixFormer
 
@@ -373,12 +374,10 @@ def write_folder(run: str | Path, folder: str | Path, repo_id: str, license: str
     validate_repo_id(repo_id)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder}: holds files already, expected a new or empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        written = Path(temporary, "folder")
+    with atomic_write(folder) as temporary:
+        written = temporary / folder.name
         written.mkdir()
         (written / "README.md").write_text(_collect(run, written, repo_id, license))
-        written.replace(folder)
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import pickle
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -23,6 +22,7 @@ import torch
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor
 
+from ..files import atomic_write
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
@@ -310,7 +310,7 @@ def save_checkpoint(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, which `load_checkpoint`, timm's ``local-dir:`` and transformers read.
 
-    Each file is written beside its place and renamed, so a reader never sees half a file.
+    The files are written atomically: a reader never sees half a file.
 
     Args:
         model: A `GroupMixFormer`, or a model that timm made; its ``pretrained_cfg``, if any, is stored.
@@ -319,7 +319,6 @@ def save_checkpoint(
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     original = getattr(model, "pretrained_cfg", None)
     pretrained_cfg = dict(original or {})
     model_args: dict[str, Any] | None = None
@@ -339,14 +338,12 @@ def save_checkpoint(
     model.pretrained_cfg = pretrained_cfg
     hook = model.register_state_dict_post_hook(_plain_tensors)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            save_for_hf(model, temporary, model_config=labels, model_args=model_args, safe_serialization=True)
-            written = Path(temporary, "config.json")
+        with atomic_write(folder / WEIGHTS[0], folder / "config.json") as temporary:
+            save_for_hf(model, str(temporary), model_config=labels, model_args=model_args, safe_serialization=True)
+            written = temporary / "config.json"
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
             written.write_text(json.dumps(config, indent=2))
-            for file in Path(temporary).iterdir():
-                file.replace(folder / file.name)
     finally:
         hook.remove()
         if original is None:
@@ -364,13 +361,10 @@ def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[s
         config: Its task, and what `load_network`'s caller needs to build it again.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        safetensors.torch.save_file(tensors, Path(temporary, WEIGHTS[0]), metadata={"format": "pt"})
-        Path(temporary, "config.json").write_text(json.dumps(config, indent=2))
-        for file in sorted(Path(temporary).iterdir(), reverse=True):  # the weights first
-            file.replace(folder / file.name)
+    with atomic_write(folder / WEIGHTS[0], folder / "config.json") as temporary:
+        safetensors.torch.save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def read_network(folder: str | Path, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..models.checkpoint import architecture, load_model, model_name, read_network, task_of
 from ..models.groupmixformer import GroupMixFormer
+from ..training.old_names import rename
 
 
 @functools.cache
@@ -231,7 +232,7 @@ def load_network(folder: str | Path, task: str, make: Callable[..., Network]) ->
     """
     config, weights = read_network(folder, task)
     try:
-        network = dict(config["network"])
+        network = rename(config["network"], "network")
         model = make(Backbone(**network.pop("backbone")), **network)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...files import write_file
 from ...models.attention_maps import attention_maps, by_group_size, suited_stage
 from ...models.groupmixformer import GroupMixFormer
-from ...training.trainer import read_metrics
+from ...run_folder import read_metrics
 from ...visual.figures import BLUE, ORANGE, Row, drawn, overlay_figure
 from .data import eval_transform
 from .metrics import Evaluation, reliability

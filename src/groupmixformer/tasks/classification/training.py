@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ...models.checkpoint import architecture, load_model, model_name, save_checkpoint
 from ...models.groupmixformer import GroupMixFormer
-from ...training.loaders import Loaders
+from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from .data import ImageData, collate, data_config, eval_transform, open_images, train_transform
@@ -31,7 +31,7 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     """
     settings: dict[str, Any] = {"num_classes": len(class_names), "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
-        name = model_name(recipe.variant)
+        name = model_name(recipe.model)
         return timm.create_model(name, **settings, **_size(name, recipe))
     source = load_model(recipe.checkpoint)
     named = list(source.pretrained_cfg.get("label_names") or class_names)
@@ -68,7 +68,7 @@ class Classification(Task):
         images.train.seed = recipe.seed
         images.train.transform = train_transform(recipe.augmentation, config)
         images.held_out.transform = eval_transform(config)
-        loaders = Loaders(images.train, images.held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        loaders = DataModule(images.train, images.held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         super().__init__(recipe, model, loaders, images.class_names, world_size)
         self.config = config
         augmentation = recipe.augmentation

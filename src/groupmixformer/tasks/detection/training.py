@@ -17,7 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ...models.checkpoint import save_network
-from ...training.loaders import Loaders
+from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from ..backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
@@ -58,10 +58,10 @@ class Detector(Dense):
         image_size: Shorter side to which images are resized, in pixels.
         max_size: Limit of the longer side.
         sizes: Other shorter sides for training, of which one of all is drawn.
-        width: Channels of the feature pyramid and of the heads.
+        fpn_channels: Channels of the feature pyramid and of the heads.
         anchor_scale: Side of the smallest anchors, in strides of their level.
-        regions: Regions of a training image from which the second stage learns.
-        objects: Most objects to find in an image.
+        rois_per_image: Regions of a training image from which the second stage learns.
+        max_detections: Limit of the objects that are found in an image.
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         options: Weights of the backbone, and its stochastic depth.
@@ -78,10 +78,10 @@ class Detector(Dense):
         image_size: int,
         max_size: int,
         sizes: Sequence[int] = (),
-        width: int = 256,
+        fpn_channels: int = 256,
         anchor_scale: float = 8.0,
-        regions: int = 512,
-        objects: int = 100,
+        rois_per_image: int = 512,
+        max_detections: int = 100,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         **options: Any,
@@ -95,29 +95,29 @@ class Detector(Dense):
         }
         classes, ratios = num_classes + 1, (0.5, 1.0, 2.0)  # torchvision counts the background
         if architecture == "retinanet":
-            pyramid = Pyramid(backbone, (8, 16, 32), width, LastLevelP6P7(width, width), **options)
+            pyramid = Pyramid(backbone, (8, 16, 32), fpn_channels, LastLevelP6P7(fpn_channels, fpn_channels), **options)
             sides = [[anchor_scale / 2 * stride * 2 ** (octave / 3) for octave in range(3)] for stride in (8, 16, 32, 64, 128)]
             anchors = AnchorGenerator(tuple(map(tuple, sides)), (ratios,) * len(sides))
             self.network: Any = detection.RetinaNet(
-                pyramid, classes, anchor_generator=anchors, detections_per_img=objects, **shared
+                pyramid, classes, anchor_generator=anchors, detections_per_img=max_detections, **shared
             )
         elif architecture in ("faster_rcnn", "mask_rcnn"):
-            pyramid = Pyramid(backbone, (4, 8, 16, 32), width, LastLevelMaxPool(), **options)
+            pyramid = Pyramid(backbone, (4, 8, 16, 32), fpn_channels, LastLevelMaxPool(), **options)
             sides = [[anchor_scale * stride] for stride in (4, 8, 16, 32, 64)]
             anchors = AnchorGenerator(tuple(map(tuple, sides)), (ratios,) * len(sides))
             heads: dict[str, Any] = {
-                "box_head": TwoMLPHead(7 * 7 * width, 4 * width),
-                "box_predictor": FastRCNNPredictor(4 * width, classes),
+                "box_head": TwoMLPHead(7 * 7 * fpn_channels, 4 * fpn_channels),
+                "box_predictor": FastRCNNPredictor(4 * fpn_channels, classes),
             }
             if architecture == "mask_rcnn":
-                heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
-                heads["mask_predictor"] = MaskRCNNPredictor(width, width, classes)
+                heads["mask_head"] = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
+                heads["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
             made = detection.MaskRCNN if architecture == "mask_rcnn" else detection.FasterRCNN
             self.network = made(
                 pyramid,
                 rpn_anchor_generator=anchors,
-                box_batch_size_per_image=regions,
-                box_detections_per_img=objects,
+                box_batch_size_per_image=rois_per_image,
+                box_detections_per_img=max_detections,
                 **heads,
                 **shared,
             )
@@ -173,25 +173,25 @@ class Detection(Task):
 
     def __init__(self, recipe: Recipe, train: CocoImages, held_out: CocoImages, world_size: int = 1) -> None:
         settings = recipe.detector
-        backbone, weights, used_to = open_backbone(recipe.variant, recipe.checkpoint, "detection")
+        backbone, weights, used_to = open_backbone(recipe.model, recipe.checkpoint, "detection")
         self.category_ids = train.category_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),
             "architecture": settings.architecture,
             "image_size": recipe.image_size,
             "max_size": settings.max_size,
-            "width": settings.width,
+            "fpn_channels": settings.fpn_channels,
             "anchor_scale": settings.anchor_scale,
-            "regions": settings.regions,
-            "objects": settings.objects,
+            "rois_per_image": settings.rois_per_image,
+            "max_detections": settings.max_detections,
             **used_to,
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "detection")
-        if settings.frozen_statistics:
+        if settings.freeze_bn:
             model.freeze_statistics()
         train.seed = recipe.seed
-        loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
         self.truth = held_out.truth

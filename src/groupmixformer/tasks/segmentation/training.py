@@ -17,7 +17,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 
 from ...models.checkpoint import save_network
-from ...training.loaders import Loaders
+from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from ..backbone import Backbone, Dense, load_network, open_backbone, start_from, take_any_size
@@ -206,19 +206,19 @@ class Segmentation(Task):
 
     def __init__(self, recipe: Recipe, train: SemanticImages, held_out: SemanticImages, world_size: int = 1) -> None:
         settings = recipe.segmenter
-        backbone, weights, used_to = open_backbone(recipe.variant, recipe.checkpoint, "segmentation")
+        backbone, weights, used_to = open_backbone(recipe.model, recipe.checkpoint, "segmentation")
         self.colors, self.class_ids = train.colors, train.class_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),
             "decoder": settings.decoder,
             "channels": settings.channels,
-            "auxiliary": settings.auxiliary > 0,
+            "auxiliary": settings.aux_loss_weight > 0,
             "image_size": recipe.image_size,
             **used_to,
         }
         model = Segmenter(backbone, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "segmentation")
-        if settings.frozen_statistics:
+        if settings.freeze_bn:
             model.freeze_statistics()
         if recipe.batch_size < 2 and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.network.modules()):
             raise ValueError(
@@ -229,7 +229,7 @@ class Segmentation(Task):
             recipe.image_size, settings.scale, settings.hflip, settings.photometric, model.mean, model.std
         )
         held_out.prepare = model.prepare
-        loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
         self.confusion = MulticlassConfusionMatrix(len(train.class_names), ignore_index=IGNORE)
@@ -248,7 +248,7 @@ class Segmentation(Task):
 
         loss = loss_of(main)
         for logits in second:
-            loss = loss + self.recipe.segmenter.auxiliary * loss_of(logits)
+            loss = loss + self.recipe.segmenter.aux_loss_weight * loss_of(logits)
         self.log_loss(loss, len(images))
         return loss
 
