@@ -37,7 +37,7 @@ def models(args: argparse.Namespace) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ..models.groupmixformer import PUBLISHED_TOP1
+    from ..bench.published import PUBLISHED_TOP1
 
     rows = []
     for name in timm.list_models("groupmixformer*"):

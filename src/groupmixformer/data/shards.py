@@ -25,10 +25,10 @@ def write_shards(
     workers: int,
     progress: Callable[[Any, str, int], Any],
 ) -> dict[str, Any]:
-    """Write images as shards that timm's `wds/` reads too: the files as they are, those for training in random order.
+    """Write images as shards that timm's `wds/` reads too: the files unchanged, those for training in random order.
 
-    Each image is decoded to see that it can be, and left out if not. `out` is there when it is complete: what was interrupted
-    starts from the beginning.
+    Each image is decoded to see that it can be, and left out if not. `out` is written atomically:
+    nothing is left of an interrupted call.
 
     Args:
         folder: Where the images lie; they are named relative to it.
@@ -38,7 +38,7 @@ def write_shards(
         per_shard: Images in a shard.
         seed: Of the order of the images for training.
         workers: Threads.
-        progress: Given the shards as they are done, a word for it and their number, it passes them on.
+        progress: Called with the iterator over finished shards, a label and their number; yields them on.
 
     Returns:
         The number of images in each split, of `shards` and `bytes`, and `skipped`: a line for each image that was left out.
