@@ -40,6 +40,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
         return self.samples // (self.batch_size * self.world_size) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        # Times a prime above any number of epochs: no two pairs of seed and epoch give one permutation.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.samples, generator=generator)
         mine = order[self.rank :: self.world_size][: len(self)]
