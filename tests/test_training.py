@@ -355,7 +355,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(photos, tm
     assert line.endswith(f"the checkpoint before it, {last}, is intact")
     assert last.read_bytes() == before
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
-    (last.parent / "last.part").write_bytes(b"half of a checkpoint, from a machine that lost its power")
+    (last.parent / ".last.ckpt.part").mkdir()
+    (last.parent / ".last.ckpt.part" / "last.ckpt").write_bytes(b"half of a checkpoint, from a machine that lost its power")
     gmf(capsys, *resume)
     assert [row["epoch"] for row in read_metrics(run)] == [0, 1]
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
@@ -371,7 +372,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_leaves_no_halves(photos, tmp_pat
     assert result.err.strip().splitlines()[-1].startswith("gmf: error: ")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert "model.safetensors" not in names
-    assert not [name for name in names if name.startswith(".saving")]
+    assert not [name for name in names if name.endswith(".part")]
     gmf(capsys, *argv, "--resume")
     assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == [0, 1]
 
