@@ -30,7 +30,7 @@ import groupmixformer
 from groupmixformer.data.images import decode
 from groupmixformer.data.shards import write_shards
 from groupmixformer.data.streaming import open_stream
-from groupmixformer.tasks.classification.data import ImageSamples, train_transform
+from groupmixformer.tasks.classification.data import ImageSamples, classification_transform
 from groupmixformer.training.recipe import Augmentation
 
 # Of the paper's ImageNet training; colour jitter is not used beside RandAugment.
@@ -63,12 +63,12 @@ def stages(files: list[Path], root: Path) -> dict[str, Callable[[], Iterable[Any
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.resolve())
     folder = create_dataset("", str(root / "folder"), search_split=False)
-    images, samples = ImageSamples(folder), folder.reader.samples
+    transform = classification_transform(PUBLISHED, CONFIG)
+    images, samples = ImageSamples(folder, transform), folder.reader.samples
     splits = {"train": samples, "validation": samples[:1]}
     write_shards(root, splits, ["class0", "class1"], root / "shards", 50, 0, 1, lambda done, *_: done)
-    stream = open_stream("wds/shards", str(root), "train")
+    stream = open_stream("wds/shards", str(root), "train", transform)
     stream.configure(training=True)
-    images.transform = stream.transform = train_transform(PUBLISHED, CONFIG)
     return {
         "decode": lambda: (decode(file, file.name) for file in files),
         "folder": lambda: (images[0, index] for index in range(len(files))),

@@ -36,7 +36,7 @@ from groupmixformer.bench.timing import Settings
 from groupmixformer.data.images import decode
 from groupmixformer.files import write_file
 from groupmixformer.models.checkpoint import save_checkpoint
-from groupmixformer.tasks.classification.predict import Classes
+from groupmixformer.tasks.classification.predict import ClassificationPredictor
 
 
 def photographs(number: int) -> list[bytes]:
@@ -147,7 +147,7 @@ def main() -> None:
         run = Path(scratch, args.model)
         torch.manual_seed(0)
         save_checkpoint(timm.create_model(f"groupmixformer_{args.model}"), run)
-        model = Classes(run, torch.device("cpu"))
+        model = ClassificationPredictor(run, torch.device("cpu"))
         model.model = groupmixformer.fuse(model.model)
         expected = [model.predict(decode(content, "")).result["classes"][0]["class"] for content in images]
 

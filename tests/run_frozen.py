@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from groupmixformer.cli.main import main
-from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.tasks.classification.training import ClassificationModule
 
-real = Classification.training_step
+real = ClassificationModule.training_step
 
 
 def training_step(task, batch, batch_idx):
@@ -45,5 +45,5 @@ def pausing_step(task, batch, batch_idx):
 
 if __name__ == "__main__":
     steps = {"PAUSE_AT": pausing_step, "POISON_AT": poisoned_step}
-    Classification.training_step = next((step for name, step in steps.items() if name in os.environ), training_step)
+    ClassificationModule.training_step = next((step for name, step in steps.items() if name in os.environ), training_step)
     sys.exit(main(sys.argv[1:]))

@@ -18,16 +18,14 @@ from shapes import CATEGORIES, COLORS, polygon, runs, write_coco, write_shapes
 from torchvision.ops import masks_to_boxes
 
 from groupmixformer.tasks.detection.data import (
-    NUMBERS,
     CocoImages,
-    coco_numbers,
-    collate,
-    to_results,
+    collate_detection,
+    detection_transform,
     to_tensor,
-    train_transform,
 )
+from groupmixformer.tasks.detection.metrics import COCO_METRICS, coco_metrics, to_results
 
-PLAIN = train_transform(0.0, 0.0, 0.0)
+PLAIN = detection_transform(0.0, 0.0, 0.0)
 WIDTH, HEIGHT = 40, 30
 
 
@@ -139,7 +137,7 @@ def test_boxes_are_cut_at_the_image_for_training_and_kept_in_the_truth(folder):
     images = CocoImages(folder([thing(box=box) for box in boxes]), "val", masks=False)
     target = images.target(images.read(0)[1])
     assert target["boxes"].tolist() == [[0, 0, 9.5, 8], [30, 20, WIDTH, HEIGHT], [10.5, 5.25, 22.5, 13.25]]
-    assert [truth["bbox"] for truth in images.truth["annotations"]] == [list(box) for box in boxes]
+    assert [truth["bbox"] for truth in images.ground_truth["annotations"]] == [list(box) for box in boxes]
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -147,7 +145,12 @@ def test_crowds_are_left_out_of_training_and_kept_in_the_truth(folder, masks):
     crowd = thing(2, box=(0, 0, 30, 30), iscrowd=1, segmentation=runs(rectangle(0, 0, 30, 30)))
     objects = [thing(1), crowd, thing(3, category=7), {**crowd, "image_id": 2}]
     images = CocoImages(folder(objects), "val", masks)
-    assert [(truth["image_id"], truth["iscrowd"]) for truth in images.truth["annotations"]] == [(1, 0), (1, 1), (1, 0), (2, 1)]
+    assert [(truth["image_id"], truth["iscrowd"]) for truth in images.ground_truth["annotations"]] == [
+        (1, 0),
+        (1, 1),
+        (1, 0),
+        (2, 1),
+    ]
     targets = [images.target(images.read(i)[1]) for i in range(2)]
     assert [target["labels"].tolist() for target in targets] == [[1, 2], []]
     assert [len(target["boxes"]) for target in targets] == [2, 0]
@@ -157,7 +160,7 @@ def test_crowds_are_left_out_of_training_and_kept_in_the_truth(folder, masks):
 def test_images_without_objects_stay(folder, masks):
     data = folder(images=[image(1), image(2), image(3)], objects=[thing(of=2)])
     write_coco(data, "train", [image(1), image(2), image(3)], [thing(of=2)])
-    images = CocoImages(data, "train", masks, train_transform(1.0, 1.0, 0.2))
+    images = CocoImages(data, "train", masks, detection_transform(1.0, 1.0, 0.2))
     assert len(images) == 3
     for index in range(3):
         pixels, target, problem = images[0, index]
@@ -213,8 +216,7 @@ def test_evaluation_gives_images_as_they_are(shapes):
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(shapes):
     def sample(seed, key):
-        images = CocoImages(shapes, "train", True, train_transform(0.5, 0.5, 0.3))
-        images.seed = seed
+        images = CocoImages(shapes, "train", True, detection_transform(0.5, 0.5, 0.3), seed)
         return images[key][:2]
 
     pixels, target = sample(0, (0, 1))
@@ -347,8 +349,8 @@ def test_images_that_cannot_be_used_are_skipped_by_name(flawed):
     ]
     assert len(images) == 1
     assert images.dropped == []  # their objects are left out with them
-    assert [record["file_name"] for record in images.truth["images"]] == ["good.png"]
-    assert [truth["image_id"] for truth in images.truth["annotations"]] == [1]
+    assert [record["file_name"] for record in images.ground_truth["images"]] == ["good.png"]
+    assert [truth["image_id"] for truth in images.ground_truth["annotations"]] == [1]
 
 
 def test_a_truncated_image_is_replaced_in_training_and_blank_in_evaluation(folder):
@@ -360,12 +362,12 @@ def test_a_truncated_image_is_replaced_in_training_and_blank_in_evaluation(folde
     blank, number, problem = images[0]
     assert number == -1 and blank.shape[0] == 3
     assert problem.startswith(f"{bad}: not a readable image")
-    images.transform = PLAIN
+    images = CocoImages(root, "val", masks=False, transform=PLAIN)
     pixels, target, problem = images[0, 0]
     assert problem.startswith(f"{bad}: not a readable image")
     assert target["labels"].tolist() == [2]
     assert torch.equal(pixels, to_tensor(images.read(1)[0]))
-    photos, ids, problems = collate([images[0, 0], images[0, 1]])
+    photos, ids, problems = collate_detection([images[0, 0], images[0, 1]])
     assert len(photos) == len(ids) == 2
     assert problems == [problem]
 
@@ -411,7 +413,7 @@ def test_objects_that_make_no_sense_are_left_out_by_name(folder, case, masks):
     images = CocoImages(folder([thing(1), record]), "val", masks)
     assert len(images.dropped) == 1
     assert images.dropped[0].startswith(line)
-    assert [truth["bbox"] for truth in images.truth["annotations"]] == [[10, 5, 12, 8]]
+    assert [truth["bbox"] for truth in images.ground_truth["annotations"]] == [[10, 5, 12, 8]]
     assert len(images.target(images.read(0)[1])["boxes"]) == 1
     assert len(images) == 2
 
@@ -434,7 +436,7 @@ def test_objects_without_a_usable_mask_are_left_out_where_masks_are_learnt(folde
 
 @pytest.mark.parametrize(("hflip", "vflip"), list(itertools.product((0.0, 1.0), repeat=2)))
 def test_boxes_masks_and_pixels_move_together(shapes, hflip, vflip):
-    images = CocoImages(shapes, "train", True, train_transform(hflip, vflip, 0.0))
+    images = CocoImages(shapes, "train", True, detection_transform(hflip, vflip, 0.0))
     objects = 0
     for index in range(len(images)):
         pixels, target, _ = images[0, index]
@@ -459,7 +461,7 @@ def test_boxes_masks_and_pixels_move_together(shapes, hflip, vflip):
 
 
 def test_flips_are_drawn_at_random_and_jitter_leaves_objects_alone(shapes):
-    images = CocoImages(shapes, "train", True, train_transform(0.5, 0.0, 0.4))
+    images = CocoImages(shapes, "train", True, detection_transform(0.5, 0.0, 0.4))
     original, record = images.read(0)
     before = images.target(record)
     flipped = []
@@ -498,7 +500,7 @@ def reference(truth, results, kind):
         precision = evaluation.eval["precision"][:, :, index, 0, -1]
         there = precision[precision > -1]
         per_class[expected.cats[category]["name"]] = there.mean() if there.size else -1
-    return dict(zip(NUMBERS, evaluation.stats, strict=True)), per_class
+    return dict(zip(COCO_METRICS, evaluation.stats, strict=True)), per_class
 
 
 def detections(images, rng, decimals):
@@ -535,9 +537,9 @@ def detections(images, rng, decimals):
 
 
 def compare(images, truth, results, kind):
-    numbers, per_class = coco_numbers(images.truth, results, kind)
+    numbers, per_class = coco_metrics(images.ground_truth, results, kind)
     expected, expected_per_class = reference(truth, results, kind)
-    assert list(numbers) == list(NUMBERS)
+    assert list(numbers) == list(COCO_METRICS)
     assert numbers == pytest.approx(expected, abs=1e-6)
     assert {row["class"]: row["AP"] for row in per_class} == pytest.approx(expected_per_class, abs=1e-6)
     assert [row["index"] for row in per_class] == list(range(len(images.class_names)))
@@ -590,7 +592,7 @@ def test_the_numbers_are_those_of_pycocotools(sizes, kind, seed, decimals):
     results = detections(images, np.random.default_rng(seed), decimals)
     numbers = compare(images, truth, results, kind)
     assert all(0 < value < 1 for value in numbers.values())
-    _, per_class = coco_numbers(images.truth, results, kind)
+    _, per_class = coco_metrics(images.ground_truth, results, kind)
     assert [row["class"] for row in per_class if row["AP"] == -1] == ["nothing"]
 
 
@@ -624,7 +626,7 @@ def test_the_numbers_are_the_same_whenever_they_are_computed(sizes):
     images = CocoImages(sizes, "val", masks=True)
     results = detections(images, np.random.default_rng(0), 2)
     before = copy.deepcopy(results)
-    first, *again = [coco_numbers(images.truth, results, kind) for kind in ("segm", "bbox", "segm")]
+    first, *again = [coco_metrics(images.ground_truth, results, kind) for kind in ("segm", "bbox", "segm")]
     assert results == before
     assert again[1] == first != again[0]
 
@@ -638,5 +640,5 @@ def test_images_may_be_numbered_by_words(folder, names):
             found = {**images.target(images.read(index)[1]), "scores": torch.ones(1)}
             results += to_results(found, images[index][1], images.category_ids)
         assert [result["image_id"] for result in results] == list(names)
-        assert coco_numbers(images.truth, results, "bbox")[0]["AP"] == 1
-        assert [record["id"] for record in images.truth["images"]] == list(names)
+        assert coco_metrics(images.ground_truth, results, "bbox")[0]["AP"] == 1
+        assert [record["id"] for record in images.ground_truth["images"]] == list(names)

@@ -20,10 +20,11 @@ from groupmixformer import GroupMixFormer, attention_maps
 from groupmixformer.cli.main import main
 from groupmixformer.deploy.demo import Page, application
 from groupmixformer.models.attention_maps import by_group_size
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.tasks.classification.predict import Classes
-from groupmixformer.tasks.predictor import Segments
+from groupmixformer.tasks.classification.predict import ClassificationPredictor
+from groupmixformer.tasks.segmentation.predict import SegmentationPredictor
 from groupmixformer.visual.figures import GROUPS, ORANGE
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
@@ -44,7 +45,7 @@ def run(tmp_path_factory, randomise):
 @pytest.fixture(scope="module")
 def segments(tmp_path_factory, randomise):
     """The folder of a segmenter."""
-    from groupmixformer.tasks.segmentation.training import Segmenter
+    from groupmixformer.tasks.segmentation.model import Segmenter
 
     folder, backbone = tmp_path_factory.mktemp("runs") / "ground", Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 128}
@@ -56,7 +57,7 @@ def segments(tmp_path_factory, randomise):
 
 @pytest.fixture(scope="module")
 def classes(run):
-    return Classes(run, CPU)
+    return ClassificationPredictor(run, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def image(tmp_path_factory):
 
 
 def test_the_page_shows_what_the_model_says(classes, image):
-    page = Page({"trees": (classes, "classification")})
+    page = Page({"trees": classes})
     seen, expected = page.predict("trees", str(image)), classes.predict(Image.open(image)).result["classes"]
     assert list(seen.classes.values()) == [one["probability"] for one in expected]
     for name, one in zip(seen.classes, expected, strict=True):  # two classes have the same name
@@ -82,24 +83,24 @@ def test_the_page_shows_what_the_model_says(classes, image):
 
 
 def test_no_frame_where_all_is_seen(run, image):
-    model = Classes(run, CPU)
+    model = ClassificationPredictor(run, CPU)
     model.config |= {"crop_mode": "squash", "crop_pct": 1.0}
     from groupmixformer.tasks.classification.data import eval_transform
 
     model.transform = eval_transform(model.config)
-    shown = Page({"trees": (model, "classification")}).predict("trees", str(image)).shown
+    shown = Page({"trees": model}).predict("trees", str(image)).shown
     assert not (np.asarray(shown) == MARK).all(axis=2).any()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_point_attends_to_what_the_maps_say(classes, photo, stage):
-    page, point = Page({"trees": (classes, "classification")}), (0.6, 0.4)
-    query = classes.view(Image.open(photo)).seen((40, 96))  # of 100 rows and 160 columns
-    images, names = zip(*page.attend("trees", str(photo), point, stage), strict=True)
+def test_a_point_attends_to_what_the_maps_say(classes, image, stage):
+    page, point = Page({"trees": classes}), (0.6, 0.4)
+    query = classes.view(Image.open(image)).to_input((40, 96))  # of 100 rows and 160 columns
+    images, names = zip(*page.attend("trees", str(image), point, stage), strict=True)
     assert names == GROUPS
-    image = classes.transform(Image.open(photo))
+    pixels = classes.transform(Image.open(image))
     with torch.no_grad():
-        strengths = by_group_size(attention_maps(classes.model, image[None], query, stage), (64, 64))[0]
+        strengths = by_group_size(attention_maps(classes.model, pixels[None], query, stage), (64, 64))[0]
     for shown, strength in zip(images, strengths, strict=True):
         pixels = np.asarray(shown)
         mark = np.argwhere((pixels == MARK).all(axis=2))
@@ -111,21 +112,21 @@ def test_a_point_attends_to_what_the_maps_say(classes, photo, stage):
             [10 * q[0] + 5 for q in (strongest, weakest)], [10 * q[1] + 5 for q in (strongest, weakest)]
         ]
         assert strength[strongest] > strength[weakest] and spread[0] > 40
-    other = page.attend("trees", str(photo), (0.4, 0.6), stage)
+    other = page.attend("trees", str(image), (0.4, 0.6), stage)
     assert any(a.tobytes() != b[0].tobytes() for a, b in zip(images, other, strict=True))
 
 
 def test_what_has_no_maps_says_so(classes, segments, image):
-    runs = {"trees": (classes, "classification"), "ground": (Segments(segments, CPU, None, None), "segmentation")}
+    runs = {"trees": classes, "ground": SegmentationPredictor(segments, CPU, None, None)}
     page = Page(runs)
     with pytest.raises(ValueError, match="does not see this point: it looks at what is inside the orange frame"):
         page.attend("trees", str(image), (0.02, 0.5), 1)
-    with pytest.raises(ValueError, match="ground holds a model for segmentation: attention is shown for classifiers with"):
+    with pytest.raises(ValueError, match="ground holds a Segmenter: attention is shown for classifiers with"):
         page.attend("ground", str(image), (0.5, 0.5), 1)
-    other = Classes.__new__(Classes)
+    other = ClassificationPredictor.__new__(ClassificationPredictor)
     other.model, other.class_names = timm.create_model("test_resnet"), NAMES
-    with pytest.raises(ValueError, match="other holds ResNet: attention is shown"):
-        Page({"other": (other, "classification")}).attend("other", str(image), (0.5, 0.5), 1)
+    with pytest.raises(ValueError, match="other holds a ResNet: attention is shown"):
+        Page({"other": other}).attend("other", str(image), (0.5, 0.5), 1)
     seen = page.predict("ground", str(image))
     assert seen.classes is None and seen.drawn.height == 480 and "%" in seen.text
     broken = image.parent / "broken.png"
@@ -220,7 +221,7 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
         tab.until("document.querySelector('#drawn img')?.naturalHeight == 480")
         tab.until("/crane \\d/.test(document.querySelector('#said').innerText)")
         tab.click("#shown img")
-        tab.until("document.body.innerText.includes('holds a model for segmentation')")
+        tab.until("document.body.innerText.includes('holds a Segmenter')")
 
         tab.click("#file button[aria-label='Clear']")
         tab.until(f"document.querySelector('{field}') !== null")
@@ -244,7 +245,7 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
 def test_nothing_but_the_page_is_served(classes):
     from fastapi.testclient import TestClient
 
-    with TestClient(application(Page({"trees": (classes, "classification")}))) as client:
+    with TestClient(application(Page({"trees": classes}))) as client:
         assert client.get("/").status_code == 200
         assert "fonts.googleapis" not in client.get("/").text and "cdnjs" not in client.get("/").text
         assert client.get("/docs").status_code == 404

@@ -24,13 +24,16 @@ from torch import nn
 
 from groupmixformer import GroupMixFormer, load_checkpoint
 from groupmixformer.cli.main import main
-from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
-from groupmixformer.run_folder import read_metrics
+from groupmixformer.models.checkpoint import load_model, save_checkpoint
+from groupmixformer.run_folder import read_metrics, save_network
 from groupmixformer.tasks.backbone import Backbone, start_from
-from groupmixformer.tasks.detection.data import NUMBERS, CocoImages, coco_numbers, collate
-from groupmixformer.tasks.detection.training import Detection, Detector, load_detector, start
-from groupmixformer.tasks.predictor import Objects
-from groupmixformer.training.recipe import DetectorSettings as Settings
+from groupmixformer.tasks.detection.data import CocoImages, collate_detection
+from groupmixformer.tasks.detection.metrics import COCO_METRICS, coco_metrics
+from groupmixformer.tasks.detection.model import Detector, load_detector
+from groupmixformer.tasks.detection.predict import DetectionPredictor
+from groupmixformer.tasks.detection.training import DetectionModule
+from groupmixformer.tasks.registry import build_task
+from groupmixformer.training.recipe import Detector as Settings
 from groupmixformer.training.recipe import Recipe, read_recipe
 from groupmixformer.training.trainer import train
 
@@ -59,7 +62,7 @@ def options(data, out, *more):
 
 def fit(data, out, *more, resume=False):
     """Train without the command line around it, which evaluates and reports; return the run folder."""
-    return train(read_recipe("nuclei", options(data, out, *more)), resume)
+    return train(read_recipe("nuclei", options(data, out, *more)), build_task, resume)
 
 
 def gmf(capsys, *argv, code=0):
@@ -81,11 +84,11 @@ def task(data, architecture="faster_rcnn", variant="test_convnext", **more):
     small = Settings(architecture=architecture, fpn_channels=32, rois_per_image=16, max_size=96)
     # What is loaded is not in channels_last memory, and sums in another order there.
     settings = {"image_size": 64, "batch_size": 2, "workers": 0, "detector": small, "channels_last": False}
-    return start(Recipe(str(data), task="detection", model=variant, **settings | more), world_size=1)
+    return build_task(Recipe(str(data), task="detection", model=variant, **settings | more), world_size=1)
 
 
 def batch(made, *indices):
-    images, targets, problems = collate([made.loaders.train[0, index] for index in indices])
+    images, targets, problems = collate_detection([made.loaders.train[0, index] for index in indices])
     assert not problems
     return images, targets
 
@@ -227,13 +230,13 @@ def classifier(tmp_path, randomise, golden):
 def test_the_weights_of_a_classifier_arrive_in_the_backbone(shapes, classifier, tmp_path, name):
     source = classifier(name)
     made = task(shapes, "mask_rcnn", variant="test_resnet", checkpoint=str(tmp_path / "classifier"))
-    expected, found = plain(source.state_dict()), plain(made.model.body.state_dict())
+    expected, found = plain(source.state_dict()), plain(made.model.features.state_dict())
     assert len(found) > 50
     assert equal(found, {key: expected[key] for key in found})
     assert {key.split("_")[0] for key in expected.keys() - found.keys()} <= {"head", "fc", "norm", "norm4"}
     image = torch.rand(1, 3, 224, 224)
     with torch.inference_mode():
-        features = made.model.eval().body(image)[-1]
+        features = made.model.eval().features(image)[-1]
         whole = source.eval().forward_intermediates(image, intermediates_only=True)[-1]
     torch.testing.assert_close(features, whole, rtol=1e-5, atol=1e-5)
     made.save(made.model, tmp_path / "run")
@@ -245,8 +248,8 @@ def test_a_file_of_weights_serves_too(shapes, classifier, tmp_path):
     source = classifier("groupmixformer_mobile")
     torch.save({"model": source.state_dict()}, tmp_path / "mobile.pth")
     made = task(shapes, checkpoint=str(tmp_path / "mobile.pth"))
-    assert isinstance(made.model.body.model, GroupMixFormer)
-    expected, found = plain(source.state_dict()), plain(made.model.body.state_dict())
+    assert isinstance(made.model.features.model, GroupMixFormer)
+    expected, found = plain(source.state_dict()), plain(made.model.features.state_dict())
     assert equal(found, {key: expected[key] for key in found})
 
 
@@ -333,7 +336,7 @@ def test_layer_decay_slows_the_first_layers_and_no_head(shapes, variant):
     (optimizer,), _ = made.configure_optimizers()
     scales = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert len(scales) == len(list(made.model.parameters()))
-    body = {p: name for name, p in made.model.body.named_parameters()}
+    body = {p: name for name, p in made.model.features.named_parameters()}
     assert {scale for p, scale in scales.items() if p not in body} == {1.0}
     by_name = {name: scales[p] for p, name in body.items()}
     first, *_, last = by_name
@@ -372,7 +375,7 @@ def test_recomputed_activations_give_the_same_losses_and_gradients(shapes, varia
     counts = []
     for model in (made.model, other):
         calls = []
-        blocks = [module for module in model.body.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        blocks = [module for module in model.features.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         handles = [block.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for block in blocks]
         found = losses(model, images, targets)
         counts.append((len(calls), found))
@@ -447,7 +450,7 @@ def test_a_recipe_has_no_fields_of_other_tasks(trained, shapes, tmp_path, capsys
 def test_evaluation_gives_the_numbers_of_the_run(trained, shapes, tmp_path, capsys):
     run, result = trained
     measured = json.loads(gmf(capsys, "eval", run, "--json").out)
-    names = [f"{kind}_{number}" for kind in ("box", "mask") for number in NUMBERS]
+    names = [f"{kind}_{number}" for kind in ("box", "mask") for number in COCO_METRICS]
     assert {name: measured[name] for name in names} == {name: result[name] for name in names}
     assert (measured["task"], measured["split"], measured["images"], measured["skipped"]) == ("detection", "val", 5, [])
     assert [row["class"] for row in measured["per_class"]] == ["square", "disc"]
@@ -561,10 +564,10 @@ def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, cap
 
     # The results are what pycocotools would take for the images of the data set, which the numbers above are of.
     truth = CocoImages(shapes, "val", masks=True)
-    by_name = {record["file_name"]: record["id"] for record in truth.truth["images"]}
+    by_name = {record["file_name"]: record["id"] for record in truth.ground_truth["images"]}
     own = [{**row, "image_id": by_name[row["image_id"]]} for row in coco if row["image_id"] in by_name]
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        assert coco_numbers(truth.truth, own, kind)[0]["AP"] == pytest.approx(measured[f"{name}_AP"])
+        assert coco_metrics(truth.ground_truth, own, kind)[0]["AP"] == pytest.approx(measured[f"{name}_AP"])
 
 
 def test_prediction_shows_nothing_where_nothing_is_sure(trained, shapes, tmp_path, capsys):
@@ -713,7 +716,7 @@ SLOW = pytest.mark.slow
     ids=["middle of an epoch", "twice", "end of an epoch", "crashes"],
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been(shapes, undisturbed, monkeypatch, tmp_path, capsys, how, stops, workers):
-    run, waiting, real = tmp_path / "run", list(stops), Detection.training_step
+    run, waiting, real = tmp_path / "run", list(stops), DetectionModule.training_step
     assert set(stops) <= set(itertools.product(range(2), range(5)))
 
     def training_step(self, batch, batch_idx):
@@ -724,7 +727,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(shapes, undisturbed, monkeypat
             os.kill(os.getpid(), how)
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(Detection, "training_step", training_step)
+    monkeypatch.setattr(DetectionModule, "training_step", training_step)
     more = [*LONG, "--workers", workers, "--save_minutes", 0 if how is Crash else 10]
     for _ in stops:
         gmf(capsys, "train", "nuclei", *options(shapes, run, *more), "--resume", code=1 if how is Crash else 128 + how)
@@ -767,7 +770,7 @@ def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path):
     rows = read_metrics(run)
     assert max(row["val_mask_AP"] for row in rows) > 0.3
     assert max(row["val_box_AP"] for row in rows) > 0.3
-    found = Objects(run, torch.device("cpu"), None, None)
+    found = DetectionPredictor(run, torch.device("cpu"), None, None)
     images = found.open(str(shapes), "val")
     image, record = images.read(0)
     sure = found.predict(image, record["file_name"], 0.5).result["objects"]
@@ -780,7 +783,7 @@ def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path):
 def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, frozen):
     more = ["--model", "test_resnet", "--detector.architecture", "faster_rcnn", "--detector.freeze-bn", frozen]
     run = fit(shapes, tmp_path / "run", *more, "--epochs", "2")
-    trained = load_detector(run)[0].body
+    trained = load_detector(run)[0].features
     fresh = timm.create_model("test_resnet", features_only=True)
     norms = {name for name in fresh.state_dict() if name.endswith(("running_mean", "running_var"))}
     assert norms

@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from groupmixformer import GroupMixFormer
 from groupmixformer.cli.main import main
 from groupmixformer.models.checkpoint import save_checkpoint
-from groupmixformer.tasks.classification.metrics import BINS, evaluate, per_class, reliability
+from groupmixformer.tasks.classification.metrics import BINS, evaluate_classifier, per_class, reliability
 
 DOCS = Path(__file__).parents[1] / "docs" / "evaluate.md"
 
@@ -41,7 +41,7 @@ class Given(nn.Module):
 def given(logits, classes, batch_size=3):
     """Evaluate logits (N, classes) against true classes (N)."""
     images, classes = torch.as_tensor(logits)[:, :, None, None], torch.as_tensor(classes)
-    return evaluate(Given(), zip(images.split(batch_size), classes.split(batch_size), strict=True))
+    return evaluate_classifier(Given(), zip(images.split(batch_size), classes.split(batch_size), strict=True))
 
 
 def confident(*confidences):
@@ -271,28 +271,28 @@ def test_unreadable_images_are_left_out():
     logits[~readable] = float("nan")
     images = logits[:, :, None, None]
     problems = [["b.png: empty"], ["d.png: empty", "e.png: text", "f.png: half"], []]
-    found = evaluate(Given(), list(zip(images.split(3), classes.split(3), problems, strict=True)))
+    found = evaluate_classifier(Given(), list(zip(images.split(3), classes.split(3), problems, strict=True)))
     alone = given(logits[readable], classes[readable])
     for name in ("top1", "top5", "loss", "calibration_error", "images"):
         assert found.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-12)
     assert (found.metrics["images"], found.metrics["skipped"]) == (5, 4)
     assert found.positions.tolist() == [0, 2, 6, 7, 8]
     assert found.problems == ["b.png: empty", "d.png: empty", "e.png: text", "f.png: half"]
-    filled = evaluate(Given(), list(zip(images.split(3), classes.split(3), [["b.png: empty"], [], []], strict=True)))
+    filled = evaluate_classifier(Given(), list(zip(images.split(3), classes.split(3), [["b.png: empty"], [], []], strict=True)))
     assert filled.metrics["skipped"] == 1  # the others without a problem only fill up
-    assert evaluate(Given(), list(zip(images.split(3), classes.split(3), strict=True))).metrics["skipped"] == 4
+    assert evaluate_classifier(Given(), list(zip(images.split(3), classes.split(3), strict=True))).metrics["skipped"] == 4
 
 
 def test_there_must_be_an_image():
     with pytest.raises(ValueError, match="2 were given and none could be read"):
         given(torch.randn(2, 3), [-1, -1])
     with pytest.raises(ValueError, match="no image"):
-        evaluate(Given(), [])
+        evaluate_classifier(Given(), [])
 
 
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        evaluate(Given().train(), [(torch.randn(1, 3, 1, 1), torch.zeros(1, dtype=torch.long))])
+        evaluate_classifier(Given().train(), [(torch.randn(1, 3, 1, 1), torch.zeros(1, dtype=torch.long))])
 
 
 def test_values_that_are_not_finite_are_refused():
@@ -308,13 +308,13 @@ def test_precision_device_and_memory_layout(device, randomise):
         pytest.skip("needs a GPU")
     model = GroupMixFormer(embed_dims=(40, 40, 40, 80), depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1), num_classes=7).eval()
     images, classes = torch.randn(6, 3, 48, 48), torch.randint(7, (6,))
-    reference = evaluate(randomise(model), [(images, classes)])
+    reference = evaluate_classifier(randomise(model), [(images, classes)])
     model = model.to(device)
-    laid_out = evaluate(model, [(images.contiguous(memory_format=torch.channels_last), classes)])
+    laid_out = evaluate_classifier(model, [(images.contiguous(memory_format=torch.channels_last), classes)])
     assert laid_out.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=1e-3)
     assert torch.equal(laid_out.predicted, reference.predicted)
     for dtype in (torch.bfloat16, torch.float16):
-        found = evaluate(model, [(images, classes)], dtype)
+        found = evaluate_classifier(model, [(images, classes)], dtype)
         assert found.confidence.dtype == torch.float32
         assert found.metrics["loss"] != laid_out.metrics["loss"]
         assert found.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=0.05)

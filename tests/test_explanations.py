@@ -16,13 +16,14 @@ from torch import nn
 from groupmixformer import GroupMixFormer, attention_maps
 from groupmixformer.cli.main import main
 from groupmixformer.models.attention_maps import class_relevance, overlays
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
-from groupmixformer.tasks import explainer as explanations
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.run import Run
+from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.tasks.classification.predict import View
-from groupmixformer.tasks.detection.training import Detector
-from groupmixformer.tasks.explainer import open_explainer
-from groupmixformer.tasks.segmentation.training import Segmenter
+from groupmixformer.tasks.detection.model import Detector
+from groupmixformer.tasks.predictor import View
+from groupmixformer.tasks.segmentation.model import Segmenter
+from groupmixformer.visual import figures
 from groupmixformer.visual.figures import Row, overlay_figure
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 1, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
@@ -68,13 +69,13 @@ def folder(tmp_path_factory, randomise):
         "anchor_scale": 2.0,
     }
     detector = Detector(BACKBONE, **heads, objects=40)
-    randomise(detector.body)
+    randomise(detector.features)
     network = {"backbone": asdict(BACKBONE), **heads, "objects": 40}
     stored = {"task": "detection", "class_names": NAMES, "category_ids": [1, 2, 3], "network": network}
     save_network(detector, root / "detector", stored)
     heads = {"num_classes": 3, "decoder": "fpn", "channels": 64, "auxiliary": False, "image_size": 72}
     segmenter = Segmenter(BACKBONE, **heads)
-    randomise(segmenter.body)
+    randomise(segmenter.features)
     stored = {
         "task": "segmentation",
         "class_names": NAMES,
@@ -90,7 +91,7 @@ def folder(tmp_path_factory, randomise):
 @pytest.fixture(scope="module")
 def explainer(folder):
     """Give the explainer of a run; tests that change it open their own."""
-    return functools.cache(lambda name: open_explainer(folder / name, CPU))
+    return functools.cache(lambda name: Run.open(folder / name).explainer(CPU))
 
 
 def arrays(path):
@@ -112,29 +113,29 @@ def test_queries_follow_the_image(explainer, tmp_path, randomise, how, size):
         config = {"input_size": (3, 96, 128) if how == "wide" else (3, 128, 128), "crop_pct": share}
         config["crop_mode"] = how.split(",")[0] if how != "wide" else "center"
         save_checkpoint(randomise(GroupMixFormer(**STAGES, num_classes=3)), tmp_path / "run", NAMES, config)
-        sees = open_explainer(tmp_path / "run", CPU)
+        sees = Run.open(tmp_path / "run").explainer(CPU)
     height, width = size
     for point in ((height // 2, width // 2), (height // 3, width // 2 + 9), (height // 2 + 9, width // 3 + 1)):
         pixels = np.zeros((height, width, 3), dtype=np.uint8)
         pixels[point[0] - 2 : point[0] + 3, point[1] - 2 : point[1] + 3] = 255
-        view = sees.see(Image.fromarray(pixels))
+        view = sees.view(Image.fromarray(pixels))
         assert view.images.shape[-2] >= view.size[0] and view.images.shape[-1] >= view.size[1]
         bright = view.pixels.max(axis=2) > 150  # what is added around is darker
         middle = np.argwhere(bright).mean(axis=0)
-        seen = view.seen(point)
+        seen = view.to_input(point)
         reach = max(view.factors)
         assert np.abs(middle - seen).max() <= 0.5 * reach + 1, (point, seen, middle)
-        assert np.abs(np.subtract(view.unseen(seen), point)).max() <= 1
+        assert np.abs(np.subtract(view.to_original(seen), point)).max() <= 1
 
 
 def test_what_is_not_seen_is_refused(folder):
     view = View(torch.zeros(1, 3, 50, 100), np.zeros((50, 100, 3), np.uint8), (100, 400), (0.5, 0.5), (0, -50))
-    assert [view.seen((y, x)) for y, x in ((0, 100), (99, 299), (30, 200))] == [(0, 0), (49, 99), (15, 50)]
+    assert [view.to_input((y, x)) for y, x in ((0, 100), (99, 299), (30, 200))] == [(0, 0), (49, 99), (15, 50)]
     for point, words in (((0, 99), "columns 101 to 299"), ((0, 300), "rows 1 to 99"), ((100, 100), "a row from 0 to 99")):
         with pytest.raises(ValueError, match=words):
-            view.seen(point)
+            view.to_input(point)
     added = View(torch.zeros(1, 3, 50, 50), np.zeros((50, 50, 3), np.uint8), (30, 50), (1, 1), (10, 0))
-    assert (added.seen((0, 0)), added.unseen((0, 7)), added.unseen((49, 7))) == ((10, 0), (0, 7), (29, 7))
+    assert (added.to_input((0, 0)), added.to_original((0, 7)), added.to_original((49, 7))) == ((10, 0), (0, 7), (29, 7))
     assert (view.frame, added.frame) == ((100, 0, 300, 100), (0, 0, 50, 30))
 
 
@@ -162,15 +163,15 @@ def test_several_images_in_one_call(folder, explainer, tmp_path, capsys):
     found = json.loads(result.out)
     assert (found["task"], found["skipped"]) == ("classification", [str(folder / "broken.png")])
     assert [image["figure"] for image in found["images"]] == [str(out / f"{name}-explained.png") for name in ("wide", "wide-2")]
-    model = explainer("classifier").classes.model
+    model = explainer("classifier").predictor.model
     for image in found["images"]:
         stored = arrays(image["arrays"])
         assert (image["queries"], image["queries_from"], image["stages"]) == ([[60, 70], [50, 50]], "given", [2])
         assert Image.open(image["figure"]).format == "PNG"
-        view = explainer("classifier").see(Image.open(image["image"]))
+        view = explainer("classifier").view(Image.open(image["image"]))
         assert np.array_equal(stored["image"], view.pixels) and stored["image"].shape == (128, 128, 3)
         assert stored["queries"].tolist() == [[60, 70], [50, 50]]
-        assert [tuple(point) for point in stored["queries_seen"]] == [view.seen((60, 70)), view.seen((50, 50))]
+        assert [tuple(point) for point in stored["queries_seen"]] == [view.to_input((60, 70)), view.to_input((50, 50))]
         assert stored["group_sizes"].tolist() == [1, 1, 3, 3, 5, 5, 7, 7]
         assert stored["local_stage2"].shape == (2, 8, 4, 7, 7) and stored["constant_stage2"].shape == (2, 8, 4)
         for i, point in enumerate(stored["queries_seen"].tolist()):
@@ -191,11 +192,11 @@ def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monk
         drawn.append((rows, titles))
         return overlay_figure(rows, *titles)
 
-    monkeypatch.setattr(explanations, "overlay_figure", draw)
+    monkeypatch.setattr(figures, "overlay_figure", draw)
     classes = explainer("classifier")
     image = Image.open(folder / "wide.png")
     found = classes.explain(image, [(60, 70), (50, 50)], [2, 1])
-    view = classes.see(image)
+    view = classes.view(image)
     ((rows, titles),) = drawn
     name, probability = found.result["class"], found.result["probability"]
     assert titles == ("query marked", f"relevance, stage 2:\n{name} ({probability:.1%})")
@@ -203,9 +204,9 @@ def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monk
     assert [row.name for row in rows] == [f"query {y}, {x}\nstage {stage}" for (y, x), stage in expected]
     assert [row.relevance is not None for row in rows] == [True, False, False, False]
     for row, (query, stage) in zip(rows, expected, strict=True):
-        assert row.point == view.seen(query)
+        assert row.point == view.to_input(query)
         np.testing.assert_array_equal(row.image, view.pixels / np.float32(255))
-        strengths = overlays(classes.classes.model, view.images[0], view.seen(query), stage)
+        strengths = overlays(classes.predictor.model, view.images[0], view.to_input(query), stage)
         np.testing.assert_allclose(row.strengths, strengths, rtol=1e-4, atol=1e-6)
 
 
@@ -221,9 +222,9 @@ def test_without_a_query_the_most_relevant_pixel_is_taken(folder, tmp_path, caps
 
 @pytest.mark.parametrize("wanted", ["a house", "2"])
 def test_a_class_by_name_or_number(folder, wanted):
-    explainer = open_explainer(folder / "classifier", CPU, wanted_class=wanted)
+    explainer = Run.open(folder / "classifier").explainer(CPU, wanted_class=wanted)
     image = Image.open(folder / "wide.png")
-    about = explainer.choose(image, explainer.see(image), 3, None).about
+    about = explainer.choose(image, explainer.view(image), 3, None).about
     assert (about["class"], about["index"]) == ("a house", 2)
 
 
@@ -255,7 +256,7 @@ def test_nothing_that_speaks_for_a_class_is_said(tmp_path, capsys, randomise):
     (image,) = json.loads(result.out)["images"]
     assert (image["relevant"], image["queries_from"], image["class"]) == (False, "centre", "two")
     assert not arrays(image["arrays"])["relevance"].any()
-    found = open_explainer(tmp_path / "run", CPU).explain(Image.open(tmp_path / "a.png"))
+    found = Run.open(tmp_path / "run").explainer(CPU).explain(Image.open(tmp_path / "a.png"))
     assert "for which nothing speaks in stage 2: its relevance is zero" in found.text
 
 
@@ -291,10 +292,10 @@ def objects(explainer):
 def test_the_relevance_of_an_object_is_around_it(folder, objects):
     """Of several that look alike, it lights up the chosen one: on the last stage, what the region and the pyramid reach."""
     image, found = objects
-    explainer = open_explainer(folder / "detector", CPU)
+    explainer = Run.open(folder / "detector").explainer(CPU)
     for number in (0, 1, 9):
         explainer.wanted = number
-        chosen = explainer.choose(image, explainer.see(image), 3, None)
+        chosen = explainer.choose(image, explainer.view(image), 3, None)
         about, box = chosen.about, found["boxes"][number]
         assert (about["class"], about["index"]) == (NAMES[about["index"]], found["labels"][number] - 1)
         assert (about["object"], about["objects"]) == (number, 40)
@@ -308,8 +309,8 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
 
 def test_the_object_nearest_to_a_query_is_taken(folder, objects):
     image, _ = objects
-    explainer = open_explainer(folder / "detector", CPU)
-    view = explainer.see(image)
+    explainer = Run.open(folder / "detector").explainer(CPU)
+    view = explainer.view(image)
     # No score is above 0.5, so the best counts alone.
     assert [explainer.choose(image, view, 3, at).about["object"] for at in (None, (250, 5))] == [0, 0]
     head = explainer.model.network.roi_heads.box_predictor.cls_score
@@ -338,7 +339,7 @@ def test_objects_are_explained_on_the_image(folder, explainer, tmp_path, capsys,
     height, width = stored["image"].shape[:2]
     assert stored["relevance"].shape == (height, width) and height / width == pytest.approx(size[0] / size[1], rel=0.02)
     assert stored["maps_stage2"].shape == (1, 8, -(-height // 32) * 2, -(-width // 32) * 2)  # with the filling
-    chosen = explainer("detector").choose(photo(*size), explainer("detector").see(photo(*size)), 3, None)
+    chosen = explainer("detector").choose(photo(*size), explainer("detector").view(photo(*size)), 3, None)
     np.testing.assert_allclose(
         chosen.box,
         np.array(chosen.about["box"]) * [width / size[1], height / size[0], width / size[1], height / size[0]],
@@ -349,7 +350,7 @@ def test_objects_are_explained_on_the_image(folder, explainer, tmp_path, capsys,
 
 
 def test_a_image_without_objects_has_attention_alone(folder, tmp_path, capsys):
-    explainer = open_explainer(folder / "detector", CPU)
+    explainer = Run.open(folder / "detector").explainer(CPU)
     explainer.model.network.roi_heads.score_thresh = 1.0
     found = explainer.explain(Image.open(folder / "wide.png"))
     assert found.result["queries_from"] == "centre" and not found.result["relevant"] and found.result["objects"] == 0
@@ -365,9 +366,9 @@ def test_a_image_without_objects_has_attention_alone(folder, tmp_path, capsys):
 
 def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
     """Against the parts of the network called one after the other."""
-    explainer = open_explainer(folder / "segmenter", CPU)
+    explainer = Run.open(folder / "segmenter").explainer(CPU)
     image = Image.open(folder / "wide.png")
-    view = explainer.see(image)
+    view = explainer.view(image)
     assert view.images.shape == (1, 3, 96, 128) and view.size == (72, 120)
     network = explainer.model.network
     features = network.encoder(view.images)
@@ -386,19 +387,19 @@ def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
 
 
 def test_which_segment_is_explained(folder, tmp_path, capsys):
-    explainer = open_explainer(folder / "segmenter", CPU)
+    explainer = Run.open(folder / "segmenter").explainer(CPU)
     image = Image.open(folder / "wide.png")
     with torch.no_grad():
         explainer.model.network.segmentation_head[0].bias.zero_()
-    view = explainer.see(image)
+    view = explainer.view(image)
     labels = explainer.model(view.images[..., :72, :120])[0].argmax(dim=0)
     largest = int(labels.flatten().bincount().argmax())
     assert explainer.choose(image, view, 3, None).about["index"] == largest
     other = next(index for index in labels.unique().tolist() if index != largest)
     row, column = (labels == other).nonzero()[0].tolist()
-    assert explainer.choose(image, view, 3, view.unseen((row, column))).about["index"] == other
+    assert explainer.choose(image, view, 3, view.to_original((row, column))).about["index"] == other
     explainer.wanted = next(index for index in range(3) if index != other)
-    assert explainer.choose(image, view, 3, view.unseen((row, column))).about["index"] == explainer.wanted
+    assert explainer.choose(image, view, 3, view.to_original((row, column))).about["index"] == explainer.wanted
 
 
 @pytest.mark.slow

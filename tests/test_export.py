@@ -17,10 +17,11 @@ from test_groupmixformer import STAGES
 from groupmixformer import GroupMixFormer
 from groupmixformer.deploy.export import FORMATS, TOLERANCE, Exported, export
 from groupmixformer.deploy.export_detector import unlike
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.tasks.detection.training import Detector
-from groupmixformer.tasks.segmentation.training import Segmenter
+from groupmixformer.tasks.detection.model import Detector
+from groupmixformer.tasks.segmentation.model import Segmenter
 
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 3}  # quick to export
 NAMES = ["rose", "lily & co", "Löwenzahn"]

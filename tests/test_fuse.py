@@ -18,8 +18,8 @@ from groupmixformer.models import fuse
 from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
 from groupmixformer.ops import onednn
 from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.tasks.detection.training import Detector
-from groupmixformer.tasks.segmentation.training import Segmenter
+from groupmixformer.tasks.detection.model import Detector
+from groupmixformer.tasks.segmentation.model import Segmenter
 
 FOLDED = {"Stem": 1, "SeparableConv": 4, "Block": 6}  # of STAGES
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 6}  # quick to compile
@@ -577,7 +577,7 @@ def test_classifier_and_pooling(randomise, images, num_classes, global_pool):
 )
 def test_a_detector_finds_the_same(randomise, architecture):
     model = detector(architecture)
-    randomise(model.body)
+    randomise(model.features)
     fused = fuse(model.double())
     images = [torch.rand(3, 67, 51, dtype=torch.float64), torch.rand(3, 40, 90, dtype=torch.float64)]
     with torch.no_grad():
@@ -594,7 +594,7 @@ def test_a_detector_finds_the_same(randomise, architecture):
 @pytest.mark.parametrize("decoder", ["fpn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("upernet", "unet"))])
 def test_a_segmenter_says_the_same(randomise, decoder):
     model = segmenter(decoder)
-    randomise(model.body)
+    randomise(model.features)
     images = torch.randn(2, 3, 67, 51)
     with torch.no_grad():
         assert_equal([fuse(model)(images)], [model(images)])
@@ -630,7 +630,7 @@ def test_a_network_that_is_used_twice_is_folded_once(model, images):
 
 def test_a_detector_with_frozen_statistics(randomise):
     model = detector()
-    randomise(model.body)
+    randomise(model.features)
     model.freeze_statistics()
     with pytest.raises(ValueError, match="is in training mode"):
         fuse(model.train())

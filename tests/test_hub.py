@@ -315,19 +315,19 @@ def test_a_real_run_over_http(photos, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_scenes(task, tmp_path, hub):
-    from groupmixformer.models.checkpoint import save_network
+    from groupmixformer.run_folder import save_network
     from groupmixformer.tasks.backbone import Backbone
 
     backbone = Backbone("groupmixformer_small", {name: list(value) for name, value in STAGES.items()})
     stored = {"name": backbone.name, "arguments": backbone.arguments}
     if task == "detection":
-        from groupmixformer.tasks.detection.training import Detector, load_detector
+        from groupmixformer.tasks.detection.model import Detector, load_detector
 
         settings = {"num_classes": 2, "architecture": "retinanet", "image_size": 64, "max_size": 96, "width": 16}
         made, load, more, column = Detector, load_detector, {"category_ids": [3, 7]}, "val_box_AP"
         images = [torch.rand(3, 70, 90)]
     else:
-        from groupmixformer.tasks.segmentation.training import Segmenter, load_segmenter
+        from groupmixformer.tasks.segmentation.model import Segmenter, load_segmenter
 
         settings = {"num_classes": 2, "decoder": "fpn", "image_size": 64, "channels": 64, "auxiliary": False}
         made, load, more, column = (

@@ -10,11 +10,12 @@ import torch
 import yaml
 from PIL import Image
 
+from groupmixformer import Run
 from groupmixformer.run_folder import read_metrics
-from groupmixformer.tasks.classification.predict import Classes
 from groupmixformer.tasks.detection.data import to_tensor
-from groupmixformer.tasks.detection.training import load_detector
-from groupmixformer.tasks.segmentation.training import load_segmenter, segment
+from groupmixformer.tasks.detection.model import load_detector
+from groupmixformer.tasks.registry import build_task
+from groupmixformer.tasks.segmentation.model import load_segmenter, segment
 from groupmixformer.training.old_names import FIELDS, PRECISIONS
 from groupmixformer.training.recipe import RecipeError, fields_of, read_recipe
 from groupmixformer.training.trainer import train
@@ -30,7 +31,7 @@ def image():
 
 
 def test_a_classifier_predicts_the_same(image):
-    classes = Classes(str(DATA / "classification"), torch.device("cpu"), None, 10).predict(image).result["classes"]
+    classes = Run.open(DATA / "classification").predict(image, device="cpu", top=10).result["classes"]
     expected = EXPECTED["classification"]["classes"]
     assert [c["class"] for c in classes] == [c["class"] for c in expected]
     assert [c["probability"] for c in classes] == pytest.approx([c["probability"] for c in expected], rel=1e-3, abs=1e-4)
@@ -63,7 +64,7 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_as_it_would_have_then(tmp_p
         (run / "checkpoints" / "last.ckpt").write_bytes(packed.read())
     before = read_metrics(run)
     assert [row["epoch"] for row in before] == [0, 1, 2, 3]
-    train(read_recipe(str(run / "recipe.yaml"), ["--out", str(run), "--checkpoint", str(run)]), resume=True)
+    train(read_recipe(str(run / "recipe.yaml"), ["--out", str(run), "--checkpoint", str(run)]), build_task, resume=True)
     rows = read_metrics(run)
     assert rows[:4] == before
     for row, expected in zip(rows, EXPECTED["metrics"], strict=True):
@@ -134,9 +135,11 @@ def test_the_files_above_hold_every_name_that_changed():
 
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_the_recipe_of_an_old_run_is_read_whole(task):
-    path = DATA / task / "recipe.yaml"
-    recipe = read_recipe(str(path))
-    assert len(list(flat(fields_of(recipe)))) == len(list(flat(yaml.safe_load(path.read_text()))))
+    run = Run.open(DATA / task)
+    recipe = run.recipe
+    assert run.task == recipe.task == task
+    old = yaml.safe_load((DATA / task / "recipe.yaml").read_text())
+    assert len(list(flat(fields_of(recipe)))) == len(list(flat(old)))
     assert (recipe.grad_accum_steps, recipe.max_unreadable, recipe.max_skipped_steps) == (2, 0.01, 5)
     assert recipe.precision == "fp32"
 

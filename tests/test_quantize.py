@@ -15,7 +15,7 @@ from groupmixformer import GroupMixFormer
 from groupmixformer.deploy.export import FORMATS, Exported
 from groupmixformer.deploy.quantize import BATCH, IMAGES, from_data, from_folder, quantize, verdict
 from groupmixformer.models.checkpoint import load_checkpoint, save_checkpoint
-from groupmixformer.tasks.classification.data import eval_loader, open_images
+from groupmixformer.tasks.classification.data import eval_loader, eval_transform, open_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 ABOUT = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": [str(digit) for digit in range(10)]}
@@ -24,7 +24,9 @@ CASES = [("onnx", "static"), ("openvino", "static"), ("pt2", "weights"), ("pt2",
 
 def digits(part):
     """All images of a part of the digits and their classes."""
-    images, classes = zip(*[batch[:2] for batch in eval_loader(getattr(open_images("digits"), part), CONFIG)], strict=True)
+    data = open_images("digits")
+    samples = data.train(eval_transform(CONFIG), 0) if part == "train" else data.held_out(eval_transform(CONFIG))
+    images, classes = zip(*[batch[:2] for batch in eval_loader(samples)], strict=True)
     return torch.cat(images), torch.cat(classes)
 
 
@@ -99,7 +101,7 @@ def test_images_whose_last_map_is_one_token(randomise, tmp_path, way):
     """At 32 x 32, where PyTorch would refuse what it did not see while tracing."""
     model = GroupMixFormer(embed_dims=(10,) * 4, depths=(1,) * 4, mlp_ratios=(2,) * 4, num_classes=10)
     network = Exported(randomise(model)).eval()
-    held_out = eval_loader(open_images("digits").held_out, CONFIG)
+    held_out = eval_loader(open_images("digits").held_out(eval_transform(CONFIG)))
     result = quantize(network, "pt2", way, tmp_path / "int8.pt2", Image.new("RGB", (9, 9)), held_out, None, "", ABOUT)
     run = FORMATS["pt2"].load(tmp_path / "int8.pt2")
     assert run(torch.randn(1, 3, 32, 32))[0].shape == (1, 10)
@@ -126,7 +128,7 @@ def stored(format, path):
 def test_calibration_on_nothing_like_the_data_is_found_out(trained, tmp_path):
     """Ranges from images of one colour fit no digit: the table and the verdict say so, and the file is written."""
     network = Exported(load_checkpoint(trained)).eval()
-    held_out = eval_loader(open_images("digits").held_out, CONFIG)
+    held_out = eval_loader(open_images("digits").held_out(eval_transform(CONFIG)))
     image = Image.fromarray(load_sample_image("china.jpg"))
     flat = torch.zeros(8, 3, 32, 32)
     path = tmp_path / "bad.onnx"
@@ -160,7 +162,7 @@ def test_images_to_calibrate_on_are_drawn_alike_each_time(some_images, tmp_path)
     images, problems = from_folder(str(some_images), CONFIG)
     assert images.shape == (IMAGES, 3, 32, 32) and problems == []
     assert torch.equal(images, from_folder(str(some_images), CONFIG)[0])
-    own, _ = from_data(open_images("digits").train, CONFIG, "digits")
+    own, _ = from_data(open_images("digits").train(eval_transform(CONFIG), 0), "digits")
     everything = {image.numpy().tobytes() for image in digits("train")[0]}
     assert len({image.numpy().tobytes() for image in own} & everything) == IMAGES
     # One that cannot be read is left out and named.

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from groupmixformer import load_checkpoint
 from groupmixformer.cli.main import main
 from groupmixformer.run_folder import read_metrics
-from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.tasks.classification.training import ClassificationModule
+from groupmixformer.tasks.registry import build_task
 from groupmixformer.training.recipe import read_recipe
 from groupmixformer.training.trainer import train
 
@@ -109,8 +110,11 @@ def finished(images, tmp_path_factory):
     def launch(how, out):
         if how == "one process":  # in this one: to start another takes as long as the training
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Classification, "training_step", run_frozen.training_step)
-                train(read_recipe("folder", ["--out", str(out), *OPTIONS, "--data", str(images), "--batch_size", "16"]))
+                patch.setattr(ClassificationModule, "training_step", run_frozen.training_step)
+                train(
+                    read_recipe("folder", ["--out", str(out), *OPTIONS, "--data", str(images), "--batch_size", "16"]),
+                    build_task,
+                )
         elif how == "two nodes":
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))

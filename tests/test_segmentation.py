@@ -32,11 +32,13 @@ from torch import nn
 
 from groupmixformer import GroupMixFormer, load_checkpoint
 from groupmixformer.cli.main import main
-from groupmixformer.models.checkpoint import load_model, save_checkpoint, save_network
-from groupmixformer.run_folder import read_metrics
+from groupmixformer.models.checkpoint import load_model, save_checkpoint
+from groupmixformer.run_folder import read_metrics, save_network
 from groupmixformer.tasks.backbone import Backbone, open_backbone, start_from
+from groupmixformer.tasks.registry import build_task
 from groupmixformer.tasks.segmentation.data import IGNORE
-from groupmixformer.tasks.segmentation.training import Segmentation, Segmenter, load_segmenter, segment, start
+from groupmixformer.tasks.segmentation.model import Segmenter, load_segmenter, segment
+from groupmixformer.tasks.segmentation.training import SegmentationModule
 from groupmixformer.training.recipe import Recipe, read_recipe
 from groupmixformer.training.trainer import train
 
@@ -54,7 +56,7 @@ def options(data, out, *more):
 
 def fit(data, out, *more, resume=False):
     """Train without the command line around it, which evaluates and reports; return the run folder."""
-    return train(read_recipe("camvid", options(data, out, *more)), resume)
+    return train(read_recipe("camvid", options(data, out, *more)), build_task, resume)
 
 
 def gmf(capsys, *argv, code=0):
@@ -95,7 +97,7 @@ def make(data):
         recipe = Recipe(str(on), task="segmentation", model=variant, **settings)
         for name, value in {"channels": None, **dict(segmenter)}.items():
             setattr(recipe.segmenter, name, value)
-        made = start(recipe, 1)
+        made = build_task(recipe, 1)
         made.log = lambda *args, **kwargs: None  # there is no trainer
         return made
 
@@ -220,16 +222,16 @@ def test_layer_decay_slows_the_first_layers_of_the_backbone(make, variant):
     (optimizer,), (schedule,) = task.configure_optimizers()
     schedule["scheduler"].step_update(0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    body = {id(p) for p in task.model.body.parameters()}
+    body = {id(p) for p in task.model.features.parameters()}
     assert rates.keys() == {id(p) for p in task.model.parameters()}
     assert {rate for p, rate in rates.items() if p not in body} == {1.0}
-    of_body = [rates[id(p)] for p in task.model.body.parameters()]
+    of_body = [rates[id(p)] for p in task.model.features.parameters()]
     assert of_body[0] == min(of_body) <= 0.5**4
     assert max(of_body) < 1 or variant == "groupmixformer_mobile"  # whose last norm counts as its head
     assert len(set(of_body)) >= 4
     whole = timm.create_model(variant)
     layers = timm.models.group_parameters(whole, whole.group_matcher(), reverse=True)
-    names = {id(p): n.removeprefix("model.").replace(".", "_") for n, p in task.model.body.named_parameters()}
+    names = {id(p): n.removeprefix("model.").replace(".", "_") for n, p in task.model.features.named_parameters()}
     of_classifier = {name.replace(".", "_"): layer for name, layer in layers.items()}
     assert {id_: math.log(rates[id_], 0.5) for id_ in body} == {
         id_: pytest.approx(max(layers.values()) - of_classifier[name]) for id_, name in names.items()
@@ -256,7 +258,7 @@ def test_gradient_checkpointing_changes_no_gradient(make, randomise, variant):
     for checkpointing in (False, True):
         model = randomise(make(variant, {"channels": 16}, grad_checkpointing=checkpointing).model).train()
         calls.append(0)
-        for module in model.body.modules():
+        for module in model.features.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(count)
         logits, _ = model(images)
@@ -301,7 +303,7 @@ def classifiers(tmp_path_factory, randomise):
 def test_the_weights_of_a_classifier_arrive_in_the_body(make, classifiers, tmp_path, name):
     folder, weights = classifiers(name)
     task = make("swin_tiny_patch4_window7_224", {"channels": 16}, checkpoint=str(folder))  # the checkpoint's network counts
-    body = {key.removeprefix("model."): value for key, value in task.model.body.state_dict().items()}
+    body = {key.removeprefix("model."): value for key, value in task.model.features.state_dict().items()}
     assert len(body) > 50
     assert all(torch.equal(value, weights[key]) for key, value in body.items())
     assert not [key for key in weights.keys() - body.keys() if not key.startswith(("fc.", "head.", "norm."))]
@@ -785,7 +787,7 @@ LONG = [
 def test_a_stopped_run_ends_as_if_it_had_not_been(data, tmp_path, capsys, monkeypatch):
     whole = fit(data, tmp_path / "whole", *LONG)
     run, waiting = tmp_path / "run", [(0, 1), (1, 0)]
-    real = Segmentation.training_step
+    real = SegmentationModule.training_step
 
     def training_step(self, batch, batch_idx):
         if (self.current_epoch, batch_idx) in waiting:
@@ -793,7 +795,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(data, tmp_path, capsys, monkey
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(Segmentation, "training_step", training_step)
+    monkeypatch.setattr(SegmentationModule, "training_step", training_step)
     for place in [(0, 2), (1, 2)]:  # an epoch has 4 batches in 2 steps
         result = gmf(capsys, "train", "camvid", *options(data, run, *LONG), "--resume", code=128 + signal.SIGTERM)
         assert f"continue with gmf train {run}/recipe.yaml --resume" in result.err
@@ -804,7 +806,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(data, tmp_path, capsys, monkey
     assert differences(whole, run) == []
 
 
-def frozen_step(task, batch, batch_idx, step=Segmentation.training_step):
+def frozen_step(task, batch, batch_idx, step=SegmentationModule.training_step):
     for module in task.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -814,7 +816,7 @@ def frozen_step(task, batch, batch_idx, step=Segmentation.training_step):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(data, tmp_path, monkeypatch):
     still = ["--optimizer.lr", "0", "--schedule.min_lr", "0", "--schedule.warmup_lr", "0"]
-    monkeypatch.setattr(Segmentation, "training_step", frozen_step)
+    monkeypatch.setattr(SegmentationModule, "training_step", frozen_step)
     one = fit(data, tmp_path / "one", *still, "--batch_size", "8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     argv = ["train", "camvid", *options(data, tmp_path / "two", *still), "--json"]
@@ -842,5 +844,5 @@ def test_regions_are_learnt(tmp_path):
 
 
 if __name__ == "__main__":
-    Segmentation.training_step = frozen_step
+    SegmentationModule.training_step = frozen_step
     sys.exit(main(sys.argv[1:]))

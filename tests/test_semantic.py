@@ -14,13 +14,11 @@ from torch.utils.data import DataLoader
 from groupmixformer.tasks.segmentation.data import (
     IGNORE,
     SemanticImages,
-    collate,
-    confusion_matrix,
-    numbers,
-    palette,
-    train_transform,
+    collate_segmentation,
+    segmentation_transform,
 )
-from groupmixformer.visual.drawing import SIDE, draw_objects, draw_segments
+from groupmixformer.tasks.segmentation.metrics import confusion_matrix, segmentation_metrics
+from groupmixformer.visual.drawing import SIDE, draw_objects, draw_segments, palette
 
 NAMES = ["sky", "road", "car"]
 IDS = np.array([3, 7, 10])  # in the mask files
@@ -86,7 +84,7 @@ def test_the_numbers_are_those_worked_out_by_hand():
     predicted = torch.tensor([[0, 0, 0, 1, 1], [1, 4, 0, 1, 2]])
     counts = confusion_matrix(true, predicted, 5)
     assert counts.tolist() == [[3, 1, 0, 0, 0], [0, 2, 0, 0, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
-    measured = numbers(counts)
+    measured = segmentation_metrics(counts)
     assert measured["iou"] == [pytest.approx(3 / 5), pytest.approx(2 / 5), 0, None, 0]
     assert measured["mIoU"] == pytest.approx((3 / 5 + 2 / 5 + 0 + 0) / 4)
     assert measured["accuracy"] == pytest.approx(5 / 9)
@@ -96,8 +94,8 @@ def test_the_numbers_are_those_worked_out_by_hand():
 def test_the_miou_of_a_set_is_not_the_mean_of_its_images():
     images = [([0, 0, 0, 1], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1])]
     counts = [confusion_matrix(torch.tensor([true]), torch.tensor([predicted]), 2) for true, predicted in images]
-    assert [numbers(each)["mIoU"] for each in counts] == [pytest.approx(3 / 8), 1.0]  # 11/16 on average
-    assert numbers(counts[0] + counts[1])["mIoU"] == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert [segmentation_metrics(each)["mIoU"] for each in counts] == [pytest.approx(3 / 8), 1.0]  # 11/16 on average
+    assert segmentation_metrics(counts[0] + counts[1])["mIoU"] == pytest.approx((3 / 4 + 4 / 5) / 2)
 
 
 @settings(deadline=None)
@@ -115,7 +113,7 @@ def test_the_confusion_matrix_counts_each_pixel_once(seed, classes):
 
 def test_many_pixels_are_counted_exactly():
     counts = torch.tensor([[2**30 + 1, 1], [3, 2**31 + 1]])  # more than float32 can tell apart
-    assert numbers(counts)["accuracy"] == (3 * 2**30 + 2) / (3 * 2**30 + 6)
+    assert segmentation_metrics(counts)["accuracy"] == (3 * 2**30 + 2) / (3 * 2**30 + 6)
 
 
 # Reading
@@ -354,7 +352,7 @@ def test_a_bad_list_of_classes_is_refused(copied, content, words):
 
 
 def transform(size=48, scale=(0.5, 2.0), hflip=0.5, photometric=False):
-    return train_transform(size, scale, hflip, photometric, MEAN, STD)
+    return segmentation_transform(size, scale, hflip, photometric, MEAN, STD)
 
 
 def far_from_borders(labels, reach=2):
@@ -449,7 +447,7 @@ def test_a_sample_is_the_same_wherever_it_is_made(scenes):
     assert len({image.numpy().tobytes() for image, _, _ in made.values()}) == len(keys)  # no two are alike
     backwards = keys[::-1]
     for workers in (0, 2):
-        loader = DataLoader(images, 4, sampler=backwards, num_workers=workers, collate_fn=collate)
+        loader = DataLoader(images, 4, sampler=backwards, num_workers=workers, collate_fn=collate_segmentation)
         for i, batch in enumerate(loader):
             for part in (0, 1):
                 assert torch.equal(batch[part], torch.stack([made[key][part] for key in backwards[4 * i : 4 * i + 4]]))
@@ -465,14 +463,14 @@ def test_evaluation_keeps_the_labels_in_the_size_of_the_file(scenes):
         assert torch.equal(labels, images.read(i)[1].long())
     image, labels, problem = images[-1]  # fills up a batch
     assert (labels.numel(), problem) == (0, "")
-    photos, labels, problems = collate([images[0], images[-1], images[1]])
+    photos, labels, problems = collate_segmentation([images[0], images[-1], images[1]])
     assert [mask.shape for mask in labels] == [images.read(0)[1].shape, (0, 0), images.read(1)[1].shape]
     assert (len(photos), problems) == (3, [])
 
 
 def test_a_batch_names_each_problem():
     samples = [(torch.zeros(3, 4, 4), torch.zeros(4, 4), problem) for problem in ("", "a: bad\nb: bad", "c: bad")]
-    images, labels, problems = collate(samples)
+    images, labels, problems = collate_segmentation(samples)
     assert (images.shape, labels.shape, problems) == ((3, 3, 4, 4), (3, 4, 4), ["a: bad", "b: bad", "c: bad"])
 
 

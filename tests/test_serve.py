@@ -26,10 +26,12 @@ from groupmixformer.cli.main import main
 from groupmixformer.data.images import decode
 from groupmixformer.deploy import serve
 from groupmixformer.deploy.serve import Limits, application, listen, server, service
-from groupmixformer.models.checkpoint import save_checkpoint, save_network
+from groupmixformer.models.checkpoint import save_checkpoint
+from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
-from groupmixformer.tasks.classification.predict import Classes, most_pixels
-from groupmixformer.tasks.predictor import Objects, Segments
+from groupmixformer.tasks.classification.predict import ClassificationPredictor
+from groupmixformer.tasks.detection.predict import DetectionPredictor
+from groupmixformer.tasks.segmentation.predict import SegmentationPredictor
 
 TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4}
 NAMES = ["ash", "birch", "cedar", "date", "elm", "fir", "gorse", "holly"]
@@ -55,13 +57,13 @@ def run(tmp_path_factory, randomise):
 
 @pytest.fixture(scope="module")
 def classes(run):
-    return Classes(run, CPU)
+    return ClassificationPredictor(run, CPU)
 
 
 @contextlib.contextmanager
 def serving(model, task="classification", limits=None):
     """A server in a thread: its address."""
-    made = model if isinstance(model, serve.Service) else service(model, task, limits or Limits())
+    made = model if isinstance(model, serve.Service) else service(model, limits or Limits())
     made.warm_up()
     listening, address = listen("127.0.0.1", 0)
     running = server(application(made, "tested", task))
@@ -83,7 +85,7 @@ def address(classes):
 
 def held(classes, limits):
     """A service whose model waits until it is let go."""
-    usual, gate = service(classes, "classification", limits), threading.Event()
+    usual, gate = service(classes, limits), threading.Event()
     gate.set()
 
     def look(images):
@@ -250,7 +252,7 @@ def test_wrong_requests_are_told_what_is_expected(address):
 
 
 def test_the_server_outlives_a_model_that_fails(classes, caplog):
-    usual = service(classes, "classification", Limits())
+    usual = service(classes, Limits())
     broken = []
 
     def look(images):
@@ -268,18 +270,18 @@ def test_the_server_outlives_a_model_that_fails(classes, caplog):
 
 @pytest.fixture(scope="module")
 def segments(tmp_path_factory, randomise):
-    from groupmixformer.tasks.segmentation.training import Segmenter
+    from groupmixformer.tasks.segmentation.model import Segmenter
 
     folder, backbone = tmp_path_factory.mktemp("segmenter"), Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 128}
     network = {"backbone": dataclasses.asdict(backbone), **settings}
     config = {"task": "segmentation", "class_names": NAMES[:3], "class_ids": [0, 5, 2], "colors": [[9, 9, 9]] * 3}
     save_network(randomise(Segmenter(backbone, **settings)), folder, {**config, "network": network})
-    return Segments(folder, CPU, None, None)
+    return SegmentationPredictor(folder, CPU, None, None)
 
 
 def detector(folder, architecture):
-    from groupmixformer.tasks.detection.training import Detector
+    from groupmixformer.tasks.detection.model import Detector
 
     backbone = Backbone("groupmixformer_mobile", TINY)
     settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16}
@@ -287,7 +289,7 @@ def detector(folder, architecture):
     torch.manual_seed(0)
     config = {"task": "detection", "class_names": NAMES[:2], "category_ids": [1, 2], "network": network}
     save_network(Detector(backbone, **settings), folder, config)
-    return Objects(folder, CPU, None, None)
+    return DetectionPredictor(folder, CPU, score_threshold=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +306,11 @@ def masks(tmp_path_factory):
 def test_other_tasks_are_served_one_at_a_time(kind, task, request):
     model = request.getfixturevalue(kind)
     contents = [image(seed, (64, 70)) for seed in range(4)]
-    made = service(model, task, Limits(), score=0.2)
+    made = service(model, Limits())
     with serving(made, task) as address, ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(lambda c: httpx.post(f"{address}/predict", content=c, headers=PNG), contents))
         for answer, content in zip(answers, contents, strict=True):
-            found, given = model.predict(decode(content, ""), score=0.2), answer.json()
+            found, given = model.predict(decode(content, "")), answer.json()
             assert next(iter(found.result.values())), "nothing was found, which tests nothing"
             if kind == "segments":
                 mask = Image.open(io.BytesIO(base64.b64decode(given.pop("mask"))))
@@ -327,10 +329,10 @@ def test_other_tasks_are_served_one_at_a_time(kind, task, request):
 
 
 def test_large_images_are_refused_where_planes_of_their_size_are_filled(classes, segments, objects):
-    assert most_pixels(classes, "classification") == most_pixels(objects, "detection") == 64_000_000
-    assert most_pixels(segments, "segmentation") == 64_000_000
-    many = dataclasses.make_dataclass("Many", [("class_names", list)])(["name"] * 150)
-    assert most_pixels(many, "segmentation") == 6_666_666
+    assert classes.max_pixels == objects.max_pixels == segments.max_pixels == 64_000_000
+    many = SegmentationPredictor.__new__(SegmentationPredictor)
+    many.class_names = ["name"] * 150
+    assert many.max_pixels == 6_666_666
 
 
 def test_the_command_says_where_it_listens_and_what_is_wrong(run, capsys):

@@ -27,7 +27,7 @@ from groupmixformer.cli.main import main
 from groupmixformer.data import sources, streaming
 from groupmixformer.data.shards import write_shards
 from groupmixformer.data.streaming import open_stream
-from groupmixformer.tasks.classification.data import train_transform
+from groupmixformer.tasks.classification.data import classification_transform
 from groupmixformer.training.recipe import Augmentation
 
 CLASSES = {"1": 19, "2": 17, "10": 11}  # images for training: 47 in all, which nothing here divides; timm's order
@@ -191,7 +191,7 @@ def test_few_images_at_a_time_are_shuffled_too(shards, images, monkeypatch):
 
 def augmented(stream, workers, skip=0, epoch=2):
     config = {"input_size": (3, 8, 8), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic"}
-    stream.transform = train_transform(Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5), config)
+    stream.transform = classification_transform(Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5), config)
     stream.configure(training=True, seed=5, rank=1, world_size=2)
     stream.set_epoch(epoch)
     stream.skip(skip, 3)

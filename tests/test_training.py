@@ -32,15 +32,15 @@ from groupmixformer.models.checkpoint import load_model
 from groupmixformer.run_folder import read_metrics
 from groupmixformer.tasks.classification.data import (
     ImageData,
-    ImageSamples,
-    collate,
+    classification_transform,
+    collate_classification,
     eval_loader,
     eval_transform,
     open_images,
-    train_transform,
 )
-from groupmixformer.tasks.classification.metrics import evaluate
-from groupmixformer.tasks.classification.training import Classification
+from groupmixformer.tasks.classification.metrics import evaluate_classifier
+from groupmixformer.tasks.classification.training import ClassificationModule
+from groupmixformer.tasks.registry import build_task
 from groupmixformer.training.loaders import EvalSampler, TrainSampler
 from groupmixformer.training.recipe import Augmentation, Recipe, read_recipe
 from groupmixformer.training.trainer import train
@@ -57,7 +57,7 @@ def options(data, out, *more):
 
 def fit(data, out, *more, resume=False):
     """Train without the command line around it, which evaluates and reports; return the run folder."""
-    return train(read_recipe("folder", options(data, out, *more)), resume)
+    return train(read_recipe("folder", options(data, out, *more)), build_task, resume)
 
 
 def gmf(capsys, *argv, code=0):
@@ -83,14 +83,14 @@ def equal(first, second):
 @pytest.fixture
 def before_step(monkeypatch):
     """Give a function that has something done before every training step: `act(task, images, epoch, batch_idx)`."""
-    real = Classification.training_step
+    real = ClassificationModule.training_step
 
     def register(act):
         def training_step(self, batch, batch_idx):
             act(self, batch[0], self.current_epoch, batch_idx)
             return real(self, batch, batch_idx)
 
-        monkeypatch.setattr(Classification, "training_step", training_step)
+        monkeypatch.setattr(ClassificationModule, "training_step", training_step)
 
     return register
 
@@ -171,9 +171,7 @@ HARD = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=1.0)
 @pytest.fixture(scope="session")
 def samples(photos):
     """Training images of `photos`, augmented with all that draws random numbers."""
-    images = open_images(str(photos)).train
-    images.seed, images.transform = 3, train_transform(HARD, CONFIG)
-    return images
+    return open_images(str(photos)).train(classification_transform(HARD, CONFIG), 3)
 
 
 def test_a_sample_is_the_same_wherever_it_is_made(samples):
@@ -183,26 +181,24 @@ def test_a_sample_is_the_same_wherever_it_is_made(samples):
     generator = torch.Generator().manual_seed(5)
     shuffled = [keys[i] for i in torch.randperm(len(keys), generator=generator)]
     for workers in (0, 2):
-        loader = DataLoader(samples, 5, sampler=shuffled, num_workers=workers, collate_fn=collate)
+        loader = DataLoader(samples, 5, sampler=shuffled, num_workers=workers, collate_fn=collate_classification)
         again = torch.cat([images for images, _, _ in loader])
         assert torch.equal(again, torch.stack([made[key] for key in shuffled]))
 
 
 def test_another_seed_augments_otherwise(samples, photos):
-    other = open_images(str(photos)).train
-    other.seed, other.transform = 4, samples.transform
+    other = open_images(str(photos)).train(samples.transform, 4)
     assert not torch.equal(other[0, 0][0], samples[0, 0][0])
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m10", "original", "v0"])
 def test_randaugment_never_fails(photos, policy):
-    images = open_images(str(photos)).train
-    images.transform = train_transform(Augmentation(auto_augment=policy), CONFIG)
+    images = open_images(str(photos)).train(classification_transform(Augmentation(auto_augment=policy), CONFIG), 0)
     assert all(images[epoch, 0][0].isfinite().all() for epoch in range(150))
 
 
 def test_posterize_without_bits_gives_black(photos):
-    transform = train_transform(Augmentation(auto_augment="rand-m10-n1"), CONFIG)
+    transform = classification_transform(Augmentation(auto_augment="rand-m10-n1"), CONFIG)
     (operations,) = [step.ops for step in transform.transforms if hasattr(step, "ops")]
     (posterize,) = [operation for operation in operations if operation.name == "Posterize"]
     white = Image.new("RGB", (4, 3), "white")
@@ -503,7 +499,7 @@ def bad(folder):
 def test_unusual_images_are_read_as_they_look(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "data")
     expected = unusual(tmp_path / "data" / "train" / "one")
-    images = open_images(str(tmp_path / "data")).train
+    images = open_images(str(tmp_path / "data")).train(eval_transform(CONFIG), 0)
     found = {Path(images.name(i)).name: images.read(i)[0] for i in range(len(images))}
     for name, (values, tolerance) in expected.items():
         values = np.broadcast_to(values[..., None] if values.ndim == 2 else values, (36, 40, 3)).astype(int)
@@ -552,9 +548,9 @@ def test_bad_images_are_replaced_counted_and_named(messy, tmp_path, capsys, work
 def test_bad_images_in_validation_do_not_count(messy, photos, tmp_path):
     rows = []
     for data in (messy[0], photos):
-        images = ImageData(open_images(str(photos)).train, open_images(str(data)).held_out, ["one", "zero"])
-        task = Classification(Recipe("", model="test_resnet", image_size=32, batch_size=8), images)
-        batches = list(eval_loader(images.held_out, task.config, 8))
+        images = ImageData(open_images(str(photos)).train_source, open_images(str(data)).held_out_source, ["one", "zero"])
+        task = ClassificationModule(Recipe("", model="test_resnet", image_size=32, batch_size=8), images)
+        batches = list(eval_loader(task.loaders.held_out, 8))
         task.eval()
         task.log = lambda *args, **kwargs: None
         with torch.no_grad():
@@ -567,8 +563,7 @@ def test_bad_images_in_validation_do_not_count(messy, photos, tmp_path):
 
 
 def test_the_replacement_is_the_next_image_that_can_be_read(messy):
-    images = open_images(str(messy[0])).train
-    images.transform = eval_transform({**CONFIG, "crop_pct": 1.0})
+    images = open_images(str(messy[0])).train(eval_transform({**CONFIG, "crop_pct": 1.0}), 0)
     names = [images.name(i) for i in range(len(images))]
     for index in (names.index(name) for name in messy[1]):
         following = next(i % len(names) for i in range(index, 99) if names[i % len(names)] not in messy[1])
@@ -640,8 +635,8 @@ def test_the_recipe_is_the_published_one(variant, drop_path):
 
 def test_the_published_recipe_makes_what_it_says():
     source = [(Image.new("RGB", (300, 260)), 0)] * 1024
-    images = ImageData(ImageSamples(source), ImageSamples(source[:1]), ["a", "b"])
-    task = Classification(read_recipe("imagenet_mobile"), images, world_size=8)
+    images = ImageData(source, source[:1], ["a", "b"])
+    task = ClassificationModule(read_recipe("imagenet_mobile"), images, world_size=8)
     assert task.total_batch == 512
     (optimizer,), (schedule,) = task.configure_optimizers()
     assert type(optimizer) is torch.optim.AdamW
@@ -666,9 +661,9 @@ def test_the_published_recipe_makes_what_it_says():
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
     }
-    erasing = images.train.transform.transforms[-1]
+    erasing = task.loaders.train.transform.transforms[-1]
     assert (type(erasing).__name__, erasing.probability, erasing.mode) == ("RandomErasing", 0.25, "pixel")
-    test = "\n".join(str(step) for step in images.held_out.transform.transforms)
+    test = "\n".join(str(step) for step in task.loaders.held_out.transform.transforms)
     assert "Resize(size=256, interpolation=bicubic" in test
     assert "CenterCrop(size=(224, 224))" in test
 
@@ -731,7 +726,7 @@ def test_layer_decay_slows_the_first_layers(photos, variant):
     recipe = Recipe(str(photos), model=variant, batch_size=8, image_size=32)
     recipe.optimizer.layer_decay, recipe.optimizer.lr = 0.5, 1.0
     recipe.schedule.warmup_epochs = 0
-    task = Classification(recipe, open_images(str(photos)))
+    task = ClassificationModule(recipe, open_images(str(photos)))
     (optimizer,), (schedule,) = task.configure_optimizers()
     schedule["scheduler"].step_update(0)
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -782,11 +777,12 @@ def test_the_averaged_weights_are_validated_and_kept(photos, tmp_path):
     assert equal(dict(kept.state_dict()), average)
     assert not equal(average, weights)
     measured = []
-    held_out = open_images(str(photos)).held_out
     for state in (average, weights):
         kept.load_state_dict(state)
         config = {**CONFIG, **{k: kept.pretrained_cfg[k] for k in CONFIG}, "crop_pct": 1.0}
-        measured.append(evaluate(kept, eval_loader(held_out, config)).metrics["loss"])
+        measured.append(
+            evaluate_classifier(kept, eval_loader(open_images(str(photos)).held_out(eval_transform(config)))).metrics["loss"]
+        )
     assert read_metrics(run)[0]["val_loss"] == pytest.approx(measured[0], rel=1e-5)
     assert read_metrics(run)[0]["val_loss"] != pytest.approx(measured[1], rel=1e-3)
 
@@ -889,7 +885,7 @@ def numbered(write_digits, tmp_path_factory):
 
 def test_numbered_classes_keep_their_names(numbered, tmp_path, capsys):
     images = open_images(str(numbered))
-    for photos in (images.train, images.held_out):
+    for photos in (images.train(eval_transform(CONFIG), 0), images.held_out(eval_transform(CONFIG))):
         for i in range(len(photos)):
             assert images.class_names[photos.read(i)[1]] == Path(photos.name(i)).parent.name
     run = fit(numbered, tmp_path / "run", "--epochs", "8", "--optimizer.lr", "0.01", "--augmentation.scale", "[0.8,1.0]")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from groupmixformer import GroupMixFormer, load_checkpoint
 from groupmixformer.models.checkpoint import save_checkpoint
-from groupmixformer.tasks.classification.predict import Classes
+from groupmixformer.tasks.classification.predict import ClassificationPredictor
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,7 +33,7 @@ def folder(randomise, tmp_path):
 def test_pipeline_is_our_prediction(folder):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     answer = transformers.pipeline("image-classification", model=str(folder))([photo, photo.rotate(90)], top_k=3)
-    ours = Classes(folder, torch.device("cpu"))
+    ours = ClassificationPredictor(folder, torch.device("cpu"))
     for got, image in zip(answer, (photo, photo.rotate(90)), strict=True):
         expected = ours.predict(image).result["classes"]
         assert [item["label"] for item in got] == [item["class"] for item in expected]

@@ -1,10 +1,43 @@
 """GroupMixFormer: Group-Mix Attention (arXiv 2311.15157) for timm, PyTorch and the tools around them."""
 
-from .deploy.hub import push_to_hub
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .models.attention_maps import attention_maps
 from .models.checkpoint import load_checkpoint
 from .models.fuse import fuse
 from .models.groupmixformer import GroupMixAttention, GroupMixFormer
 
-__all__ = ["GroupMixAttention", "GroupMixFormer", "attention_maps", "fuse", "load_checkpoint", "push_to_hub"]
+if TYPE_CHECKING:
+    from .deploy.hub import push_to_hub
+    from .run import Run
+    from .tasks.detection.model import load_detector
+    from .tasks.segmentation.model import load_segmenter
+
+__all__ = [
+    "GroupMixAttention",
+    "GroupMixFormer",
+    "Run",
+    "attention_maps",
+    "fuse",
+    "load_checkpoint",
+    "load_detector",
+    "load_segmenter",
+    "push_to_hub",
+]
 __version__ = "0.1.0"
+
+# Imported when they are asked for: not everyone needs them, and segmentation_models_pytorch is an extra.
+_LATER = {
+    "Run": "run",
+    "load_detector": "tasks.detection.model",
+    "load_segmenter": "tasks.segmentation.model",
+    "push_to_hub": "deploy.hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    found = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return found

@@ -34,11 +34,11 @@ def create_network(name: str, settings: Settings) -> nn.Module:
     from ..tasks.backbone import Backbone
 
     if settings.task == "detection":
-        from ..tasks.detection.training import Detector
+        from ..tasks.detection.model import Detector
 
         height, width = sorted(settings.size)
         return Detector(Backbone(name), num_classes=80, architecture="mask_rcnn", image_size=height, max_size=width)
-    from ..tasks.segmentation.training import Segmenter
+    from ..tasks.segmentation.model import Segmenter
 
     return Segmenter(Backbone(name), num_classes=150, decoder="upernet", channels=512, image_size=settings.size[0])
 

@@ -96,7 +96,12 @@ def _parser() -> Parser:
         added.add_argument("--image-size", type=_number(1), help="side of the images; the model's own by default")
 
     def looks(added: Parser) -> None:
-        added.add_argument("--slide", action="store_true", help="for segmentation: look through windows of the training size")
+        added.add_argument(
+            "--sliding-window",
+            "--slide",
+            action="store_true",
+            help="for segmentation: look through windows of the training size",
+        )
         added.add_argument("--scales", type=_scales, help="for segmentation: average over sizes, such as 0.75,1,1.25")
         added.add_argument("--flip", action="store_true", help="for segmentation: average with the mirrored image")
 
@@ -138,7 +143,9 @@ def _parser() -> Parser:
     added.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
     added.add_argument("--top", type=_number(1), help="for classification: classes to show (default: 5)")
     added.add_argument("--out", help="for detection and segmentation: folder of the drawn images (default: predictions)")
-    added.add_argument("--score", type=_share, help="for detection: least score of an object that is drawn (default: 0.5)")
+    added.add_argument(
+        "--score-threshold", "--score", type=_share, help="for detection: least score of an object that is drawn (default: 0.5)"
+    )
     looks(added)
 
     added = command(commands.explain, "explain", "gmf explain runs/quickstart photo.jpg --query 120,80 40,200 --stage 1 2")
@@ -185,7 +192,12 @@ def _parser() -> Parser:
     added.add_argument("--queue", type=_number(1), default=64, help="requests taken in at once (default: %(default)s)")
     added.add_argument("--max-megabytes", type=_number(1), default=20, help="size of a request (default: %(default)s)")
     added.add_argument("--top", type=_number(1), help="for classification: classes to name (default: 5)")
-    added.add_argument("--score", type=_share, help="for detection: least score of an object that is listed (default: 0.5)")
+    added.add_argument(
+        "--score-threshold",
+        "--score",
+        type=_share,
+        help="for detection: least score of an object that is listed (default: 0.5)",
+    )
     looks(added)
     added.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True, help="the inference form (default: yes)")
 
@@ -194,7 +206,6 @@ def _parser() -> Parser:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
     added.add_argument("--port", type=_number(0), default=7860, help="0 takes one that is free (default: %(default)s)")
     added.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    added.set_defaults(image_size=None, top=None, slide=False, scales=None, flip=False)  # the page has one way to look
 
     added = command(commands.bench, "bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4")
     added.add_argument(

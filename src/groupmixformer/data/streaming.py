@@ -31,16 +31,19 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
 
     Random numbers are seeded for every training sample from seed, epoch, range and position.
 
-    Attributes:
+    Args:
+        source: Where the samples come from.
         transform: Makes of an image what is yielded; none for the image itself.
+
+    Attributes:
         class_names: Names of the classes.
         num_samples: Number of samples in the split.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, transform: Callable[[Image.Image], Any] | None = None) -> None:
         super().__init__()
+        self.transform = transform
         self.source, self.class_names, self.num_samples = source, source.class_names, sum(source.lengths)
-        self.transform: Callable[[Image.Image], Any] | None = None
         self.training, self.seed, self.rank, self.world_size = False, 0, 0, 1
         # Epoch, batches to skip, their size: shared, because workers that persist hold copies of everything else.
         self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
@@ -167,8 +170,8 @@ def _shuffle(samples: Iterator[Sample], rng: np.random.Generator) -> Iterator[Sa
     yield from (buffer[drawn] for drawn in rng.permutation(len(buffer)))
 
 
-def open_stream(name: str, root: str, split: str) -> Stream:
-    """Open a data set that is read as a stream.
+def open_source(name: str, root: str, split: str) -> Source:
+    """Find a data set that is read as a stream, and which classes and how many samples it has.
 
     Args:
         name: ``wds/NAME`` for WebDataset shards; ``hfids/NAME`` for a data set of the Hugging Face Hub, or a local folder in
@@ -181,4 +184,9 @@ def open_stream(name: str, root: str, split: str) -> Stream:
         ValueError: If there is no such data set, or it does not say which classes and how many samples it has.
     """
     kind, _, place = name.partition("/")
-    return Stream(WebDataset(place, root, split) if kind == "wds" else HuggingFace(place, split))
+    return WebDataset(place, root, split) if kind == "wds" else HuggingFace(place, split)
+
+
+def open_stream(name: str, root: str, split: str, transform: Callable[[Image.Image], Any] | None = None) -> Stream:
+    """Open a data set that `open_source` finds, with what is made of its images."""
+    return Stream(open_source(name, root, split), transform)

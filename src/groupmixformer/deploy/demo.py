@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 from ..data.images import IMAGE_SUFFIXES, decode
 from ..models.attention_maps import overlays, suited_stage
 from ..models.groupmixformer import GroupMixFormer
-from ..tasks.classification.predict import most_pixels
 from ..visual.figures import GROUPS, ORANGE
 
 SIDE = 640  # longer side of an image on the page
@@ -29,7 +28,7 @@ MEGABYTES = 20  # of an uploaded file
 
 
 @dataclass(frozen=True)
-class Seen:
+class DemoResult:
     """What a run sees in an image.
 
     Attributes:
@@ -56,38 +55,38 @@ class Page:
     """What the page does, without the page.
 
     Args:
-        runs: Models by the names of their runs, ready to look at images, each with its task.
+        runs: Predictors by the names of their runs.
     """
 
-    def __init__(self, runs: Mapping[str, tuple[Any, str]]) -> None:
+    def __init__(self, runs: Mapping[str, Any]) -> None:
         self.runs = dict(runs)
 
     def _read(self, run: str, file: str) -> Image.Image:
-        return decode(Path(file), Path(file).name, most_pixels(*self.runs[run]))
+        return decode(Path(file), Path(file).name, self.runs[run].max_pixels)
 
-    def predict(self, run: str, file: str) -> Seen:
+    def predict(self, run: str, file: str) -> DemoResult:
         """Look at an image.
 
         Raises:
             ValueError: If it cannot be read; says why in a line.
         """
-        model, task = self.runs[run]
+        predictor = self.runs[run]
         image = self._read(run, file)
         start = time.perf_counter()
-        found = model.predict(image, Path(file).name)
+        found = predictor.predict(image, Path(file).name)
         milliseconds = 1000 * (time.perf_counter() - start)
         shown = _for_the_page(image)
-        if task != "classification":
-            drawn = Image.open(io.BytesIO(next(iter(found.files.values()))))
-            return Seen(shown, None, drawn, found.text, milliseconds)
-        left, top, right, bottom = model.view(shown).frame
+        if "classes" not in found.result:
+            drawn = next((Image.open(io.BytesIO(content)) for content in found.files.values()), None)
+            return DemoResult(shown, None, drawn, found.text, milliseconds)
+        left, top, right, bottom = predictor.frame(shown)
         if max(left, top, shown.width - right, shown.height - bottom) > SIDE / 100:
             ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=2)
         classes: dict[str, float] = {}
         for one in found.result["classes"]:  # ImageNet has two cranes
             name = f"{one['class']} ({one['index']})" if one["class"] in classes else one["class"]
             classes[name] = one["probability"]
-        return Seen(shown, classes, None, "", milliseconds)
+        return DemoResult(shown, classes, None, "", milliseconds)
 
     def attend(self, run: str, file: str, point: tuple[float, float], stage: int) -> list[tuple[Image.Image, str]]:
         """Show what a point attends to.
@@ -105,17 +104,18 @@ class Page:
         Raises:
             ValueError: If the run holds no classifier with Group-Mix Attention, or the model does not see this point.
         """
-        model, task = self.runs[run]
-        if not isinstance(model.model, GroupMixFormer):
-            kind = type(model.model).__name__ if task == "classification" else f"a model for {task}"
-            raise ValueError(f"{run} holds {kind}: attention is shown for classifiers with Group-Mix Attention")
+        predictor = self.runs[run]
+        if not isinstance(predictor.model, GroupMixFormer):
+            raise ValueError(
+                f"{run} holds a {type(predictor.model).__name__}: attention is shown for classifiers with Group-Mix Attention"
+            )
         image = self._read(run, file)
-        view = model.view(image)
+        view = predictor.view(image)
         try:
-            query = view.seen([int(share * side) for share, side in zip(reversed(point), view.original, strict=True)])
+            query = view.to_input([int(share * side) for share, side in zip(reversed(point), view.original, strict=True)])
         except ValueError as error:
             raise ValueError("the model does not see this point: it looks at what is inside the orange frame") from error
-        strengths = overlays(model.model, view.images[0], query, stage).numpy()  # (4, H, W)
+        strengths = overlays(predictor.model, view.images[0], query, stage).numpy()  # (4, H, W)
         grey, colors = view.pixels.mean(axis=2, keepdims=True) / 255, mpl.colormaps["viridis"]  # grey: (H, W, 1)
         return [
             (_marked(0.35 * grey + 0.65 * colors(strength)[..., :3], query), name)
@@ -192,8 +192,8 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
                 drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
                 said = gr.Markdown(elem_id="said")
         stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
-        config = getattr(page.runs[names[0]][0], "config", {"input_size": (3, 224, 224)})  # others have no maps to show
-        start = suited_stage(config["input_size"][1:], range(3))
+        size = page.runs[names[0]].config.get("input_size", (3, 224, 224))  # others have no maps to show
+        start = suited_stage(size[1:], range(3))
         stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
         maps = gr.Gallery(
             label="Strength of attention to each position", columns=4, height=260, buttons=[], preview=False, elem_id="maps"

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from ..data.images import find_images, read_image
 from ..files import atomic_write
 from ..models.fuse import fuse
+from ..run_folder import RunFolder
 
 OPSET = 20  # of ONNX: the first with GELU
 TOLERANCE = 1e-4  # of the largest difference, relative to the largest value
@@ -179,9 +180,9 @@ FORMATS = {
 }
 
 
-def real_image(folder: Path) -> Image.Image:
+def real_image(run: RunFolder) -> Image.Image:
     """Return an image of the examples in the folder of a run, or a photograph that ships with scikit-learn."""
-    for path in find_images([str(folder / "examples")]) if (folder / "examples").is_dir() else []:
+    for path in find_images([str(run.examples)]) if run.examples.is_dir() else []:
         return read_image(path)
     from sklearn.datasets import load_sample_image
 

@@ -109,8 +109,8 @@ def export_detector(
         progress: Is told what is done.
 
     Returns:
-        As `groupmixformer.deploy.export.export`; the errors are those of the objects within the tolerance, objects how many
-        were compared, and strays how many of them have no counterpart.
+        As `groupmixformer.deploy.export.export`; the errors are those of the objects within the tolerance, objects says how
+        many were compared, and strays how many of them have no counterpart.
 
     Raises:
         ValueError: If the file finds other objects than the model; then nothing is left of it, and an earlier file of that name

@@ -24,7 +24,7 @@ from ..data.images import find_images, read_image
 from ..files import atomic_write
 from ..models.fuse import fuse
 from ..tasks.classification.data import ImageSamples, eval_transform
-from ..tasks.classification.metrics import evaluate
+from ..tasks.classification.metrics import evaluate_classifier
 from .export import (
     FORMATS,
     SIZES,
@@ -88,15 +88,14 @@ def from_folder(folder: str, config: Mapping[str, Any]) -> tuple[Tensor, list[st
     return _draw(len(paths), lambda index: transform(read_image(paths[index])), folder)
 
 
-def from_data(images: Any, config: Mapping[str, Any], name: str) -> tuple[Tensor, list[str]]:
-    """Draw images to calibrate on from a data set, as `from_folder` does.
+def from_data(images: Any, name: str) -> tuple[Tensor, list[str]]:
+    """Draw images to calibrate on from a data set, whose transform is that of evaluations, as `from_folder` does.
 
     Raises:
         ValueError: If it is a stream, of which no images can be chosen, or has no readable image.
     """
     if not isinstance(images, ImageSamples):
         raise ValueError(f"{name}: is a stream, from which no images can be drawn: name a folder with --calibrate")
-    images.transform = eval_transform(dict(config))
     return _draw(len(images), lambda index: images.for_evaluation(images.read(index))[0], name)
 
 
@@ -231,7 +230,7 @@ def _measure(
         expected = None
         for form, run in opened.items():
             progress(f"evaluating {form}")
-            found = evaluate(_Opened(run).eval(), held_out)
+            found = evaluate_classifier(_Opened(run).eval(), held_out)
             expected = found.predicted if expected is None else expected
             agreement = (found.predicted == expected).double().mean().item()
             row: dict[str, Any] = {

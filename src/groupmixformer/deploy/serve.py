@@ -6,7 +6,6 @@ short: requests wait in one event loop, and one thread runs the model.
 """
 
 import asyncio
-import base64
 import io
 import logging
 import socket
@@ -28,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ..data.images import decode
-from ..tasks.classification.predict import Predicted, most_pixels
 
 BODY_SECONDS = 30.0  # to send an image in
 GATHER_SECONDS = 0.005  # that an image waits for others which are on their way
@@ -83,15 +81,17 @@ class Service:
 
     Args:
         prepare: From a file's content to the model's input; runs in several threads.
-        look: From inputs to what was found in each; runs in one thread.
+        look: From inputs to the answer for each, for a JSON object; runs in one thread.
         limits: What is taken on.
     """
 
-    def __init__(self, prepare: Callable[[bytes], Any], look: Callable[[list[Any]], list[Predicted]], limits: Limits) -> None:
+    def __init__(
+        self, prepare: Callable[[bytes], Any], look: Callable[[list[Any]], list[dict[str, Any]]], limits: Limits
+    ) -> None:
         self._prepare, self._look, self._limits = prepare, look, limits
         self._readers = ThreadPoolExecutor(torch.get_num_threads(), "reader")
         self._model = ThreadPoolExecutor(1, "model")
-        self._waiting: asyncio.Queue[tuple[Any, asyncio.Future[Predicted]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[Any, asyncio.Future[dict[str, Any]]]] = asyncio.Queue()
         self._inside = 0
         self._answers: Counter[int] = Counter()
         self._seconds = Histogram("gmf_request_seconds", "From the arrival of a request to its answer.", SECONDS)
@@ -103,7 +103,7 @@ class Service:
         Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
         self._look([self._prepare(buffer.getvalue())])
 
-    async def answer(self, request: Request) -> Predicted:
+    async def answer(self, request: Request) -> dict[str, Any]:
         """Take a request in and wait for what the model finds.
 
         Raises:
@@ -116,7 +116,7 @@ class Service:
         try:
             content = await self._image(request)
             loop = asyncio.get_running_loop()
-            found: asyncio.Future[Predicted] = loop.create_future()
+            found: asyncio.Future[dict[str, Any]] = loop.create_future()
             self._waiting.put_nowait((await loop.run_in_executor(self._readers, self._prepare, content), found))
             return await found
         except ValueError as error:
@@ -163,7 +163,7 @@ class Service:
                 raise too_large
         return bytes(body)
 
-    async def _gather(self) -> list[tuple[Any, asyncio.Future[Predicted]]]:
+    async def _gather(self) -> list[tuple[Any, asyncio.Future[dict[str, Any]]]]:
         """Wait for an image, and for a moment for others if there are requests on their way."""
         batch = [await self._waiting.get()]
         try:
@@ -205,40 +205,21 @@ class Service:
         return "\n".join(lines) + "\n"
 
 
-def service(model: Any, task: str, limits: Limits, score: float = 0.5) -> Service:
-    """Return the service of a model: classifiers look at several images at once, others at one.
-
-    Args:
-        model: `inference.Classes`, or one of scenes.py.
-        task: Of the model.
-        limits: What it takes on.
-        score: For detection, the least of an object that is listed.
-    """
-    most = most_pixels(model, task)
-    if task == "classification":
+def service(predictor: Any, limits: Limits) -> Service:
+    """Return the service of a `groupmixformer.tasks.predictor.Predictor`, which is batched or looks at one image at a time."""
+    max_pixels = predictor.max_pixels
+    if predictor.batched:
         return Service(
-            lambda content: model.transform(decode(content, "image", most)),
-            lambda images: [model.ranked(row) for row in model.probabilities(torch.stack(images))],
+            lambda content: predictor.prepare(decode(content, "image", max_pixels)),
+            lambda images: [predictor.answer(found) for found in predictor.predict_prepared(torch.stack(images))],
             limits,
         )
     # Decoded where it is looked at, so that large images do not wait in the memory.
     return Service(
         lambda content: content,
-        lambda files: [_with_masks(model.predict(decode(content, "image", most), score=score), model) for content in files],
+        lambda files: [predictor.answer(predictor.predict(decode(content, "image", max_pixels))) for content in files],
         Limits(1, limits.queue, limits.megabytes),
     )
-
-
-def _with_masks(found: Predicted, model: Any) -> Predicted:
-    """Add masks to a result: a segmenter's as a PNG of the data set's numbers, an object's in COCO's run lengths."""
-    if "-mask.png" in found.files:
-        numbers = dict(zip(model.class_names, model.config["class_ids"], strict=True))
-        found.result["numbers"] = {name: numbers[name] for name in found.result["shares"]}
-        found.result["mask"] = base64.b64encode(found.files["-mask.png"]).decode()
-    for thing, stored in zip(found.result.get("objects", []), found.results, strict=False):  # both begin with the best
-        if "segmentation" in stored:
-            thing["mask"] = stored["segmentation"]
-    return found
 
 
 def application(serving: Service, name: str, task: str) -> FastAPI:
@@ -265,7 +246,7 @@ def application(serving: Service, name: str, task: str) -> FastAPI:
         try:
             found = await serving.answer(request)
             milliseconds = round(1000 * (time.perf_counter() - start), 2)
-            response = JSONResponse({**found.result, "model": name, "task": task, "milliseconds": milliseconds})
+            response = JSONResponse({**found, "model": name, "task": task, "milliseconds": milliseconds})
         except HTTPException as refused:
             response = JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
         except Exception as error:

@@ -23,9 +23,8 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor
 
 from ..files import atomic_write
+from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
 
 
 class _NeverCalled(type):
@@ -58,24 +57,6 @@ def _load_pickle(path: Path) -> Any:
         unknown, mmap = [], False
     with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error says, without its line breaks."""
-    return " ".join(str(error).split())
-
-
-def _local(path: str | Path) -> Path:
-    """Return where a checkpoint lies; one on a hub, ``hf-hub:user/name`` as timm has it, is fetched into the cache of files."""
-    if not str(path).startswith("hf-hub:"):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    repo_id, _, revision = str(path).removeprefix("hf-hub:").partition("@")
-    try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=["config.json", *WEIGHTS]))
-    except Exception as error:  # what the HTTP client raises is its own
-        raise OSError(f"{path}: cannot be fetched: {one_line(error)}") from error
 
 
 def _named_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -195,35 +176,11 @@ def variant_of(arguments: Mapping[str, Any]) -> tuple[str, bool]:
     return "groupmixformer_small", False
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = path / "config.json"
-    if not config.is_file():
-        return {}
-    try:
-        content = json.loads(config.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("expected an object")
-        cfg, pool = content.get("pretrained_cfg", {}), content.get("global_pool", "avg")
-        size = cfg.get("input_size", [3, 224, 224]) if isinstance(cfg, dict) else cfg
-        if not isinstance(size, list) or len(size) != 3 or not all(isinstance(side, int) for side in size):
-            raise ValueError(f"got a pretrained_cfg with input_size {size}, expected channels, height and width")
-        ours = str(content.get("architecture", "groupmixformer")).startswith("groupmixformer")
-        if ours and pool not in ("", "avg", "max", "avgmax", "catavgmax"):
-            raise ValueError(f"got global_pool {pool}, expected avg, max, avgmax, catavgmax or nothing")
-    except ValueError as error:
-        raise ValueError(f"{config}: not a model configuration: {error}") from error
-    return content
-
-
-def task_of(path: str | Path) -> str:
-    """Return what the model in a folder was trained for, by its config.json; classification where that does not say."""
-    path = _local(path)
-    return str(_read_config(path).get("task", "classification")) if path.is_dir() else "classification"
-
-
-def _refuse_other_tasks(path: Path) -> None:
-    if (task := task_of(path)) != "classification":
-        raise ValueError(f"{path}: holds a model for {task}, expected a classifier")
+def _open_classifier(source: str | Path | RunFolder) -> RunFolder:
+    run = RunFolder.of(source)
+    if run.task != "classification":
+        raise ValueError(f"{run.path}: holds a model for {run.task}, expected a classifier")
+    return run
 
 
 def model_name(variant: str) -> str:
@@ -239,13 +196,13 @@ def model_name(variant: str) -> str:
     raise ValueError(f"no model {variant}, expected a name of timm.list_models(): the nearest is {near}")
 
 
-def load_checkpoint(path: str | Path) -> GroupMixFormer:
+def load_checkpoint(path: str | Path | RunFolder) -> GroupMixFormer:
     """Load a model from a file or folder, whatever its widths, depths, MLP ratios, classes and input channels.
 
     Args:
         path: A released checkpoint (also one saved in training), a file of this package, ``.safetensors``, or a folder
             with ``model.safetensors`` such as a run or what `gmf convert` wrote, or such a folder on a hub,
-            ``hf-hub:user/name`` or ``hf-hub:user/name@revision``.
+            ``hf-hub:user/name`` or ``hf-hub:user/name@revision``; or a `RunFolder`, which is open already.
 
     Returns:
         The model in eval mode on the CPU, in float32. Its ``pretrained_cfg`` holds the image size, mean, standard deviation and
@@ -257,10 +214,9 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
         ValueError: If it is unreadable, asks for code to run, is of another network, or has missing, surplus or
             misshapen tensors, of which it names the first few.
     """
-    path = _local(path)
-    _refuse_other_tasks(path)
+    run = _open_classifier(path)
+    path, config = run.path, run.config
     state_dict = read_state_dict(path)
-    config = _read_config(path) if path.is_dir() else {}
     try:
         arguments = architecture(state_dict)
         with torch.device("meta"):
@@ -282,18 +238,16 @@ def load_checkpoint(path: str | Path) -> GroupMixFormer:
     return model.eval()
 
 
-def load_model(path: str | Path) -> Any:
+def load_model(path: str | Path | RunFolder) -> Any:
     """Load a `GroupMixFormer` as `load_checkpoint` does, or another timm model from the folder of a run of ours.
 
     Returns:
         The model in eval mode with its ``pretrained_cfg``.
     """
-    path = _local(path)
-    _refuse_other_tasks(path)
-    other = _read_config(path).get("architecture", "groupmixformer") if path.is_dir() else "groupmixformer"
-    if other.startswith("groupmixformer"):
-        return load_checkpoint(path)
-    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    run = _open_classifier(path)
+    if run.config.get("architecture", "groupmixformer").startswith("groupmixformer"):
+        return load_checkpoint(run)
+    return timm.create_model(f"local-dir:{run.path}", pretrained=True).eval()
 
 
 def _plain_tensors(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -338,9 +292,9 @@ def save_checkpoint(
     model.pretrained_cfg = pretrained_cfg
     hook = model.register_state_dict_post_hook(_plain_tensors)
     try:
-        with atomic_write(folder / WEIGHTS[0], folder / "config.json") as temporary:
+        with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
             save_for_hf(model, str(temporary), model_config=labels, model_args=model_args, safe_serialization=True)
-            written = temporary / "config.json"
+            written = temporary / CONFIG
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
             written.write_text(json.dumps(config, indent=2))
@@ -350,49 +304,3 @@ def save_checkpoint(
             del model.pretrained_cfg
         else:
             model.pretrained_cfg = original
-
-
-def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
-    """Write ``model.safetensors`` and ``config.json`` of a network that is no classifier, each under another name first.
-
-    Args:
-        network: A detector or segmenter.
-        folder: Created if need be; other files in it are left alone.
-        config: Its task, and what `load_network`'s caller needs to build it again.
-    """
-    folder = Path(folder)
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
-    with atomic_write(folder / WEIGHTS[0], folder / "config.json") as temporary:
-        safetensors.torch.save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def read_network(folder: str | Path, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `save_network` wrote.
-
-    Args:
-        folder: Where.
-        task: What the network must have been trained for.
-
-    Returns:
-        The configuration and the tensors by name.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or a file is missing in it.
-        ValueError: If it holds something else or cannot be read.
-    """
-    folder = _local(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, expected one of a run for {task}")
-    if (found := task_of(folder)) != task:
-        raise ValueError(f"{folder}: holds a model for {found}, expected one for {task}")
-    config = _read_config(folder)
-    if not isinstance(config.get("network"), dict) or not isinstance(config.get("class_names"), list):
-        raise ValueError(f"{folder / 'config.json'}: expected the fields network and class_names")
-    if not (folder / WEIGHTS[0]).is_file():
-        raise FileNotFoundError(f"{folder}: the folder holds no {WEIGHTS[0]}")
-    try:
-        return config, safetensors.torch.load_file(folder / WEIGHTS[0])
-    except Exception as error:  # a hostile file can make the reader raise anything
-        reason = f"it is damaged or of another kind ({type(error).__name__}: {one_line(error).split('. ')[0]})"
-        raise ValueError(f"{folder / WEIGHTS[0]}: not a readable checkpoint: {reason}") from error

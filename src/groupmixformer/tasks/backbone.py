@@ -14,8 +14,9 @@ from timm.layers import PatchEmbed
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ..models.checkpoint import architecture, load_model, model_name, read_network, task_of
+from ..models.checkpoint import architecture, load_model, model_name
 from ..models.groupmixformer import GroupMixFormer
+from ..run_folder import RunFolder
 from ..training.old_names import rename
 
 
@@ -35,7 +36,7 @@ def _any_size(name: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A backbone by name, so that it can be made again.
+    """A backbone by name, so that it can be built again.
 
     Attributes:
         name: Of timm.
@@ -92,8 +93,8 @@ def take_any_size(features: nn.Module) -> nn.Module:
     return features
 
 
-class Dense(nn.Module):
-    """A network whose first part is a backbone of timm; `body` gives it."""
+class BackboneModel(nn.Module):
+    """A network whose first part is a backbone of timm; `features` gives it."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Dense(nn.Module):
 
     @property
     @abstractmethod
-    def body(self) -> Any:
+    def features(self) -> Any:
         """The features of timm's model."""
 
     def freeze_statistics(self) -> None:
@@ -114,7 +115,7 @@ class Dense(nn.Module):
         """Set the mode, which frozen statistics do not follow."""
         super().train(mode)
         if self.frozen_statistics:
-            for module in self.body.modules():
+            for module in self.features.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
@@ -126,7 +127,7 @@ class Dense(nn.Module):
             ValueError: If it cannot do that.
         """
         network: Any
-        for network in (getattr(self.body, "model", None), self.body):
+        for network in (getattr(self.features, "model", None), self.features):
             if hasattr(network, "set_grad_checkpointing"):
                 with contextlib.suppress(AssertionError):  # timm's way to say that it cannot
                     network.set_grad_checkpointing(enable)
@@ -137,28 +138,28 @@ class Dense(nn.Module):
         """Return the names of parameters of the backbone that its authors do not decay."""
         whole = self._whole()
         kept = {_flat(name) for name in whole.no_weight_decay()} if hasattr(whole, "no_weight_decay") else set()
-        return {name for name, in_body in self._names_in_body().items() if in_body in kept}
+        return {name for name, in_features in self._names_in_features().items() if in_features in kept}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return, as timm's optimiser asks, what gives the layer of a parameter: the backbone's, or the last for all others."""
-        whole, in_body = self._whole(), self._names_in_body()
+        whole, in_features = self._whole(), self._names_in_features()
         grouped = group_parameters(whole, whole.group_matcher(coarse=coarse), reverse=True)
         layers: dict[str, int] = {_flat(name): layer for name, layer in grouped.items()}
         last = max(layers.values())
-        return lambda name: layers.get(in_body.get(name, ""), last)
+        return lambda name: layers.get(in_features.get(name, ""), last)
 
     def _whole(self) -> Any:
         """Return the classifier that the backbone is of, without its weights, for what timm knows of it alone."""
         with torch.device("meta"):
             return timm.create_model(self.backbone.name, **self.backbone.arguments)
 
-    def _names_in_body(self) -> dict[str, str]:
+    def _names_in_features(self) -> dict[str, str]:
         """Return for the parameters of the backbone their names in the classifier."""
-        own = {id(parameter): name for name, parameter in self.body.named_parameters()}
+        own = {id(parameter): name for name, parameter in self.features.named_parameters()}
         return {name: _flat(own[id(p)].removeprefix("model.")) for name, p in self.named_parameters() if id(p) in own}
 
 
-Network = TypeVar("Network", bound=Dense)
+Network = TypeVar("Network", bound=BackboneModel)
 
 
 def open_backbone(
@@ -186,10 +187,11 @@ def open_backbone(
         name = model_name(variant)
         known = timm.get_pretrained_cfg(name)
         return Backbone(name), None, colors(known.to_dict() if known else None)
-    if task_of(checkpoint) != "classification":
-        config, _ = read_network(checkpoint, task)
+    run = RunFolder.of(checkpoint)
+    if run.task != "classification":
+        config, _ = run.read_network(task)
         return Backbone(**config["network"]["backbone"]), None, colors(config["network"])
-    source = load_model(checkpoint)
+    source = load_model(run)
     weights, cfg = source.state_dict(), source.pretrained_cfg
     if cfg["input_size"][0] != 3:
         raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: images are read as RGB")
@@ -200,22 +202,22 @@ def open_backbone(
     return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
 
 
-def start_from(network: Dense, checkpoint: str | None, task: str) -> list[str]:
+def start_from(network: BackboneModel, checkpoint: str | None, task: str) -> list[str]:
     """Give a network the weights of a run for the same task, where their shapes agree.
 
     Returns:
         The names of the parameters that stay new, as those of other classes; nothing if the checkpoint is a classifier's.
     """
-    if not checkpoint or task_of(checkpoint) == "classification":
+    if not checkpoint or (run := RunFolder.of(checkpoint)).task == "classification":
         return []
-    _, weights = read_network(checkpoint, task)
+    _, weights = run.read_network(task)
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     network.load_state_dict(fitting, strict=False)
     return [name for name, _ in network.named_parameters() if name not in fitting]
 
 
-def load_network(folder: str | Path, task: str, make: Callable[..., Network]) -> tuple[Network, dict[str, Any]]:
+def load_network(folder: str | Path | RunFolder, task: str, make: Callable[..., Network]) -> tuple[Network, dict[str, Any]]:
     """Load a network that was saved with how to make it.
 
     Args:
@@ -230,11 +232,12 @@ def load_network(folder: str | Path, task: str, make: Callable[..., Network]) ->
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds something else or is damaged.
     """
-    config, weights = read_network(folder, task)
+    run = RunFolder.of(folder)
+    config, weights = run.read_network(task)
     try:
         network = rename(config["network"], "network")
         model = make(Backbone(**network.pop("backbone")), **network)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{run.path}: cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval(), config

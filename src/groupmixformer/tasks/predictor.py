@@ -1,120 +1,271 @@
-"""What is done with a trained detector or segmenter: measured, used on images, reported."""
+"""What every task shares once a network is trained: it looks at images, is measured and reported. No Lightning here."""
 
 import io
-import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from ..files import write_file
-from ..visual.drawing import draw_objects, draw_segments
-from ..visual.figures import BLUE
-from .classification.predict import Predicted
-from .classification.report import curves, write_page
+from ..run_folder import RunFolder
 
-Progress = Callable[..., Iterable[Any]]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # which a prediction does without
+
+Progress = Callable[..., Iterable[Any]]  # takes an iterable and what is done with it, as tqdm does
+Point = tuple[int, int]  # row and column
 
 
 @dataclass(frozen=True)
-class Measured:
+class View:
+    """An image as a network sees it.
+
+    Attributes:
+        images: What the backbone takes (1, 3, H, W).
+        pixels: The image in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
+        original: Height and width of the image before.
+        factors: By which its height and width were multiplied.
+        offsets: Pixels that came before its first row and column; negative where it was cropped.
+    """
+
+    images: Tensor
+    pixels: NDArray[np.uint8]
+    original: tuple[int, int]
+    factors: tuple[float, float]
+    offsets: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image as it is seen."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    def to_input(self, point: Sequence[int]) -> Point:
+        """Return the pixel that holds the middle of a pixel of the original.
+
+        Raises:
+            ValueError: If it lies outside of the image, or of what was left after the crop.
+        """
+        if not all(0 <= at < side for at, side in zip(point, self.original, strict=True)):
+            height, width = self.original
+            raise ValueError(
+                f"got query {point[0]},{point[1]}, expected a row from 0 to {height - 1} and a column to {width - 1}"
+            )
+        parts = zip(point, self.factors, self.offsets, strict=True)
+        row, column = (math.floor((at + 0.5) * factor) + offset for at, factor, offset in parts)
+        if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
+            first, last = self.to_original((0, 0)), self.to_original((self.size[0] - 1, self.size[1] - 1))
+            raise ValueError(
+                f"query {point[0]},{point[1]} is cropped away: the network sees rows {first[0]} to {last[0]} and columns "
+                f"{first[1]} to {last[1]}"
+            )
+        return row, column
+
+    @property
+    def frame(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the part of the original that is seen, in its pixels."""
+        parts = zip(self.size, self.factors, self.offsets, self.original, strict=True)
+        (top, bottom), (left, right) = (
+            (max(0.0, -offset / factor), min(side, (size - offset) / factor)) for size, factor, offset, side in parts
+        )
+        return left, top, right, bottom
+
+    def to_original(self, point: Sequence[int]) -> Point:
+        """Return the pixel of the original that holds the middle of a pixel that is seen, the nearest for what was added."""
+        parts = zip(point, self.factors, self.offsets, self.original, strict=True)
+        row, column = (min(max(int((at + 0.5 - offset) / factor), 0), side - 1) for at, factor, offset, side in parts)
+        return row, column
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was found in an image.
+
+    Attributes:
+        result: For a JSON object.
+        text: In a line.
+        files: Contents by the ending of their name: the drawn image, and for segments the mask; nothing for classes.
+        results: For boxes and masks, COCO's results.
+    """
+
+    result: dict[str, Any]
+    text: str
+    files: dict[str, bytes]
+    results: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class EvalResult:
     """What an evaluation found.
 
     Attributes:
-        result: Metrics by name, for a JSON object; per_class holds those of each class.
+        result: Metrics by name, for a JSON object: images, images_per_second (with loading) and model_images_per_second (the
+            model alone) at least; per_class, if it is there, holds those of each class.
         text: The main ones in a line or two.
         table: Those of each class, the worst first.
         skipped: A line for each image that was left out.
+        details: How images were prepared, in a line.
     """
 
     result: dict[str, Any]
     text: str
     table: str
     skipped: list[str]
+    details: str = ""
+
+    def figure(self) -> "Figure | None":
+        """Draw what numbers alone do not tell, if the task has a diagram for that."""
+        return None
 
 
-def _png(image: Image.Image) -> bytes:
+class Stopwatch:
+    """Measures how long an evaluation takes, and how much of that the model alone."""
+
+    def __init__(self) -> None:
+        self.start, self.model = time.perf_counter(), 0.0
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.model += time.perf_counter() - self._begun
+
+    def rates(self, images: int) -> dict[str, float]:
+        """Return images a second, with loading and by the model alone."""
+        whole = time.perf_counter() - self.start
+        return {"images_per_second": images / whole, "model_images_per_second": images / self.model}
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Return an image as the contents of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """Show a share; a dash for none, and for COCO's -1 where there is no object to find."""
     return "-" if value is None or value < 0 else f"{value:.2%}"
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Make a table of the classes, the worst first; those without a number last."""
+def class_table(rows: Sequence[Mapping[str, Any]], metric: str, title: str = "") -> str:
+    """Return a table of the classes, the worst first; those without a value last.
+
+    Args:
+        rows: class, the metric, and maybe images, of each.
+        metric: Which to show.
+        title: What stands over it, if that is not its name.
+    """
     length = max(len(row["class"]) for row in (*rows, {"class": "class"}))
-    ordered = sorted(rows, key=lambda row: (_percent(row[metric]) == "-", row[metric] or 0))
-    lines = [f"{row['class']:{length}}{_percent(row[metric]):>9}" for row in ordered]
-    return "\n".join([f"{'class':{length}}{metric:>9}", *lines])
+    ordered = sorted(rows, key=lambda row: (percent(row[metric]) == "-", row[metric] or 0))
+    counted = "images" in rows[0]
+    lines = [f"{'class':{length}}{'images' * counted:>{8 * counted}}{title or metric:>9}"]
+    for row in ordered:
+        images = f"{row['images']:>8,}" if counted else ""
+        lines.append(f"{row['class']:{length}}{images}{percent(row[metric]):>9}")
+    return "\n".join(lines)
 
 
-def _side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Figure:
-    figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
-    axes = figure.subplots(len(pairs), 2, squeeze=False)
-    for row, pair in zip(axes, pairs, strict=True):
-        for axis, image in zip(row, pair, strict=True):
-            axis.imshow(image)
-            axis.axis("off")
-    axes[0][0].set_title("annotated", fontsize=9)
-    axes[0][1].set_title("found", fontsize=9)
-    return figure
+class Predictor(ABC):
+    """A trained network with what is stored beside it, ready to look at images.
 
+    Args:
+        run: A run.
+        device: To run on.
+        image_size: Side of the images, or the shorter side; the model's own by default.
+        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
 
-class _Scenes(ABC):
-    """A trained network with what is stored beside it."""
+    Attributes:
+        model: The network, in eval mode.
+        config: What is stored with it.
+        class_names: In the order of its labels.
+        batched: Whether it looks at several images together: `prepare` makes of each the model's input (C, H, W), of which
+            `predict_prepared` takes a batch.
+        metric: The main one: its column in metrics.csv, and in words.
 
-    metric: tuple[str, str]  # the main one: in metrics.csv, and in words
+    Raises:
+        FileNotFoundError: If there is no such run.
+        ValueError: If it holds something else or is damaged.
+    """
 
-    def __init__(self, run: str | Path, device: torch.device, image_size: int | None, dtype: torch.dtype | None) -> None:
-        self.model, self.config = self._load(run)
-        self.model.to(device)
-        self.class_names: list[str] = self.config["class_names"]
-        self.device, self.dtype = device, dtype
-        if image_size:
-            self._resize(image_size)
+    model: Any
+    config: dict[str, Any]
+    class_names: list[str]
+    batched: ClassVar[bool] = False
+    metric: tuple[str, str]
+
+    def __init__(
+        self,
+        run: str | Path | RunFolder,
+        device: torch.device | str = "cpu",
+        image_size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.model, self.config = self.load(RunFolder.of(run), image_size)
+        self.model.to(self.device)
 
     @abstractmethod
-    def _load(self, run: str | Path) -> tuple[Any, dict[str, Any]]: ...
+    def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
+        """Return the network in eval mode, set to a size of images, and what is stored with it; set `class_names`."""
 
     @abstractmethod
-    def _resize(self, image_size: int) -> None: ...
+    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+        """Look at an image (RGB); its name is told in results."""
 
     @abstractmethod
-    def open(self, data: str, split: str) -> Any:
-        """Open a split of a data set."""
+    def open_data(self, data: str) -> Any:
+        """Open the held-out part of a data set as `evaluate` takes it; the options of a task say which part."""
 
     @abstractmethod
-    def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
-        """Measure on every image once."""
+    def evaluate(self, images: Any, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
+        """Measure on every image once.
 
-    @abstractmethod
-    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
-        """Look at an image (RGB); the score from which objects are drawn matters for detection alone."""
+        Args:
+            images: What `open_data` gave.
+            workers: Processes that load images.
+            progress: Takes the batches and what is done with them, and yields them, as tqdm does.
+        """
 
-    @abstractmethod
-    def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
-        """Draw some held-out images as they are annotated, and as the model sees them."""
+    def answer(self, found: Predicted) -> dict[str, Any]:
+        """Return the result of an image with what its files hold, for a client who has only a JSON object."""
+        return found.result
 
-    def _loader(self, images: Any, workers: int, collate: Any) -> DataLoader[Any]:
-        return DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate)
+    def frame(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the part of an image that the model sees, in its pixels."""
+        return 0, 0, image.width, image.height
 
-    def _precision(self) -> AbstractContextManager[None]:
+    @property
+    def planes(self) -> int:
+        """How many planes of an image's size the network fills for it."""
+        return 0
+
+    @property
+    def max_pixels(self) -> int:
+        """How many pixels an uploaded image may have: 64 million, or fewer if the network fills planes of its size.
+
+        A segmenter fills one for each class and Mask R-CNN one for each object, which take 4 GB together at most.
+        """
+        return min(64_000_000, 1_000_000_000 // max(1, self.planes))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context that the model runs in."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def _check_classes(self, images: Any, data: str) -> Any:
+    def check_classes(self, images: Any, data: str) -> Any:
+        """Return a data set if its classes are those of the model.
+
+        Raises:
+            ValueError: If they are not.
+        """
         if images.class_names != self.class_names:
             raise ValueError(
                 f"{data} has the classes {', '.join(images.class_names[:4])}, ... ({len(images.class_names)}) and the model "
@@ -122,222 +273,56 @@ class _Scenes(ABC):
             )
         return images
 
-    def report(self, folder: Path, images: Any, measured: Measured) -> Path:
-        """Write the report of a run, with some held-out images."""
-        shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
-        rows = measured.result["per_class"]
-        name = next(key for key in ("mask_AP", "box_AP", "IoU") if key in rows[0])
-        bars = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
-        axis = bars.subplots()
-        axis.barh([row["class"] for row in rows], [100 * max(0, row[name] or 0) for row in rows], color=BLUE)
-        axis.invert_yaxis()
-        axis.set(xlabel=f"{name.replace('_', ' ')} (%)", xlim=(0, 100))
+    def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
+        """Draw some held-out images as they are annotated, and as the model sees them."""
+        return []
+
+    def save_examples(self, folder: Path, images: Any) -> list[Path]:
+        """Write a few held-out images into the folder of the run, to try `gmf predict` on; return their paths."""
+        return []
+
+    def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
+        """Write the report of a run, with some held-out images.
+
+        Args:
+            folder: Of the run.
+            images: The held-out set.
+            measured: What `evaluate` found on it.
+
+        Returns:
+            The path of report.html.
+        """
+        from matplotlib.figure import Figure
+
+        from ..visual.figures import BLUE
+        from ..visual.page import curves, write_page
+
+        column, metric = self.metric
+        name = column.removeprefix("val_")
         table = {
-            key.replace("_", " "): f"{value:.2f}" if "per_second" in key else _percent(value)
+            key.replace("_", " "): f"{value:.2f}" if "per_second" in key else percent(value)
             for key, value in measured.result.items()
             if isinstance(value, float)
         }
         table["held-out images"] = f"{measured.result['images']:,}; the epoch shown is the best of the run on these same images"
-        sections = {"Curves": ("curves", curves(folder, *self.metric)), "Classes": ("classes", bars)}
+        sections = {"Curves": ("curves", curves(folder, column, metric))}
+        if rows := measured.result.get("per_class"):
+            key = next(key for key in (name, *reversed(rows[0])) if key in rows[0])
+            bars = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
+            axis = bars.subplots()
+            axis.barh([row["class"] for row in rows], [100 * max(0, row[key] or 0) for row in rows], color=BLUE)
+            axis.invert_yaxis()
+            axis.set(xlabel=f"{key.replace('_', ' ')} (%)", xlim=(0, 100))
+            sections["Classes"] = ("classes", bars)
+        shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
         if pairs := self.examples(images, sorted(shown)):
-            sections["Held-out images"] = ("predictions", _side_by_side(pairs))
-        value = measured.result[self.metric[0].removeprefix("val_")]
-        return write_page(folder, f"{self.metric[1]} {value:.2%} on held-out images", table, sections)
-
-
-class Objects(_Scenes):
-    """A detector: boxes, and masks if it is Mask R-CNN."""
-
-    def _load(self, run: str | Path) -> tuple[Any, dict[str, Any]]:
-        from .detection.training import load_detector
-
-        model, config = load_detector(run)
-        self.kinds = {"box": "bbox", **({"mask": "segm"} if model.masks else {})}
-        self.metric = ("val_mask_AP", "mask AP") if model.masks else ("val_box_AP", "box AP")
-        return model, config
-
-    def _resize(self, image_size: int) -> None:
-        self.model.network.transform.min_size = (image_size,)
-        self.model.network.transform.max_size = max(image_size, self.model.network.transform.max_size)
-
-    def open(self, data: str, split: str) -> Any:
-        """Open a split of a folder with COCO's annotations."""
-        from .detection.data import CocoImages
-
-        return self._check_classes(CocoImages(data, split, masks=self.model.masks), data)
-
-    @torch.inference_mode()
-    def _find(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        with self._precision():
-            found: dict[str, torch.Tensor] = self.model([image.to(self.device)])[0]
-        return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in found.items()}
-
-    def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
-        """Compute COCO's twelve numbers, for boxes and masks."""
-        from .detection.data import coco_numbers, collate, restrict, to_results
-
-        results: list[dict[str, Any]] = []
-        skipped, seconds, start = list(images.skipped), 0.0, time.perf_counter()
-        seen: set[Any] = set()
-        for inputs, ids, problems in progress(self._loader(images, workers, collate), "evaluating"):
-            skipped += problems
-            if ids[0] != -1 and not problems:
-                begun = time.perf_counter()
-                results += to_results(self._find(inputs[0]), ids[0], images.category_ids)
-                seconds += time.perf_counter() - begun
-                seen.add(ids[0])
-        if not seen:
-            raise ValueError(f"no image to evaluate on: {skipped[0]}")
-        result: dict[str, Any] = {}
-        classes: list[dict[str, Any]] = [{"class": name, "index": index} for index, name in enumerate(self.class_names)]
-        for name, kind in self.kinds.items():
-            numbers, per_class = coco_numbers(restrict(images.truth, seen), results, kind)  # type: ignore[arg-type]
-            result |= {f"{name}_{number}": value for number, value in numbers.items()}
-            for row, measured in zip(classes, per_class, strict=True):
-                row[f"{name}_AP"] = measured["AP"]
-        lines = []
-        for name in self.kinds:
-            numbers = {key.removeprefix(f"{name}_"): value for key, value in result.items() if key.startswith(name)}
-            lines.append(f"{name:4}  {'  '.join(f'{key} {_percent(value)}' for key, value in numbers.items())}")
-        rates = {"images_per_second": len(seen) / (time.perf_counter() - start), "model_images_per_second": len(seen) / seconds}
-        result |= {"images": len(seen), **rates, "objects_left_out": images.dropped, "per_class": classes}
-        main = f"{list(self.kinds)[-1]}_AP"
-        return Measured(result, "\n".join(lines), _ranked(classes, main), skipped)
-
-    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
-        """Find objects; those of at least `score` are drawn and listed, all are in COCO's results."""
-        from .detection.data import to_results, to_tensor
-
-        found = self._find(to_tensor(image))
-        stem = Path(name).stem
-        image_id = int(stem) if stem.isdecimal() else Path(name).name  # as COCO's files are named
-        results = to_results(found, image_id, self.config["category_ids"])
-        sure = found["scores"] >= score
-        objects = {key: value[sure] for key, value in found.items()}
-        if "masks" in objects:
-            objects["masks"] = objects["masks"][:, 0] >= 0.5
-        listed = [
-            {"class": self.class_names[label - 1], "score": value, "box": box}
-            for label, value, box in zip(
-                objects["labels"].tolist(), objects["scores"].tolist(), objects["boxes"].tolist(), strict=True
-            )
-        ]
-        counts = {n: sum(thing["class"] == n for thing in listed) for n in self.class_names}
-        text = ", ".join(f"{count} {n}" for n, count in counts.items() if count) or "nothing"
-        drawn = {".png": _png(draw_objects(image, objects, self.class_names))}
-        return Predicted({"objects": listed}, text, drawn, results)
-
-    def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
-        """Draw objects as they are annotated and as they are found."""
-        pairs: list[tuple[Image.Image, Image.Image]] = []
-        for index in indices:
-            try:
-                image, record = images.read(index)
-            except ValueError:  # unreadable
-                continue
-            target = images.target(record)
-            if "masks" in target:
-                target["masks"] = target["masks"].bool()
-            found = self.predict(image, record["file_name"], score=0.5)
-            pairs.append((draw_objects(image, target, self.class_names), Image.open(io.BytesIO(found.files[".png"]))))
-        return pairs
-
-
-class Segments(_Scenes):
-    """A segmenter: a class for every pixel."""
-
-    metric = ("val_mIoU", "mIoU")
-
-    def __init__(
-        self,
-        run: str | Path,
-        device: torch.device,
-        image_size: int | None,
-        dtype: torch.dtype | None,
-        slide: bool = False,
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
-    ) -> None:
-        super().__init__(run, device, image_size, dtype)
-        self.how: dict[str, Any] = {"slide": slide, "scales": scales, "flip": flip}
-
-    def _load(self, run: str | Path) -> tuple[Any, dict[str, Any]]:
-        from .segmentation.training import load_segmenter
-
-        return load_segmenter(run)
-
-    def _resize(self, image_size: int) -> None:
-        self.model.image_size = image_size
-
-    def open(self, data: str, split: str) -> Any:
-        """Open a split of a folder with images, masks and classes, or of ADE20K's."""
-        from .segmentation.data import SemanticImages
-
-        return self._check_classes(SemanticImages(data, split, prepare=self.model.prepare), data)
-
-    def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        from .segmentation.training import segment
-
-        with self._precision():
-            return segment(self.model, image.to(self.device), size, **self.how).argmax(dim=0).cpu()
-
-    def evaluate(self, images: Any, workers: int, progress: Progress) -> Measured:
-        """Compute mIoU and accuracies from one confusion matrix over all pixels, in the size of the files."""
-        from .segmentation.data import IGNORE, collate, confusion_matrix, numbers
-
-        confusion: Any = 0
-        skipped, seen, seconds, start = list(images.skipped), 0, 0.0, time.perf_counter()
-        for inputs, (true, *_), problems in progress(self._loader(images, workers, collate), "evaluating"):
-            skipped += problems
-            if not true.numel():
-                continue
-            begun = time.perf_counter()
-            predicted = self._labels(inputs[0], (true.shape[0], true.shape[1]))
-            seconds += time.perf_counter() - begun
-            confusion = confusion + confusion_matrix(true, predicted, len(self.class_names))
-            seen += 1
-        if not seen:
-            raise ValueError(f"no image to evaluate on: {skipped[0]}")
-        measured = numbers(confusion)
-        iou = measured.pop("iou")
-        classes = [
-            {"class": name, "index": i, "IoU": value} for i, (name, value) in enumerate(zip(self.class_names, iou, strict=True))
-        ]
-        text = "  ".join(f"{name.replace('_', ' ')} {value:.2%}" for name, value in measured.items())
-        rates = {"images_per_second": seen / (time.perf_counter() - start), "model_images_per_second": seen / seconds}
-        result = {**measured, "images": seen, **rates, **self.how, "ignored_label": IGNORE, "per_class": classes}
-        return Measured(result, text, _ranked(classes, "IoU"), skipped)
-
-    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
-        """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
-        labels = self._labels(self.model.prepare(image), (image.height, image.width))
-        ids = np.asarray(self.config["class_ids"], dtype=np.uint8)
-        mask = Image.fromarray(ids[labels.numpy()], mode="P")
-        colors = np.zeros((256, 3), dtype=np.uint8)
-        colors[ids] = self.config["colors"]
-        mask.putpalette(colors.tobytes())
-        shares = labels.flatten().bincount(minlength=len(self.class_names)) / labels.numel()
-        there = {self.class_names[i]: shares[i].item() for i in shares.argsort(descending=True).tolist() if shares[i]}
-        drawn = draw_segments(image, labels, self.class_names, self.config["colors"])
-        text = ", ".join(f"{n} {share:.1%}" for n, share in there.items())
-        return Predicted({"shares": there}, text, {"-overlay.png": _png(drawn), "-mask.png": _png(mask)}, [])
-
-    def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
-        """Draw segments as they are annotated and as they are found."""
-        pairs = []
-        for index in indices:
-            try:
-                image, true = images.read(index)
-            except ValueError:  # unreadable
-                continue
-            labels = self._labels(self.model.prepare(image), (image.height, image.width))
-            pairs.append(
-                tuple(draw_segments(image, shown, self.class_names, self.config["colors"]) for shown in (true, labels))
-            )
-        return pairs  # type: ignore[return-value]
-
-
-def write_results(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """Write COCO's results of all images as results.json; return the file."""
-    write_file(out / "results.json", json.dumps(results))
-    return str(out / "results.json")
+            figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
+            axes = figure.subplots(len(pairs), 2, squeeze=False)
+            for row, pair in zip(axes, pairs, strict=True):
+                for axis, image in zip(row, pair, strict=True):
+                    axis.imshow(image)
+                    axis.axis("off")
+            axes[0][0].set_title("annotated", fontsize=9)
+            axes[0][1].set_title("found", fontsize=9)
+            sections["Held-out images"] = ("predictions", figure)
+        return write_page(folder, f"{metric} {measured.result[name]:.2%} on held-out images", table, sections)

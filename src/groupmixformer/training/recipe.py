@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +147,8 @@ class Recipe:
     """A training run.
 
     Args:
-        task: What is learnt: classification, detection (instance segmentation included) or (semantic) segmentation.
+        task: What is learnt: classification, detection (instance segmentation included), (semantic) segmentation, or a task
+            of another package.
         data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, or timm's
             torch/..., hfds/..., hfids/..., wds/.... For detection: a folder with COCO annotations. For segmentation: a folder
             with images/, masks/ and classes.json, or one like ADE20K's.
@@ -185,10 +187,11 @@ class Recipe:
         augmentation: For classification, what is done to training images.
         detector: For detection, the detector and what is done to its images.
         segmenter: For segmentation, the decoder and what is done to its images.
+        task_options: Fields of a task of another package, by its names.
     """
 
     data: str
-    task: Literal["classification", "detection", "segmentation"] = "classification"
+    task: str = "classification"
     root: str = "data"
     download: bool = False
     model: str = "groupmixformer_mobile"
@@ -222,6 +225,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last_checkpoint(self) -> Path:
@@ -234,6 +238,20 @@ TASK_FIELDS = {
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }
+OTHER_FIELDS = ("task_options",)  # of tasks that other packages bring
+
+
+def task_fields(task: str) -> tuple[str, ...]:
+    """Return the fields of a recipe that are for this task and not for every task.
+
+    Raises:
+        RecipeError: If there is no such task, with the nearest name.
+    """
+    known = [*TASK_FIELDS, *sorted(entry_points(group="groupmixformer.tasks").names - set(TASK_FIELDS))]
+    if task not in known:
+        near = get_close_matches(task, known, n=1, cutoff=0.0)[0]
+        raise RecipeError(f"no task {task}, expected one of {', '.join(known)}: the nearest is {near}")
+    return TASK_FIELDS.get(task, OTHER_FIELDS)
 
 
 class RecipeError(Exception):
@@ -242,7 +260,7 @@ class RecipeError(Exception):
 
 def fields_of(recipe: Recipe) -> dict[str, Any]:
     """Every field of `recipe` that its task has a use for, with its value."""
-    unused = {name for task, names in TASK_FIELDS.items() if task != recipe.task for name in names}
+    unused = {*OTHER_FIELDS, *(name for names in TASK_FIELDS.values() for name in names)} - {*task_fields(recipe.task)}
     return {name: value for name, value in asdict(recipe).items() if name not in unused}
 
 
@@ -279,7 +297,7 @@ def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
 def _refuse_unknown(given: Sequence[str], source: str) -> None:
     known = _fields(asdict(Recipe(data="")))
     for name in given:
-        if name not in known:
+        if name not in known and name.split(".")[0] not in OTHER_FIELDS:
             near = get_close_matches(name, known, n=1, cutoff=0.4) or [
                 other for other in known if other.split(".")[-1] == name.split(".")[-1]
             ]
@@ -289,9 +307,10 @@ def _refuse_unknown(given: Sequence[str], source: str) -> None:
 
 def _refuse_unused(given: Sequence[str], task: str) -> None:
     """Refuse fields that would be without effect."""
-    for other, names in TASK_FIELDS.items():
+    used = task_fields(task)
+    for other, names in {**TASK_FIELDS, "tasks of other packages": OTHER_FIELDS}.items():
         for name in given:
-            if other != task and name.split(".")[0] in names:
+            if name.split(".")[0] in set(names) - {*used}:
                 raise RecipeError(f"{name} is a field for {other}, and the recipe's task is {task}")
 
 

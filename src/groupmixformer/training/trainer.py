@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,6 @@ def _strategy(recipe: Recipe, world_size: int) -> Strategy | str:
     return DDPStrategy(gradient_as_bucket_view=True) if world_size > 1 else "auto"
 
 
-def _build_task(recipe: Recipe, world_size: int) -> Task:
-    # Only the recipe's task is imported: the packages that others need may be missing.
-    task: Task = import_module(f"groupmixformer.tasks.{recipe.task}.training").start(recipe, world_size)
-    return task
-
-
 def _print_settings(task: Task, world_size: int, device: str) -> None:
     """Print the total batch, the learning rate scaled to it, and a warning where BatchNorm is not synchronised."""
     recipe, optimizer = task.recipe, task.recipe.optimizer
@@ -70,7 +64,7 @@ def _print_settings(task: Task, world_size: int, device: str) -> None:
         print("BatchNorm is not synchronised over the processes: PyTorch does that on GPUs only", file=sys.stderr)
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: bool = False) -> Path:
     """Train by a recipe into its run folder, on one process or as one of several.
 
     The folder holds recipe.yaml, versions.json, metrics.csv, TensorBoard events, checkpoints/last.ckpt, and the model of the
@@ -79,6 +73,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     Args:
         recipe: The settings.
+        build_task: Takes the recipe and the number of processes, opens the data and creates what is trained.
         resume: Continue from the folder's last checkpoint, if there is one.
 
     Returns:
@@ -100,7 +95,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    task = _build_task(recipe, world_size)
+    task = build_task(recipe, world_size)
     if recipe.compile:
         task.compile_model()
     if first:

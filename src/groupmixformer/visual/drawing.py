@@ -1,18 +1,28 @@
 """Boxes, masks and segments drawn on a copy of the image."""
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ..tasks.segmentation.data import palette
+SIDE = 480  # smaller images are enlarged to this shorter side, so that names can be read
 
-SIDE = 480  # smaller images are enlarged to this shorter side, so that the text is readable
+
+def palette(number: int) -> list[list[int]]:
+    """Return bright colours (red, green, blue) for so many classes: hues a golden section apart, so that neighbours differ."""
+    golden = (5**0.5 - 1) / 2
+    return [[round(255 * part) for part in colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0)] for i in range(number)]
+
+
+def _font_file() -> str:
+    from matplotlib.font_manager import findfont  # which brings the font, and is imported only where something is drawn
+
+    return findfont("DejaVu Sans")
 
 
 def _canvas(image: Image.Image) -> tuple[Tensor, float]:
@@ -51,7 +61,7 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
         for label, score in zip(labels, scores, strict=True)
     ]
     side = min(canvas.shape[-2:])
-    font = {"font": findfont("DejaVu Sans"), "font_size": max(9, side // 45)}
+    font = {"font": _font_file(), "font_size": max(9, side // 45)}
     drawn = draw_bounding_boxes(canvas, objects["boxes"] * factor, texts, colors, width=max(1, side // 300), **font)
     return F.to_pil_image(drawn)
 
@@ -76,7 +86,7 @@ def draw_segments(image: Image.Image, labels: Tensor, names: Sequence[str], colo
         masks = torch.stack([labels == index for index in present])
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=[tuple(colors[index]) for index in present])
     size = max(12, canvas.shape[1] // 32)
-    font = ImageFont.truetype(findfont("DejaVu Sans"), size)
+    font = ImageFont.truetype(_font_file(), size)
     lines = [f"{names[index]}  {int(counts[index]) / labels.numel():.1%}" for index in present]
     wide = max((round(font.getlength(line)) for line in lines), default=0) + 3 * size
     page = Image.new("RGB", (canvas.shape[2] + wide, max(canvas.shape[1], 2 * size * len(lines))), "white")

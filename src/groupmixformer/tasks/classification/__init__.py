@@ -1,1 +1,138 @@
 """Image classification."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...run_folder import RunFolder
+from ..registry import Exportable, NetworkInfo, TaskSpec, as_text
+
+if TYPE_CHECKING:
+    from ...training.recipe import Recipe
+    from .predict import ClassificationExplainer, ClassificationPredictor
+    from .training import ClassificationModule
+
+USAGE_OURS = """With timm; the import registers the model:
+
+```python
+import timm
+import groupmixformer
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # for a PIL image
+features = timm.create_model("hf-hub:{repo_id}", pretrained=True, features_only=True)
+```
+
+With groupmixformer alone, and with transformers:
+
+```python
+import groupmixformer
+from transformers import pipeline
+
+model = groupmixformer.load_checkpoint("hf-hub:{repo_id}")
+classify = pipeline("image-classification", model="{repo_id}")
+```
+"""
+USAGE_OF_TIMM = """With timm, and with transformers:
+
+```python
+import timm
+from transformers import pipeline
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+classify = pipeline("image-classification", model="{repo_id}")
+```
+"""
+
+
+class ClassificationTask(TaskSpec):
+    """Image classification with timm's models."""
+
+    name = "classification"
+    hub_name = "image-classification"
+    hub_tags = ("timm", "transformers")
+    hub_library = "timm"
+    hub_metrics = {"val_top1": ("accuracy", "top-1 accuracy")}  # noqa: RUF012 - never changed
+    predictor_options = ("top", "test_size", "crop_pct", "crop_mode", "interpolation")
+    data_options = ("root",)
+    evaluation_options = ("batch_size",)
+    explainer_options = ("wanted_class",)
+    other_options = ("plot", "max_batch", "features", "int8")
+
+    def build_task(self, recipe: "Recipe", world_size: int) -> "ClassificationModule":
+        """Open the recipe's images and create its classifier."""
+        from .training import ClassificationModule
+
+        return ClassificationModule.from_recipe(recipe, world_size)
+
+    def predictor(
+        self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any
+    ) -> "ClassificationPredictor":
+        """Open a classifier."""
+        from .predict import ClassificationPredictor
+
+        return ClassificationPredictor(run, device, image_size, dtype, **options)
+
+    def explainer(
+        self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any
+    ) -> "ClassificationExplainer":
+        """Open a classifier to explain a class."""
+        from .predict import ClassificationExplainer
+
+        return ClassificationExplainer(run, device, image_size, **options)
+
+    def load(self, run: RunFolder) -> Any:
+        """Return a `GroupMixFormer` or another model of timm."""
+        from ...models.checkpoint import load_model
+
+        return load_model(run)
+
+    def class_names(self, run: RunFolder) -> list[str]:
+        """Return the names stored with the model; ImageNet's where there are 1,000 classes; numbers otherwise."""
+        from .predict import class_names
+
+        names: list[str] = run.config.get("label_names") or []
+        return names if len(names) == run.config.get("num_classes") else class_names(self.load(run))
+
+    def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
+        """Return a GroupMixFormer, for its logits or its feature maps."""
+        from ...models.checkpoint import load_checkpoint
+        from .predict import class_names, data_config
+
+        model: Any = load_checkpoint(run)
+        settings = {key: value for key, value in data_config(model).items() if key in ("input_size", "mean", "std")}
+        if features:
+            settings["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
+        return Exportable(model, [] if features else class_names(model), settings)
+
+    def publish(self, run: RunFolder, folder: Path) -> NetworkInfo:
+        """Write the folder that `load_checkpoint`, timm and transformers read."""
+        from ...models.checkpoint import architecture, load_model, save_checkpoint, variant_of
+        from ...models.groupmixformer import GroupMixFormer
+
+        model = load_model(run)
+        save_checkpoint(model, folder)
+        cfg = model.pretrained_cfg
+        channels, height, width = cfg["input_size"]
+        facts = {
+            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
+            "input": f"{channels} x {height} x {width}, {cfg['interpolation']}, centre crop of {cfg['crop_pct']:.4g}",
+            "mean": as_text(cfg["mean"]),
+            "standard deviation": as_text(cfg["std"]),
+        }
+        ours, name = isinstance(model, GroupMixFormer), f"`{cfg['architecture']}`"
+        if ours:
+            stages = architecture(model.state_dict())
+            if not variant_of(stages)[1]:
+                name = "GroupMixFormer of other widths and depths than the published ones"
+            facts |= {
+                "widths of the stages": as_text(stages["embed_dims"]),
+                "blocks of the stages": as_text(stages["depths"]),
+                "MLP ratios": as_text(stages["mlp_ratios"]),
+            }
+        facts["classes"] = f"{model.num_classes:,}"
+        paper = "([paper](https://arxiv.org/abs/2311.15157))"
+        about = f"A GroupMixFormer, a vision transformer with Group-Mix Attention {paper}" if ours else "A model of timm"
+        usage = USAGE_OURS if ours else USAGE_OF_TIMM
+        return NetworkInfo(name, about, ours, list(cfg.get("label_names") or []), facts, usage)

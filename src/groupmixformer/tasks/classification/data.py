@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ...data.images import IMAGE_SUFFIXES, decode, to_rgb
 from ...data.samples import Samples
-from ...data.streaming import open_stream
+from ...data.sources import HuggingFace, WebDataset
+from ...data.streaming import Stream, open_source
 
 if TYPE_CHECKING:
     from ...training.recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
@@ -47,11 +48,15 @@ class ImageSamples(Samples):
 
     Args:
         source: Pairs of an image and its class, by index.
+        transform: From an image (RGB) to the tensor.
+        class_names: Names of the classes, in order.
+        seed: Of what the transform draws in training.
     """
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
-        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+    def __init__(
+        self, source: Any, transform: Callable[[Image.Image], torch.Tensor], class_names: Sequence[str] = (), seed: int = 0
+    ) -> None:
+        self.source, self.transform, self.class_names, self.seed = source, transform, list(class_names), seed
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,33 +85,53 @@ class ImageSamples(Samples):
 
     def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
         """Apply the transform, which draws random numbers."""
-        assert self.transform is not None
         return self.transform(content[0]), content[1]
 
     def for_evaluation(self, content: tuple[Image.Image, int] | None) -> tuple[torch.Tensor, int]:
         """Apply the transform."""
-        assert self.transform is not None
         if content is None:
             return torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), -1
         return self.transform(content[0]), content[1]
 
 
-def collate(samples: Sequence[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def collate_classification(
+    samples: Sequence[tuple[torch.Tensor, int, str]],
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Make a batch: images (B, 3, H, W), classes (B) and the problems there were, one for each unreadable image."""
     images, classes, problems = zip(*samples, strict=True)
     return default_collate(list(images)), torch.tensor(classes), [line for text in problems for line in text.splitlines()]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageData:
-    """Training and held-out images of one data set; `train` is None where only an evaluation was asked for."""
+    """Where the images of a data set come from, for data sets for training and evaluation.
 
-    train: Any
-    held_out: Any
+    Attributes:
+        train_source: Pairs of an image and its class, by index, or what a `Stream` reads; none where only an evaluation was
+            asked for.
+        held_out_source: The same of the images that are held out.
+        class_names: Names of the classes, in order.
+    """
+
+    train_source: Any
+    held_out_source: Any
     class_names: list[str]
 
+    def train(self, transform: Callable[[Image.Image], Any], seed: int) -> "ImageSamples | Stream":
+        """Return the training set."""
+        return self._data_set(self.train_source, transform, seed)
 
-def _class_folders(folder: Path) -> tuple[ImageSamples, list[str]]:
+    def held_out(self, transform: Callable[[Image.Image], Any]) -> "ImageSamples | Stream":
+        """Return the set to evaluate on."""
+        return self._data_set(self.held_out_source, transform, 0)
+
+    def _data_set(self, source: Any, transform: Callable[[Image.Image], Any], seed: int) -> "ImageSamples | Stream":
+        if isinstance(source, WebDataset | HuggingFace):
+            return Stream(source, transform)
+        return ImageSamples(source, transform, self.class_names, seed)
+
+
+def _class_folders(folder: Path) -> tuple[Any, list[str]]:
     """Open a folder of one folder of images per class, of which there must be two or more with images in each."""
     names = {child.name for child in folder.iterdir() if child.is_dir()}
     empty = sorted(n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*")))
@@ -121,7 +146,7 @@ def _class_folders(folder: Path) -> tuple[ImageSamples, list[str]]:
     if set(found) != names:
         other = min(set(found) ^ names)
         raise ValueError(f"{folder}: expected images directly in the folders of the classes; found a folder {other} in one")
-    return ImageSamples(source), sorted(found, key=found.__getitem__)
+    return source, sorted(found, key=found.__getitem__)
 
 
 def _folder(path: Path, need_train: bool) -> ImageData:
@@ -153,18 +178,18 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
             ``wds/NAME``.
         root: Where timm's data sets lie; for ``wds/`` also a URL.
         download: Fetch a ``torch/`` data set that is not there.
-        need_train: If not, a folder may hold the classes' folders itself, and `train` is None for it.
+        need_train: If not, a folder may hold the classes' folders itself, and `train_source` is None for it.
 
     Raises:
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
     """
     if name == "digits":
-        return ImageData(ImageSamples(Digits("train")), ImageSamples(Digits("held-out")), [str(digit) for digit in range(10)])
+        return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
     if Path(name).is_dir():
         return _folder(Path(name), need_train)
     if name.startswith(("hfids/", "wds/")):
-        stream = open_stream(name, root, "validation")
-        return ImageData(open_stream(name, root, "train") if need_train else None, stream, stream.class_names)
+        held_out = open_source(name, root, "validation")
+        return ImageData(open_source(name, root, "train") if need_train else None, held_out, held_out.class_names)
     if not name.startswith(("torch/", "hfds/")):
         kinds = "digits, a folder with train/ and val/, torch/NAME, hfds/NAME, hfids/NAME or wds/NAME"
         raise ValueError(f"no data set {name}: expected {kinds}")
@@ -172,10 +197,10 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
     names = getattr(train, "classes", None)  # torchvision's
     if names is None:  # Hugging Face's
         names = train.reader.dataset.features[train.reader.label_key].names
-    return ImageData(ImageSamples(train), ImageSamples(held_out), [str(n) for n in names])
+    return ImageData(train, held_out, [str(n) for n in names])
 
 
-def data_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
+def training_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
     """Input of `model` trained by `recipe`, by timm's names: input_size, mean, std, interpolation, crop_pct."""
     config = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation")}
     return {**config, "input_size": (3, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
@@ -188,7 +213,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return Image.new(image.mode, image.size) if bits <= 0 else posterize(image, bits)  # black, as earlier Pillows had it
 
 
-def train_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+def classification_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     """From an image to an augmented, normalised tensor (3, H, W), by timm's training transform."""
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
         config["input_size"],
@@ -219,7 +244,8 @@ def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tens
     return transform
 
 
-def eval_loader(images: Any, config: dict[str, Any], batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
-    """Batches in order, resized and cropped by `config`."""
-    images.transform = eval_transform(config)
-    return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+def eval_loader(images: Any, batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
+    """Batches of a data set, in order."""
+    return DataLoader(
+        images, batch_size, num_workers=workers, collate_fn=collate_classification, pin_memory=torch.cuda.is_available()
+    )

@@ -14,7 +14,7 @@ BINS = 15  # equal bins of confidence for the calibration error, the usual numbe
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found on N images.
+    """What `evaluate_classifier` found on N images.
 
     Attributes:
         metrics: top1 and top5 as shares of 1; loss, the mean cross entropy in nats; calibration_error, the expected calibration
@@ -51,7 +51,7 @@ def _timed(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> tuple
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dtype | None = None) -> Evaluation:
+def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dtype | None = None) -> Evaluation:
     """Evaluate on every image once, with the numbers that timm's validation gives.
 
     Args:

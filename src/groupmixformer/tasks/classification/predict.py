@@ -1,100 +1,27 @@
-"""A trained classifier with what is stored beside it, ready to look at images; scenes.py has its siblings for other tasks."""
+"""A trained classifier, ready to look at images, to be measured and to explain what it sees."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.config import resolve_data_config
 from torch import Tensor
 
+from ...models.attention_maps import class_relevance, stages_of
 from ...models.checkpoint import load_model
-from .data import eval_transform
+from ...models.groupmixformer import GroupMixFormer
+from ...run_folder import RunFolder
+from ..explainer import Explainer, Target, class_index
+from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, View, class_table
+from .data import eval_loader, eval_transform, open_images
+from .metrics import Evaluation, evaluate_classifier, per_class, reliability
 
-Point = tuple[int, int]  # row and column
-
-
-@dataclass(frozen=True)
-class View:
-    """An image as a network sees it.
-
-    Attributes:
-        images: What the backbone takes (1, 3, H, W).
-        pixels: The image in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
-        original: Height and width of the image before.
-        factors: By which its height and width were multiplied.
-        offsets: Pixels that came before its first row and column; negative where it was cropped.
-    """
-
-    images: Tensor
-    pixels: NDArray[np.uint8]
-    original: tuple[int, int]
-    factors: tuple[float, float]
-    offsets: tuple[int, int] = (0, 0)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the image as it is seen."""
-        return self.pixels.shape[0], self.pixels.shape[1]
-
-    def seen(self, point: Sequence[int]) -> Point:
-        """Return the pixel that holds the middle of a pixel of the original.
-
-        Raises:
-            ValueError: If it lies outside of the image, or of what was left after the crop.
-        """
-        if not all(0 <= at < side for at, side in zip(point, self.original, strict=True)):
-            height, width = self.original
-            raise ValueError(
-                f"got query {point[0]},{point[1]}, expected a row from 0 to {height - 1} and a column to {width - 1}"
-            )
-        parts = zip(point, self.factors, self.offsets, strict=True)
-        row, column = (math.floor((at + 0.5) * factor) + offset for at, factor, offset in parts)
-        if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
-            first, last = self.unseen((0, 0)), self.unseen((self.size[0] - 1, self.size[1] - 1))
-            raise ValueError(
-                f"query {point[0]},{point[1]} is cropped away: the network sees rows {first[0]} to {last[0]} and columns "
-                f"{first[1]} to {last[1]}"
-            )
-        return row, column
-
-    @property
-    def frame(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of the part of the original that is seen, in its pixels."""
-        parts = zip(self.size, self.factors, self.offsets, self.original, strict=True)
-        (top, bottom), (left, right) = (
-            (max(0.0, -offset / factor), min(side, (size - offset) / factor)) for size, factor, offset, side in parts
-        )
-        return left, top, right, bottom
-
-    def unseen(self, point: Sequence[int]) -> Point:
-        """Return the pixel of the original that holds the middle of a pixel that is seen, the nearest for what was added."""
-        parts = zip(point, self.factors, self.offsets, self.original, strict=True)
-        row, column = (min(max(int((at + 0.5 - offset) / factor), 0), side - 1) for at, factor, offset, side in parts)
-        return row, column
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What was found in an image.
-
-    Attributes:
-        result: For a JSON object.
-        text: In a line.
-        files: Contents by the ending of their name: the drawn image, and for segments the mask; nothing for classes.
-        results: For boxes and masks, COCO's results.
-    """
-
-    result: dict[str, Any]
-    text: str
-    files: dict[str, bytes]
-    results: list[dict[str, Any]]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def data_config(model: Any, image_size: int | None = None, test_size: bool = False, **crop: Any) -> dict[str, Any]:
@@ -113,43 +40,59 @@ def class_names(model: Any) -> list[str]:
     return names or [str(index) for index in range(model.num_classes)]
 
 
-def most_pixels(model: Any, task: str) -> int:
-    """Return how many pixels a stranger's image may have: 64 million, or fewer if a network fills planes of its size.
+@dataclass(frozen=True)
+class ClassificationResult(EvalResult):
+    """What an evaluation of a classifier found; `evaluation` has it image by image."""
 
-    A segmenter fills one for each class and Mask R-CNN one for each object, which take 4 GB together at most.
+    evaluation: Evaluation | None = None
 
-    Args:
-        model: A classifier, detector or segmenter, ready to look at images.
-        task: Of the model.
-    """
-    planes = len(model.class_names) if task == "segmentation" else 0
-    if task == "detection" and model.model.masks:
-        planes = model.model.network.roi_heads.detections_per_img
-    return min(64_000_000, 1_000_000_000 // max(1, planes))
+    def figure(self) -> "Figure":
+        """Draw the reliability diagram."""
+        from .report import reliability_diagram
+
+        assert self.evaluation is not None
+        return reliability_diagram(self.evaluation)
 
 
-class Classes:
+class ClassificationPredictor(Predictor):
     """A classifier.
 
     Args:
         run: Folder of a run, or what `load_model` reads.
         device: To run on.
         image_size: Side of the images; the model's own by default.
+        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
         top: Number of classes to name.
+        test_size: Take size and crop that the model stores for tests, if any.
+        crop: crop_pct, crop_mode or interpolation by timm's names, where they are not the model's own.
 
     Attributes:
-        model: In eval mode.
-        class_names: In the order of its logits.
         config: Size, crop and colours of the model's input.
         transform: From an image (RGB) to the model's input (C, H, W).
     """
 
-    def __init__(self, run: str | Path, device: torch.device, image_size: int | None = None, top: int = 5) -> None:
-        self.model: Any = load_model(run).to(device)
-        self.device, self.top = device, top
-        self.class_names = class_names(self.model)
-        self.config = data_config(self.model, image_size)
+    batched = True
+    metric = ("val_top1", "top-1")
+
+    def __init__(
+        self,
+        run: str | Path | RunFolder,
+        device: torch.device | str = "cpu",
+        image_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        top: int = 5,
+        test_size: bool = False,
+        **crop: Any,
+    ) -> None:
+        self.top, self.test_size, self.crop = top, test_size, crop
+        super().__init__(run, device, image_size, dtype)
         self.transform: Any = eval_transform(self.config)
+
+    def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
+        """Return the classifier, and how images are prepared for it."""
+        model = load_model(run)
+        self.class_names = class_names(model)
+        return model, data_config(model, image_size, self.test_size, **self.crop)
 
     def view(self, image: Image.Image) -> View:
         """Prepare an image (RGB), following the transform step by step to know where each pixel goes."""
@@ -168,20 +111,109 @@ class Classes:
         images = made[None].to(self.device)
         return View(images, np.asarray(image), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
 
+    def frame(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """What the crop leaves."""
+        return self.view(image).frame
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """From an image (RGB) to the model's input (C, H, W)."""
+        return self.transform(image)
+
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return the classes' probabilities (B, classes) on the CPU, of images (B, C, H, W) that `transform` made."""
-        return self.model(images.to(self.device)).float().softmax(dim=1).cpu()
+        """Return the classes' probabilities (B, classes) on the CPU, of images (B, C, H, W) that `prepare` made."""
+        with self.autocast():
+            logits = self.model(images.to(self.device))
+        return logits.float().softmax(dim=1).cpu()
 
-    def ranked(self, probabilities: Tensor) -> Predicted:
-        """Name the likeliest classes of one image, from its probabilities (classes)."""
-        best = probabilities.topk(min(self.top, len(probabilities)))
-        classes = [
-            {"class": self.class_names[index], "index": index, "probability": probability}
-            for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        return Predicted({"classes": classes}, ", ".join(f"{c['class']} {c['probability']:.1%}" for c in classes), {}, [])
+    def predict_prepared(self, images: Tensor) -> list[Predicted]:
+        """Name the likeliest classes of each image (B, C, H, W) that `prepare` made."""
+        found = []
+        for probabilities in self.probabilities(images):
+            best = probabilities.topk(min(self.top, len(probabilities)))
+            classes = [
+                {"class": self.class_names[index], "index": index, "probability": probability}
+                for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+            text = ", ".join(f"{c['class']} {c['probability']:.1%}" for c in classes)
+            found.append(Predicted({"classes": classes}, text, {}, []))
+        return found
 
-    def predict(self, image: Image.Image, name: str = "", score: float = 0.5) -> Predicted:
-        """Classify an image (RGB); its name and a score matter for detection alone."""
-        return self.ranked(self.probabilities(self.transform(image)[None])[0])
+    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+        """Classify an image (RGB)."""
+        return self.predict_prepared(self.prepare(image)[None])[0]
+
+    def open_data(self, data: str, root: str = "data") -> Any:
+        """Open the held-out part of a data set, or a folder of class folders.
+
+        Args:
+            data: As a recipe names it.
+            root: Where timm's data sets lie.
+
+        Raises:
+            ValueError: If there is no such data set, or it has another number of classes than the model.
+        """
+        images = open_images(data, root, need_train=False)
+        if len(images.class_names) != len(self.class_names):
+            counts = f"{data} has {len(images.class_names)} classes and the model {len(self.class_names)}"
+            raise ValueError(f"{counts}, expected the same")
+        return images.held_out(self.transform)
+
+    def evaluate(
+        self, images: Any, workers: int = 0, progress: Progress = lambda items, _: items, batch_size: int = 64
+    ) -> ClassificationResult:
+        """Measure accuracy and calibration on every image once, in batches."""
+        loader = progress(eval_loader(images, batch_size, workers), "evaluating")
+        evaluation = evaluate_classifier(self.model, loader, self.dtype)
+        metrics, classes = evaluation.metrics, per_class(evaluation, images.class_names)
+        text = (
+            f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
+            f"calibration error {metrics['calibration_error']:.2%}"
+        )
+        config = {key: self.config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
+        height, width = config["input_size"][1:]
+        details = f"{height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, {config['interpolation']}"
+        result = {**metrics, **config, "device": str(self.device), "batch_size": batch_size}
+        result |= {"per_class": classes, "reliability": reliability(evaluation)}
+        return ClassificationResult(
+            result, text, class_table(classes, "top1", "top-1"), evaluation.problems, details, evaluation
+        )
+
+    def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
+        """Write the report of a run, with confusion, calibration, examples right and wrong, and what they attend to."""
+        from .report import write_report
+
+        assert isinstance(measured, ClassificationResult) and measured.evaluation is not None
+        return write_report(folder, self.model.cpu(), images, self.class_names, measured.evaluation, self.config)
+
+    def save_examples(self, folder: Path, images: Any) -> list[Path]:
+        """Write held-out images of different classes."""
+        from .report import save_examples
+
+        return save_examples(folder, images, self.class_names)
+
+
+class ClassificationExplainer(Explainer):
+    """Explains a class of a classifier: one that is named, or the likeliest."""
+
+    def __init__(
+        self, run: str | Path | RunFolder, device: torch.device, image_size: int | None = None, wanted_class: str | None = None
+    ) -> None:
+        self.predictor = ClassificationPredictor(run, device, image_size)
+        model = self.predictor.model
+        self.backbone = model if isinstance(model, GroupMixFormer) else None
+        self.stages = stages_of(model)
+        self.wanted = None if wanted_class is None else class_index(self.predictor.class_names, wanted_class)
+
+    def view(self, image: Image.Image) -> View:
+        """Prepare an image by timm's transform."""
+        return self.predictor.view(image)
+
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+        """Weigh the class."""
+        classes = None if self.wanted is None else [self.wanted]
+        found, logits = class_relevance(self.predictor.model, view.images, classes, stage)
+        index = int(logits.argmax()) if self.wanted is None else self.wanted
+        name, probability = self.predictor.class_names[index], logits[0].float().softmax(dim=0)[index].item()
+        about = {"class": name, "index": index, "probability": probability}
+        return Target(about, f"relevance, stage {stage}:\n{name} ({probability:.1%})", found[0].float().cpu().numpy())

@@ -1,9 +1,6 @@
 """The report of a run: curves, confusion matrix, calibration, examples right and wrong, and what the model attends to."""
 
-import base64
-import html
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +12,13 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor, nn
 
-from ...files import write_file
 from ...models.attention_maps import attention_maps, by_group_size, suited_stage
 from ...models.groupmixformer import GroupMixFormer
-from ...run_folder import read_metrics
-from ...visual.figures import BLUE, ORANGE, Row, drawn, overlay_figure
+from ...run_folder import EXAMPLES
+from ...visual.figures import BLUE, ORANGE, Row, overlay_figure
+from ...visual.page import curves, write_page
 from .data import eval_transform
 from .metrics import Evaluation, reliability
-
-
-def curves(folder: Path, metric: str, name: str) -> Figure:
-    """Draw the losses and one held-out metric, a share of 1 that metrics.csv has, over the epochs of a run."""
-    rows = read_metrics(folder)
-    epochs = [row["epoch"] + 1 for row in rows]
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row["loss"] for row in rows], color=ORANGE, label="training (augmented)")
-    if "val_loss" in rows[0]:
-        loss.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, label="held out")
-    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    loss.legend()
-    accuracy.plot(epochs, [100 * row[metric] for row in rows], color=BLUE, marker="o")
-    accuracy.set(xlabel="epoch", ylabel=f"held-out {name} (%)")
-    return figure
 
 
 def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> Figure:
@@ -132,7 +113,7 @@ def write_report(
         model: The trained model, in eval mode.
         images: The held-out set.
         class_names: Names of the classes, in order.
-        evaluation: What `evaluate` found on the held-out set.
+        evaluation: What `evaluate_classifier` found on the held-out set.
         config: Input of the model, by timm's names.
 
     Returns:
@@ -179,55 +160,9 @@ def write_report(
     return write_page(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", rows, sections)
 
 
-def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Figure]]) -> Path:
-    """Write report.html, one file with its images inside, and the images beside it in report/.
-
-    Args:
-        folder: Folder of the run.
-        heading: What came out, in a few words.
-        rows: What the table says first; time, versions and recipe follow.
-        sections: For each title the name and the figure.
-
-    Returns:
-        The path of report.html.
-    """
-    (folder / "report").mkdir(exist_ok=True)
-    body = []
-    for title, (name, figure) in sections.items():
-        png = drawn(figure)
-        write_file(folder / "report" / f"{name}.png", png)
-        encoded = base64.b64encode(png).decode()
-        body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
-    table = "".join(
-        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in {
-            **rows,
-            "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
-            **json.loads((folder / "versions.json").read_text()),
-        }.items()
-    )
-    recipe = html.escape((folder / "recipe.yaml").read_text())
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {html.escape(folder.name)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ max-width: 100%; }}
-th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
-pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
-</style>
-<h1>{html.escape(folder.name)}: {html.escape(heading)}</h1>
-<table>{table}</table>
-{"".join(body)}
-<h2>Recipe</h2><pre>{recipe}</pre></html>
-"""
-    path = folder / "report.html"
-    write_file(path, page)
-    return path
-
-
 def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
     """Write a few held-out images of different classes to examples/, to try `gmf predict` on."""
-    (folder / "examples").mkdir(exist_ok=True)
+    (folder / EXAMPLES).mkdir(exist_ok=True)
     paths: dict[int, Path] = {}
     for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "read") else ():
         try:
@@ -236,7 +171,7 @@ def save_examples(folder: Path, images: Any, class_names: Sequence[str], number:
             continue
         if label not in paths:
             name = "".join(c if c.isalnum() else "_" for c in class_names[label])
-            paths[label] = folder / "examples" / f"{name}.png"
+            paths[label] = folder / EXAMPLES / f"{name}.png"
             image.save(paths[label])
         if len(paths) == min(number, len(class_names)):
             break

@@ -18,7 +18,7 @@ from ...models.groupmixformer import GroupMixFormer
 from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
-from .data import ImageData, collate, data_config, eval_transform, open_images, train_transform
+from .data import ImageData, classification_transform, collate_classification, eval_transform, open_images, training_config
 
 
 def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
@@ -53,22 +53,21 @@ def _size(name: str, recipe: Recipe) -> dict[str, Any]:
     return {"img_size": recipe.image_size} if cfg and cfg.fixed_input_size else {}
 
 
-class Classification(Task):
+class ClassificationModule(Task):
     """Trains a timm classifier by a recipe, with timm's mixup and losses.
 
     Args:
         recipe: The settings.
-        images: The data set; its transforms are set.
+        images: The data set.
         world_size: Number of processes.
     """
 
     def __init__(self, recipe: Recipe, images: ImageData, world_size: int = 1) -> None:
         model = create_classifier(recipe, images.class_names)
-        config = data_config(recipe, model)
-        images.train.seed = recipe.seed
-        images.train.transform = train_transform(recipe.augmentation, config)
-        images.held_out.transform = eval_transform(config)
-        loaders = DataModule(images.train, images.held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        config = training_config(recipe, model)
+        train = images.train(classification_transform(recipe.augmentation, config), recipe.seed)
+        held_out = images.held_out(eval_transform(config))
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_classification)
         super().__init__(recipe, model, loaders, images.class_names, world_size)
         self.config = config
         augmentation = recipe.augmentation
@@ -116,11 +115,11 @@ class Classification(Task):
         """Write a model to a folder that `load_model`, timm and transformers read."""
         save_checkpoint(model, folder, self.class_names, self.config)
 
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, world_size: int) -> "ClassificationModule":
+        """Open the recipe's data and create its model.
 
-def start(recipe: Recipe, world_size: int) -> Classification:
-    """Open the recipe's data and create its model.
-
-    Raises:
-        ValueError: If one of them cannot be used.
-    """
-    return Classification(recipe, open_images(recipe.data, recipe.root, recipe.download), world_size)
+        Raises:
+            ValueError: If one of them cannot be used.
+        """
+        return cls(recipe, open_images(recipe.data, recipe.root, recipe.download), world_size)

@@ -1,16 +1,15 @@
-"""Data sets with COCO's annotations: read, checked before training, turned into samples; results and COCO's twelve numbers."""
+"""Data sets with COCO's annotations: read, checked before training, turned into samples."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torch import Tensor
@@ -19,24 +18,6 @@ from torchvision.transforms import v2
 
 from ...data.images import read_image
 from ...data.samples import Samples
-
-# What COCO's own evaluation prints, in its order: average precision at 0.50:0.95, 0.50 and 0.75, for small (below 32 x 32
-# pixels), medium and large (above 96 x 96) objects; average recall with 1, 10 and 100 objects an image, and by size.
-NUMBERS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR1",
-    "AR10",
-    "AR100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)
-
 
 FIELDS: dict[str, dict[str, Any]] = {  # that each record must have, and of what kind
     "images": {"id": int | str, "file_name": str, "width": int, "height": int},
@@ -149,24 +130,30 @@ class CocoImages(Samples):
         split: train, val or another.
         masks: Whether objects need masks.
         transform: From (image, target) to the two augmented; none for evaluation.
+        seed: Of the augmentation.
 
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
         skipped: A line for each image that is left out: missing, unreadable, or of another size than annotated.
         dropped: A line for each object that is left out: without area, outside of the image, of no category.
-        truth: COCO's annotations of what is left, for the evaluation.
+        ground_truth: COCO's annotations of what is left, for the evaluation.
 
     Raises:
         ValueError: If the annotations cannot be used.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, masks: bool, transform: Callable[[Any, Any], tuple[Any, Any]] | None = None
+        self,
+        folder: str | Path,
+        split: str,
+        masks: bool,
+        transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        seed: int = 0,
     ) -> None:
         folder = Path(folder)
         annotations = find_annotations(folder, split)
         content = _read(annotations)
-        self.annotations, self.masks, self.transform = annotations, masks, transform
+        self.annotations, self.masks, self.transform, self.seed = annotations, masks, transform, seed
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [str(category["name"]) for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -187,12 +174,12 @@ class CocoImages(Samples):
             raise ValueError(f"{annotations}: none of its {len(problems)} images can be used: {self.skipped[0]}")
         self.dropped: list[str] = []
         objects = self._objects(content["annotations"], content["images"], {image["id"] for image in images})
-        if not any(not thing["iscrowd"] for of_image in objects.values() for thing in of_image):
+        if not any(not annotation["iscrowd"] for of_image in objects.values() for annotation in of_image):
             reason = f": {self.dropped[0]}" if self.dropped else ""
             raise ValueError(f"{annotations}: holds no object {'with a mask ' if masks else ''}to learn or to find{reason}")
-        things = [thing for of_image in objects.values() for thing in of_image]
-        truth = {"images": images, "annotations": things, "categories": categories}
-        self.truth: dict[str, Any] = truth if transform is None else {}
+        annotated = [annotation for of_image in objects.values() for annotation in of_image]
+        ground_truth = {"images": images, "annotations": annotated, "categories": categories}
+        self.ground_truth: dict[str, Any] = ground_truth if transform is None else {}
         # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
         self._records = [
             json.dumps({**image, "objects": objects.get(image["id"], [])}, default=str).encode() for image in images
@@ -212,12 +199,12 @@ class CocoImages(Samples):
             try:
                 if image is None:
                     raise ValueError("an image that is not annotated")
-                thing = self._object(record, image, labels)
+                annotation = self._object(record, image, labels)
             except ValueError as error:
                 self.dropped.append(f"{name}: {error}")
                 continue
             if image["id"] in usable:
-                found.setdefault(image["id"], []).append({"id": number, "image_id": image["id"], **thing})
+                found.setdefault(image["id"], []).append({"id": number, "image_id": image["id"], **annotation})
         return found
 
     def _object(self, record: Mapping[str, Any], image: Mapping[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
@@ -235,7 +222,7 @@ class CocoImages(Samples):
         if min(inside) < 1:
             raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
         area = record.get("area")
-        thing = {
+        annotation = {
             "category_id": category,
             "label": labels[category],
             "bbox": box,
@@ -243,12 +230,12 @@ class CocoImages(Samples):
             "iscrowd": int(bool(record.get("iscrowd"))),
         }
         if self.masks:
-            thing["segmentation"] = record.get("segmentation")
-            if isinstance(thing["segmentation"], dict):
-                _as_rle(thing["segmentation"], height, width)
+            annotation["segmentation"] = record.get("segmentation")
+            if isinstance(annotation["segmentation"], dict):
+                _as_rle(annotation["segmentation"], height, width)
             else:
-                _polygons(thing["segmentation"])  # not drawn yet: they are many
-        return thing
+                _polygons(annotation["segmentation"])  # not drawn yet: they are many
+        return annotation
 
     def __len__(self) -> int:
         return len(self._records)
@@ -265,17 +252,17 @@ class CocoImages(Samples):
     def target(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return boxes (N, 4), labels (N) and, if asked for, masks (N, H, W) of an image, without crowds."""
         height, width = record["height"], record["width"]
-        things = [thing for thing in record["objects"] if not thing["iscrowd"]]
-        boxes = torch.tensor([thing["bbox"] for thing in things], dtype=torch.float32).reshape(-1, 4)
+        annotated = [annotation for annotation in record["objects"] if not annotation["iscrowd"]]
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotated], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.tensor([thing["label"] for thing in things], dtype=torch.int64),
+            "labels": torch.tensor([annotation["label"] for annotation in annotated], dtype=torch.int64),
         }
         if self.masks:
-            encoded = [_as_rle(thing["segmentation"], height, width) for thing in things]
+            encoded = [_as_rle(annotation["segmentation"], height, width) for annotation in annotated]
             masks = rle.decode(encoded) if encoded else np.zeros((height, width, 0), dtype=np.uint8)  # (H, W, N)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))))
         return target
@@ -298,7 +285,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
 
 
-def train_transform(hflip: float, vflip: float, color_jitter: float) -> Callable[[Any, Any], tuple[Any, Any]]:
+def detection_transform(hflip: float, vflip: float, color_jitter: float) -> Callable[[Any, Any], tuple[Any, Any]]:
     """From an image and its target to the two augmented; objects that have become too small are left out."""
     steps: list[Any] = [v2.ToImage()]
     if color_jitter:
@@ -307,94 +294,7 @@ def train_transform(hflip: float, vflip: float, color_jitter: float) -> Callable
     return v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1.0), v2.ToPureTensor()])
 
 
-def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Tensor], list[Any], list[str]]:
+def collate_detection(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Tensor], list[Any], list[str]]:
     """Make a batch of lists, since images differ in size: images, targets (or ids), and the problems there were."""
     images, targets, problems = zip(*samples, strict=True)
     return list(images), list(targets), [line for problem in problems for line in problem.splitlines()]
-
-
-def encode(masks: Tensor) -> list[dict[str, Any]]:
-    """Return COCO's run-length encodings of masks (N, H, W) of booleans."""
-    columns = np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))  # (H, W, N), as COCO has them
-    encoded = rle.encode(columns) if masks.shape[0] else []
-    return [
-        {"size": list(e["size"]), "counts": e["counts"].decode() if isinstance(e["counts"], bytes) else e["counts"]}
-        for e in encoded
-    ]
-
-
-def to_results(detections: Mapping[str, Tensor], image_id: Any, category_ids: Sequence[Any]) -> list[dict[str, Any]]:
-    """Turn what a detector found in one image into COCO's results.
-
-    Args:
-        detections: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on, scores (N), and maybe masks (N, 1, H, W) of
-            probabilities.
-        image_id: Of the image.
-        category_ids: Id of each label.
-    """
-    boxes = detections["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
-    results: list[dict[str, Any]] = [
-        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
-        for box, label, score in zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
-    ]
-    if "masks" in detections:
-        for result, mask in zip(results, encode(detections["masks"][:, 0] >= 0.5), strict=True):
-            result["segmentation"] = mask
-    return results
-
-
-def restrict(truth: Mapping[str, Any], ids: Container[Any]) -> dict[str, Any]:
-    """Return COCO's annotations of some images: those that could be read."""
-    return {
-        **truth,
-        "images": [image for image in truth["images"] if image["id"] in ids],
-        "annotations": [thing for thing in truth["annotations"] if thing["image_id"] in ids],
-    }
-
-
-def coco_numbers(
-    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Compute COCO's twelve numbers for boxes or masks, in float64, by faster-coco-eval.
-
-    Args:
-        truth: COCO's annotations.
-        results: COCO's results for its images.
-        kind: bbox or segm.
-
-    Returns:
-        `NUMBERS` by name, as shares of 1, and for each category class, index and AP. A number is -1 where there is no object to
-        find: COCO's convention.
-    """
-    quiet = {"print_function": lambda *_: None}
-    ids = [image["id"] for image in truth["images"]]
-    # The library takes numbers only; their order decides between equal scores, so those that are numbers stay.
-    places = dict(zip(ids, ids if all(type(i) is int for i in ids) else range(len(ids)), strict=True))
-    expected = COCO(
-        {
-            "images": [{**image, "id": places[image["id"]]} for image in truth["images"]],
-            "annotations": [{**thing, "image_id": places[thing["image_id"]]} for thing in truth["annotations"]],
-            "categories": list(truth["categories"]),
-        },
-        **quiet,
-    )
-    # Masks go without their boxes, or the areas of the boxes would be taken for theirs.
-    left_out = "bbox" if kind == "segm" else "segmentation"
-    found = [
-        {key: value for key, value in result.items() if key != left_out} | {"image_id": places[result["image_id"]]}
-        for result in results
-    ]
-    evaluation = COCOeval_faster(expected, expected.loadRes(found), kind, **quiet)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    numbers = {name: float(value) for name, value in zip(NUMBERS, evaluation.stats[: len(NUMBERS)], strict=True)}
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, categories), all sizes, 100 objects
-    per_class = []
-    for index, category in enumerate(evaluation.params.catIds):
-        there = precision[:, :, index][precision[:, :, index] > -1]
-        per_class.append(
-            {"class": expected.cats[category]["name"], "index": index, "AP": float(there.mean()) if there.size else -1.0}
-        )
-    return numbers, per_class

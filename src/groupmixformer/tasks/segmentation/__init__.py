@@ -1,1 +1,83 @@
 """Semantic segmentation."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...run_folder import RunFolder
+from ..registry import Exportable, TaskSpec
+
+if TYPE_CHECKING:
+    from ...training.recipe import Recipe
+    from .predict import SegmentationExplainer, SegmentationPredictor
+    from .training import SegmentationModule
+
+
+class SegmentationTask(TaskSpec):
+    """Semantic segmentation with the decoders of segmentation_models_pytorch."""
+
+    name = "segmentation"
+    hub_name = "image-segmentation"
+    hub_metrics = {  # noqa: RUF012 - never changed
+        "val_mIoU": ("mean_iou", "mean IoU"),
+        "val_accuracy": ("accuracy", "share of pixels right"),
+    }
+    predictor_options = ("sliding_window", "scales", "flip")
+    data_options = ("split",)
+    explainer_options = ("wanted_class",)
+    other_options = ("out",)
+    usage = """With groupmixformer and its extra `segmentation`:
+
+```python
+from PIL import Image
+import groupmixformer
+from groupmixformer.tasks.segmentation.model import segment
+
+model, stored = groupmixformer.load_segmenter("hf-hub:{repo_id}")
+image = Image.open("image.jpg").convert("RGB")
+labels = segment(model, model.prepare(image), (image.height, image.width)).argmax(dim=0)  # of stored["class_names"]
+```
+"""
+
+    def build_task(self, recipe: "Recipe", world_size: int) -> "SegmentationModule":
+        """Open the recipe's images and create its segmenter."""
+        from .training import SegmentationModule
+
+        return SegmentationModule.from_recipe(recipe, world_size)
+
+    def predictor(
+        self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any
+    ) -> "SegmentationPredictor":
+        """Open a segmenter."""
+        from .predict import SegmentationPredictor
+
+        return SegmentationPredictor(run, device, image_size, dtype, **options)
+
+    def explainer(
+        self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any
+    ) -> "SegmentationExplainer":
+        """Open a segmenter to explain a segment."""
+        from .predict import SegmentationExplainer
+
+        return SegmentationExplainer(run, device, image_size, **options)
+
+    def load(self, run: RunFolder) -> Any:
+        """Return the segmenter."""
+        from .model import load_segmenter
+
+        return load_segmenter(run)[0]
+
+    def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
+        """Return the segmenter, if the format can carry its decoder."""
+        from .model import load_segmenter
+
+        if features:
+            raise ValueError(f"{run.source}: holds a segmenter, expected a classifier to export feature maps of")
+        segmenter, stored = load_segmenter(run)
+        pools = any(getattr(module, "output_size", 1) not in (1, (1, 1)) for module in segmenter.modules())
+        if format == "openvino" or (format == "onnx" and pools):  # UPerNet averages over grids of fixed size
+            what = "a decoder that pools to a grid, such as UPerNet's" if format == "onnx" else "a segmenter"
+            raise ValueError(f"{run.source}: {format} cannot carry {what} for all sizes: export it with --format pt2")
+        size = (3, segmenter.image_size, segmenter.image_size)
+        settings = {"input_size": size, "mean": segmenter.mean, "std": segmenter.std}
+        return Exportable(segmenter, stored["class_names"], settings)

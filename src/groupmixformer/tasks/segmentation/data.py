@@ -1,6 +1,5 @@
-"""Data sets with a class for every pixel: found, checked before training, turned into samples; and their numbers."""
+"""Data sets with a class for every pixel: found, checked before training, turned into samples."""
 
-import colorsys
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.images import IMAGE_SUFFIXES, read_image
 from ...data.samples import Samples
+from ...visual.drawing import palette
 
 IGNORE = 255  # label of pixels that do not count
 ADE20K = {"train": "training", "val": "validation"}  # its names of the splits
@@ -55,12 +54,6 @@ def _is_byte(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
 
 
-def palette(number: int) -> list[list[int]]:
-    """Return bright colours (red, green, blue) for so many classes: hues a golden section apart, so that neighbours differ."""
-    golden = (5**0.5 - 1) / 2
-    return [[round(255 * part) for part in colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0)] for i in range(number)]
-
-
 def _problem_of_pair(image: Path, mask: Path) -> str:
     """Return what is wrong with an image and its mask, by their heads alone, or nothing."""
     sizes = []
@@ -91,6 +84,7 @@ class SemanticImages(Samples):
         split: train, val or another.
         transform: From (image, labels) to the two augmented; none for evaluation.
         prepare: From an image to the tensor that a model takes; for evaluation.
+        seed: Of the augmentation.
 
     Attributes:
         class_names: Names of the classes, in the order of their labels.
@@ -109,9 +103,10 @@ class SemanticImages(Samples):
         split: str,
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         prepare: Callable[[Image.Image], Tensor] | None = None,
+        seed: int = 0,
     ) -> None:
         folder = Path(folder)
-        self.transform, self.prepare = transform, prepare
+        self.transform, self.prepare, self.seed = transform, prepare, seed
         ignore: int | None
         if (folder / "classes.json").is_file():
             self.class_names, self.class_ids, self.colors, ignore = _classes(folder / "classes.json")
@@ -179,7 +174,7 @@ class SemanticImages(Samples):
         return self.prepare(content[0]), content[1].long()
 
 
-def train_transform(
+def segmentation_transform(
     image_size: int,
     scale: tuple[float, float],
     hflip: float,
@@ -203,38 +198,10 @@ def train_transform(
     return v2.Compose([*steps, v2.ToDtype(types, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()])
 
 
-def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, Any, list[str]]:
+def collate_segmentation(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, Any, list[str]]:
     """Make a batch: squares stacked for training, lists for evaluation, where sizes differ; and the problems there were."""
     images, labels, problems = zip(*samples, strict=True)
     lines = [line for problem in problems for line in problem.splitlines()]
     if all(image.shape[1:] == mask.shape == labels[0].shape for image, mask in zip(images, labels, strict=True)):
         return torch.stack(images), torch.stack(labels), lines
     return list(images), list(labels), lines
-
-
-def confusion_matrix(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Count pixels by true class (rows) and predicted class (columns), (K, K), without those of `IGNORE`."""
-    counts: Tensor = multiclass_confusion_matrix(predicted, true, classes, ignore_index=IGNORE)
-    return counts
-
-
-def numbers(confusion: Tensor) -> dict[str, Any]:
-    """Compute what is usual from the confusion matrix of a whole set.
-
-    Args:
-        confusion: Pixels by true class (rows) and predicted class (columns), (K, K).
-
-    Returns:
-        mIoU, the mean over classes of intersection over union, without classes that are neither there nor predicted; accuracy,
-        the share of pixels that are right; mean_accuracy, its mean over the classes that are there; iou, for each class, none
-        where it is neither there nor predicted. All are shares of 1.
-    """
-    confusion = confusion.double().cpu()
-    right, true, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    iou, recall = right / (true + predicted - right), right / true  # NaN where there is nothing
-    return {
-        "mIoU": iou.nanmean().item(),
-        "accuracy": (right.sum() / confusion.sum()).item(),
-        "mean_accuracy": recall.nanmean().item(),
-        "iou": [None if value != value else value for value in iou.tolist()],
-    }

@@ -1,0 +1,386 @@
+"""A run, as users and commands hold it: opened once, then used to predict, evaluate, explain and export."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from .data.images import read_image, to_rgb
+from .run_folder import RECIPE, RunFolder
+from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
+from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device
+
+if TYPE_CHECKING:  # which bring jsonargparse and matplotlib
+    from .tasks.explainer import Explainer
+    from .training.recipe import Recipe
+
+ImageLike = str | Path | Image.Image | NDArray[Any]
+Made = TypeVar("Made")
+
+
+def _quiet(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    return items
+
+
+def open_image(image: ImageLike) -> tuple[Image.Image, str]:
+    """Return an image as RGB, with its name.
+
+    Args:
+        image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8 bits.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image)), str(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            shape = f"{image.dtype} of shape {image.shape}"
+            raise ValueError(f"got an array of {shape}, expected uint8 of shape (height, width) or (height, width, channels)")
+        return to_rgb(Image.fromarray(image)), ""
+    return to_rgb(image), str(getattr(image, "filename", ""))
+
+
+class Run:
+    """A trained model with all that is stored beside it.
+
+    Its files are read once, when they are first asked for, and the network is loaded once for each way to use it.
+
+    Attributes:
+        folder: What the run holds.
+        definition: Its task, as the registry has it.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._open: dict[str, tuple[str, Any]] = {}  # the last predictor and explainer, with how they were opened
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open a run.
+
+        Args:
+            path: Folder of a run or of `gmf convert`, a checkpoint file, or ``hf-hub:user/name`` with or without ``@revision``.
+
+        Raises:
+            FileNotFoundError: If there is no such file or folder.
+            OSError: If it cannot be fetched from a hub.
+            ValueError: If its config.json is not a model configuration, or names a task that is not installed.
+        """
+        folder = RunFolder(path)
+        if not folder.path.exists():
+            raise FileNotFoundError(f"{path}: no such run, checkpoint file or folder")
+        run = cls(folder)
+        find_task(run.task)
+        return run
+
+    def __repr__(self) -> str:
+        return f"Run({self.folder.source!r}, {self.task})"
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine."""
+        return self.folder.path
+
+    @property
+    def task(self) -> str:
+        """What the model was trained for, such as detection."""
+        return self.folder.task
+
+    @property
+    def definition(self) -> TaskSpec:
+        """The task, with what is particular to it."""
+        return find_task(self.task)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds; nothing for a checkpoint file."""
+        return self.folder.config
+
+    @cached_property
+    def recipe(self) -> "Recipe | None":
+        """The recipe that it was trained by; none where that is not known.
+
+        Raises:
+            ValueError: If there is one that cannot be read.
+        """
+        if self.folder.recipe_path is None:
+            return None
+        from .training.recipe import RecipeError, read_recipe
+
+        try:
+            return read_recipe(str(self.folder.recipe_path))
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """Rows of metrics.csv, one for each epoch."""
+        return self.folder.metrics
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that trained it, and the machine."""
+        return self.folder.versions
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the labels."""
+        return self.definition.class_names(self.folder)
+
+    def load(self, device: str | torch.device = "cpu") -> Any:
+        """Return a network of its own, in eval mode in float32.
+
+        Args:
+            device: To put it on; ``auto`` is CUDA where there is one.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If it cannot be read.
+        """
+        return self.definition.load(self.folder).to(resolve_device(device))
+
+    def _once(self, kind: str, how: str, make: Callable[[], Made]) -> Made:
+        if self._open.get(kind, ("", None))[0] != how:
+            self._open[kind] = (how, make())
+        made: Made = self._open[kind][1]
+        return made
+
+    def predictor(
+        self, device: str | torch.device = "auto", image_size: int | None = None, precision: str = "fp32", **options: Any
+    ) -> Predictor:
+        """Return the model ready to look at images; the same one if it is asked for in the same way again.
+
+        Args:
+            device: To run on; ``auto`` is CUDA where there is one.
+            image_size: Side of the images, or the shorter side; the model's own by default.
+            precision: fp32, or bf16 or fp16 for autocast.
+            options: Of the task: ``top`` classes to name; ``score_threshold`` of objects; ``sliding_window``, ``scales`` and
+                ``flip`` for segments.
+
+        Raises:
+            ValueError: If an option is for another task, or the run cannot be read.
+        """
+        check_options(self.folder, options)
+        task, where, dtype = self.definition, resolve_device(device), PRECISIONS[precision]
+        return self._once(
+            "predictor",
+            f"{where} {image_size} {precision} {sorted(options.items())}",
+            lambda: task.predictor(self.folder, where, image_size, dtype, **options),
+        )
+
+    def explainer(self, device: str | torch.device = "auto", image_size: int | None = None, **options: Any) -> "Explainer":
+        """Return the model ready to explain images; the same one if it is asked for in the same way again.
+
+        Args:
+            device: To run on; ``auto`` is CUDA where there is one.
+            image_size: Side of the images, or the shorter side; the model's own by default.
+            options: Of the task: ``wanted_class``, name or number of the class to explain; ``wanted_object``, its number.
+
+        Raises:
+            ValueError: If an option is for another task, the class does not exist, or the run cannot be read.
+        """
+        check_options(self.folder, options)
+        task, where = self.definition, resolve_device(device)
+        return self._once(
+            "explainer",
+            f"{where} {image_size} {sorted(options.items())}",
+            lambda: task.explainer(self.folder, where, image_size, **options),
+        )
+
+    @overload
+    def predict(self, images: ImageLike, **options: Any) -> Predicted: ...
+
+    @overload
+    def predict(self, images: Sequence[ImageLike], **options: Any) -> list[Predicted]: ...
+
+    def predict(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Predicted | list[Predicted]:
+        """Look at images.
+
+        Args:
+            images: One, or a list: paths, PIL images, or arrays (H, W) or (H, W, C) of 8 bits.
+            options: As `predictor` takes them: device, image_size, precision and those of the task.
+
+        Returns:
+            For each image what was found: ``result`` as a dictionary, ``text`` in a line, ``files`` with drawings and masks.
+
+        Raises:
+            ValueError: If an image or the run cannot be read, or an option is for another task.
+        """
+        predictor = self.predictor(**options)
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
+            return predictor.predict(*open_image(images))
+        return [predictor.predict(*open_image(image)) for image in images]
+
+    def explain(
+        self,
+        image: ImageLike,
+        queries: Sequence[Point] = (),
+        stages: Sequence[int] = (),
+        format: str = "png",
+        **options: Any,
+    ) -> Predicted:
+        """Show what positions of an image attend to, and what speaks for a class, an object or a segment.
+
+        Args:
+            image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8 bits.
+            queries: Pixels (row, column) of the image; the most relevant one by default.
+            stages: Of the attention, 0 to 3, the last also of the relevance; the deepest that suit the size by default.
+            format: Of the figure: png, svg or pdf.
+            options: As `explainer` takes them: device, image_size and those of the task.
+
+        Returns:
+            With the figure and the arrays as ``files``.
+
+        Raises:
+            ValueError: If a query, stage, class or object does not exist.
+        """
+        return self.explainer(**options).explain(open_image(image)[0], queries, stages, format)
+
+    def _data(self, data: str | None) -> tuple[str, dict[str, Any]]:
+        """Return the data set that is named or that it was trained on, and how that one is opened."""
+        if data is not None:
+            return data, {}
+        if self.recipe is None:
+            raise ValueError(f"{self.folder.source}: has no {RECIPE} that names a data set: name one")
+        own = {"root": self.recipe.root} if "root" in self.definition.data_options else {}
+        return self.recipe.data, own
+
+    def evaluate(
+        self,
+        data: str | None = None,
+        device: str | torch.device = "auto",
+        image_size: int | None = None,
+        precision: str = "fp32",
+        workers: int = 0,
+        progress: Progress = _quiet,
+        **options: Any,
+    ) -> EvalResult:
+        """Measure the model on the held-out part of a data set.
+
+        Args:
+            data: As a recipe names it; the run's own by default.
+            device: To run on; ``auto`` is CUDA where there is one.
+            image_size: Side of the images, or the shorter side; the model's own by default.
+            precision: fp32, or bf16 or fp16 for autocast.
+            workers: Processes that load images.
+            progress: Takes the batches and what is done with them, and yields them, as tqdm does.
+            options: Of the task: ``root``, ``batch_size``, ``test_size``, ``crop_pct``, ``crop_mode`` and ``interpolation`` of
+                classifiers; ``split`` of detectors and segmenters; ``sliding_window``, ``scales`` and ``flip`` of segmenters.
+
+        Raises:
+            ValueError: If there is no such data set, its classes differ from the model's, or an option is for another task.
+        """
+        check_options(self.folder, options)
+        task = self.definition
+        chosen, own = self._data(data)
+        predicting, opening, measuring = (
+            {name: options[name] for name in names if name in options}
+            for names in (task.predictor_options, task.data_options, task.evaluation_options)
+        )
+        predictor = self.predictor(device, image_size, precision, **predicting)
+        return predictor.evaluate(predictor.open_data(chosen, **own | opening), workers, progress, **measuring)
+
+    def report(
+        self, device: str | torch.device = "auto", workers: int = 0, progress: Progress = _quiet
+    ) -> "tuple[EvalResult, Path, list[Path]]":
+        """Measure the model on the held-out part of its own data, and write report.html and a few examples into its folder.
+
+        Returns:
+            What was measured, the path of the report, and those of the examples.
+
+        Raises:
+            ValueError: If it has no recipe.
+        """
+        predictor = self.predictor(device)
+        data, own = self._data(None)
+        images = predictor.open_data(data, **own)
+        measured = predictor.evaluate(images, workers, progress)
+        report = predictor.report(self.path, images, measured)
+        self._open.clear()  # a report may take the model to the CPU
+        return measured, report, predictor.save_examples(self.path, images)
+
+    def export(
+        self,
+        format: str,
+        out: str | Path,
+        *,
+        features: bool = False,
+        int8: str | None = None,
+        calibrate: str | None = None,
+        data: str | None = None,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, Any]:
+        """Write the network for another program, and compare the file with it.
+
+        Args:
+            format: onnx, pt2, aoti or openvino.
+            out: The file.
+            features: A classifier's maps of strides 4, 8, 16 and 32, not its logits.
+            int8: In 8-bit integers, measured beside float32: static for onnx and openvino, weights or dynamic for pt2.
+            calibrate: For static, a folder of images; the run's training data by default.
+            data: To measure int8 on; the run's own by default.
+            progress: Is told what is done.
+
+        Returns:
+            As `groupmixformer.deploy.export.export`, `export_detector` or `quantize` say.
+
+        Raises:
+            ValueError: If the format cannot carry the network, or the file is not the same function.
+            ModuleNotFoundError: If a package that the format needs is missing.
+        """
+        from .deploy.export import Exported, export, real_image
+
+        if int8:
+            return self._export_int8(format, out, int8, calibrate, data, progress)
+        found, image = self.definition.exportable(self.folder, format, features), real_image(self.folder)
+        if found.gives_objects:
+            from .deploy.export_detector import export_detector
+
+            return export_detector(found.network, out, image, found.classes, progress)
+        network = Exported(found.network, features).eval()
+        return export(network, format, out, image, classes=found.classes, progress=progress, **found.settings)
+
+    def _export_int8(
+        self, format: str, out: str | Path, way: str, calibrate: str | None, data: str | None, progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        from .deploy.export import Exported, real_image
+        from .deploy.quantize import from_data, from_folder, quantize
+        from .tasks.classification.data import eval_loader, eval_transform, open_images
+
+        check_options(self.folder, ["int8"])
+        found = self.definition.exportable(self.folder, format)
+        predictor = self.predictor("cpu")
+        skipped: list[str] = []
+        calibration, source = None, ""
+        if calibrate:
+            source = calibrate
+            calibration, skipped = from_folder(source, predictor.config)
+        elif way == "static":
+            if self.recipe is None:
+                unknown = f"{self.folder.source}: has no recipe that names its training data"
+                raise ValueError(f"{unknown}: name a folder of images with --calibrate")
+            source = self.recipe.data
+            images = open_images(source, self.recipe.root).train(eval_transform(predictor.config), seed=0)
+            calibration, skipped = from_data(images, source)
+        measured_on, own = self._data(data)
+        held_out = predictor.open_data(measured_on, **own)
+        settings = {"classes": found.classes, **found.settings}
+        result = quantize(
+            Exported(found.network).eval(),
+            format,
+            way,
+            out,
+            real_image(self.folder),
+            eval_loader(held_out),
+            calibration,
+            source,
+            settings,
+            progress,
+        )
+        return result | {"skipped": [*skipped, *result["skipped"]], "data": measured_on}

@@ -1,0 +1,157 @@
+"""Object detection and instance segmentation: torchvision's detectors over a backbone of timm."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from ...run_folder import RunFolder
+from ..backbone import Backbone, BackboneModel, load_network, take_any_size
+
+
+class Pyramid(nn.Module):
+    """A backbone with a feature pyramid over it (Lin et al., 2017): images (B, 3, H, W) to maps (B, width, h, w) by name."""
+
+    def __init__(self, backbone: Backbone, strides: Sequence[int], width: int, extra: Any, **options: Any) -> None:
+        super().__init__()
+        self.out_channels = width  # torchvision asks
+        options = {**backbone.options(**options), "out_indices": backbone.indices(strides)}
+        self.body = take_any_size(timm.create_model(backbone.name, **options))
+        self.permuted = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # as Swin's are
+        info: Any = self.body.feature_info
+        self.pyramid = FeaturePyramidNetwork(info.channels(), width, extra)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the maps, the finest first."""
+        features = self.body(images)
+        if self.permuted:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return self.pyramid(OrderedDict((str(i), feature) for i, feature in enumerate(features)))
+
+
+class Detector(BackboneModel):
+    """RetinaNet (Lin et al., 2017), Faster R-CNN (Ren et al., 2015) or Mask R-CNN (He et al., 2017), as torchvision has them.
+
+    Takes a list of images (3, H, W) in 0 to 1, of any sizes. In training it also takes their targets and gives the losses by
+    name; otherwise it gives for each image boxes (N, 4) as x1, y1, x2, y2 in its pixels, labels (N) from 1 on, scores (N)
+    and, for Mask R-CNN, masks (N, 1, H, W) of probabilities, the best first.
+
+    Args:
+        backbone: With features of strides 4 to 32, of which RetinaNet takes those from 8 on.
+        num_classes: Number of classes, without the background.
+        architecture: retinanet, faster_rcnn or mask_rcnn.
+        image_size: Shorter side to which images are resized, in pixels.
+        max_size: Limit of the longer side.
+        sizes: Other shorter sides for training, of which one of all is drawn.
+        fpn_channels: Channels of the feature pyramid and of the heads.
+        anchor_scale: Side of the smallest anchors, in strides of their level.
+        rois_per_image: Regions of a training image from which the second stage learns.
+        max_detections: Limit of the objects that are found in an image.
+        mean: Of the pixels, by channel.
+        std: Their standard deviation.
+        options: Weights of the backbone, and its stochastic depth.
+
+    Raises:
+        ValueError: If there is no such architecture, or the backbone lacks features.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        architecture: str,
+        image_size: int,
+        max_size: int,
+        sizes: Sequence[int] = (),
+        fpn_channels: int = 256,
+        anchor_scale: float = 8.0,
+        rois_per_image: int = 512,
+        max_detections: int = 100,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone)
+        shared: dict[str, Any] = {
+            "min_size": (*sizes, image_size),  # torchvision tests at the last
+            "max_size": max_size,
+            "image_mean": list(mean),
+            "image_std": list(std),
+        }
+        classes, ratios = num_classes + 1, (0.5, 1.0, 2.0)  # torchvision counts the background
+        if architecture == "retinanet":
+            pyramid = Pyramid(backbone, (8, 16, 32), fpn_channels, LastLevelP6P7(fpn_channels, fpn_channels), **options)
+            sides = [[anchor_scale / 2 * stride * 2 ** (octave / 3) for octave in range(3)] for stride in (8, 16, 32, 64, 128)]
+            anchors = AnchorGenerator(tuple(map(tuple, sides)), (ratios,) * len(sides))
+            self.network: Any = detection.RetinaNet(
+                pyramid, classes, anchor_generator=anchors, detections_per_img=max_detections, **shared
+            )
+        elif architecture in ("faster_rcnn", "mask_rcnn"):
+            pyramid = Pyramid(backbone, (4, 8, 16, 32), fpn_channels, LastLevelMaxPool(), **options)
+            sides = [[anchor_scale * stride] for stride in (4, 8, 16, 32, 64)]
+            anchors = AnchorGenerator(tuple(map(tuple, sides)), (ratios,) * len(sides))
+            heads: dict[str, Any] = {
+                "box_head": TwoMLPHead(7 * 7 * fpn_channels, 4 * fpn_channels),
+                "box_predictor": FastRCNNPredictor(4 * fpn_channels, classes),
+            }
+            if architecture == "mask_rcnn":
+                heads["mask_head"] = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
+                heads["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
+            made = detection.MaskRCNN if architecture == "mask_rcnn" else detection.FasterRCNN
+            self.network = made(
+                pyramid,
+                rpn_anchor_generator=anchors,
+                box_batch_size_per_image=rois_per_image,
+                box_detections_per_img=max_detections,
+                **heads,
+                **shared,
+            )
+            # torchvision takes the strides from the first image that it sees, wrongly if much of that is filling.
+            for pool in (self.network.roi_heads.box_roi_pool, self.network.roi_heads.mask_roi_pool):
+                if pool is not None:
+                    maps = {str(level): torch.zeros(1, 1, 64 >> level, 64 >> level) for level in range(4)}
+                    pool(maps, [torch.zeros(1, 4)], [(256, 256)])
+        else:
+            raise ValueError(f"no detector {architecture}, expected retinanet, faster_rcnn or mask_rcnn")
+
+    @property
+    def features(self) -> Any:
+        """The features of timm's model."""
+        return self.network.backbone.body
+
+    @property
+    def masks(self) -> bool:
+        """Whether it finds masks too."""
+        return isinstance(self.network, detection.MaskRCNN)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Return the losses by name in training, otherwise what is found in each image."""
+        found = self.network(images, targets)
+        if self.training or not isinstance(self.network, detection.RetinaNet):
+            return found
+        # RetinaNet has logits for the background too, although nothing is ever labelled so.
+        return [{name: value[one["labels"] > 0] for name, value in one.items()} for one in found]
+
+
+def load_detector(folder: str | Path | RunFolder) -> tuple[Detector, dict[str, Any]]:
+    """Load the detector of a run.
+
+    Returns:
+        The detector in eval mode, and what is stored with it: class_names and category_ids, in the order of the labels.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds something else or is damaged.
+    """
+    return load_network(folder, "detection", Detector)

@@ -1,0 +1,193 @@
+"""A trained detector, ready to look at images, to be measured and to explain what it finds."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ...files import write_file
+from ...run_folder import RunFolder
+from ...visual.drawing import draw_objects
+from ..explainer import BackboneExplainer, Target
+from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, Stopwatch, View, class_table, percent, to_png
+from .data import CocoImages, collate_detection, to_tensor
+from .metrics import coco_metrics, restrict, to_results
+from .model import load_detector
+
+
+class DetectionPredictor(Predictor):
+    """A detector: boxes, and masks if it is Mask R-CNN.
+
+    Args:
+        run: Folder of a run.
+        device: To run on.
+        image_size: Shorter side of the images; the model's own by default.
+        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
+        score_threshold: Least score of an object that is drawn and listed.
+    """
+
+    def __init__(
+        self,
+        run: str | Path | RunFolder,
+        device: torch.device | str = "cpu",
+        image_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        score_threshold: float = 0.5,
+    ) -> None:
+        self.score_threshold = score_threshold
+        super().__init__(run, device, image_size, dtype)
+
+    def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
+        """Return the detector, and the names and ids of its classes."""
+        model, config = load_detector(run)
+        self.class_names = config["class_names"]
+        self.kinds = {"box": "bbox", **({"mask": "segm"} if model.masks else {})}
+        self.metric = ("val_mask_AP", "mask AP") if model.masks else ("val_box_AP", "box AP")
+        if image_size:
+            transform = model.network.transform
+            transform.min_size, transform.max_size = (image_size,), max(image_size, transform.max_size)
+        return model, config
+
+    @property
+    def planes(self) -> int:
+        """One for the mask of each object."""
+        return int(self.model.network.roi_heads.detections_per_img) if self.model.masks else 0
+
+    def open_data(self, data: str, split: str = "val") -> CocoImages:
+        """Open a split of a folder with COCO's annotations."""
+        images: CocoImages = self.check_classes(CocoImages(data, split, masks=self.model.masks), data)
+        return images
+
+    @torch.inference_mode()
+    def _find(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        with self.autocast():
+            found: dict[str, torch.Tensor] = self.model([image.to(self.device)])[0]
+        return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in found.items()}
+
+    def evaluate(self, images: CocoImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
+        """Compute COCO's twelve metrics, for boxes and masks."""
+        results: list[dict[str, Any]] = []
+        skipped, watch = list(images.skipped), Stopwatch()
+        seen: set[Any] = set()
+        loader = DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate_detection)
+        for inputs, ids, problems in progress(loader, "evaluating"):
+            skipped += problems
+            if ids[0] != -1 and not problems:
+                with watch:
+                    results += to_results(self._find(inputs[0]), ids[0], images.category_ids)
+                seen.add(ids[0])
+        if not seen:
+            raise ValueError(f"no image to evaluate on: {skipped[0]}")
+        result: dict[str, Any] = {}
+        lines: list[str] = []
+        classes: list[dict[str, Any]] = [{"class": name, "index": index} for index, name in enumerate(self.class_names)]
+        for name, kind in self.kinds.items():
+            metrics, per_class = coco_metrics(restrict(images.ground_truth, seen), results, kind)  # type: ignore[arg-type]
+            result |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+            lines.append(f"{name:4}  {'  '.join(f'{metric} {percent(value)}' for metric, value in metrics.items())}")
+            for row, of_class in zip(classes, per_class, strict=True):
+                row[f"{name}_AP"] = of_class["AP"]
+        result |= {"images": len(seen), **watch.rates(len(seen)), "objects_left_out": images.dropped, "per_class": classes}
+        return EvalResult(result, "\n".join(lines), class_table(classes, self.metric[0].removeprefix("val_")), skipped)
+
+    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+        """Find objects; those of at least the least score are drawn and listed, all are in COCO's results."""
+        found = self._find(to_tensor(image))
+        stem = Path(name).stem
+        image_id = int(stem) if stem.isdecimal() else Path(name).name  # as COCO's files are named
+        results = to_results(found, image_id, self.config["category_ids"])
+        sure = found["scores"] >= self.score_threshold
+        objects = {key: value[sure] for key, value in found.items()}
+        if "masks" in objects:
+            objects["masks"] = objects["masks"][:, 0] >= 0.5
+        listed = [
+            {"class": self.class_names[label - 1], "score": value, "box": box}
+            for label, value, box in zip(
+                objects["labels"].tolist(), objects["scores"].tolist(), objects["boxes"].tolist(), strict=True
+            )
+        ]
+        counts = {n: sum(row["class"] == n for row in listed) for n in self.class_names}
+        text = ", ".join(f"{count} {n}" for n, count in counts.items() if count) or "nothing"
+        return Predicted({"objects": listed}, text, {".png": to_png(draw_objects(image, objects, self.class_names))}, results)
+
+    def answer(self, found: Predicted) -> dict[str, Any]:
+        """Return the objects, with their masks in COCO's run lengths."""
+        # Both lists begin with the best.
+        return {
+            **found.result,
+            "objects": [
+                row | ({"mask": stored["segmentation"]} if "segmentation" in stored else {})
+                for row, stored in zip(found.result["objects"], found.results, strict=False)
+            ],
+        }
+
+    def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
+        """Draw objects as they are annotated and as they are found."""
+        pairs: list[tuple[Image.Image, Image.Image]] = []
+        for index in indices:
+            try:
+                image, record = images.read(index)
+            except ValueError:  # unreadable
+                continue
+            target = images.target(record)
+            if "masks" in target:
+                target["masks"] = target["masks"].bool()
+            found = self.predict(image, record["file_name"])
+            pairs.append((draw_objects(image, target, self.class_names), Image.open(io.BytesIO(found.files[".png"]))))
+        return pairs
+
+
+def write_coco_results(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
+    """Write COCO's results of all images as results.json; return the file."""
+    write_file(out / "results.json", json.dumps(results))
+    return str(out / "results.json")
+
+
+class DetectionExplainer(BackboneExplainer):
+    """Explains an object that a detector finds: by its number, or the nearest to the first query, or the best."""
+
+    def __init__(
+        self, run: str | Path | RunFolder, device: torch.device, image_size: int | None = None, wanted_object: int | None = None
+    ) -> None:
+        super().__init__(DetectionPredictor(run, device, image_size))
+        self.wanted = wanted_object
+
+    def view(self, image: Image.Image) -> View:
+        """Resize the image as torchvision does."""
+        transform = self.model.network.transform
+        seen, _ = transform([to_tensor(image).to(self.predictor.device)])
+        return self._view(image, seen.tensors, seen.image_sizes[0], transform.image_mean, transform.image_std)
+
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+        """Weigh the score of the object."""
+        (found,), features = self._run([to_tensor(image).to(self.predictor.device).requires_grad_()])
+        boxes, scores = found["boxes"].detach().cpu(), found["scores"].detach().cpu()
+        if self.wanted is not None:
+            if self.wanted >= len(scores):
+                last = f", expected 0 to {len(scores) - 1}" if len(scores) else ""
+                raise ValueError(f"got object {self.wanted}, and {len(scores)} were found{last}")
+            number = self.wanted
+        elif len(scores) and point is not None:
+            sure = max(1, int((scores >= 0.5).sum()))  # those that gmf predict shows, the best if there is none
+            x, y = point[1] + 0.5, point[0] + 0.5
+            left, top, right, bottom = boxes[:sure].unbind(dim=1)
+            away = torch.hypot(torch.relu(torch.maximum(left - x, x - right)), torch.relu(torch.maximum(top - y, y - bottom)))
+            areas = (right - left) * (bottom - top)
+            number = min(range(sure), key=lambda i: (away[i].item(), areas[i].item()))
+        elif len(scores):
+            number = 0
+        else:
+            return Target({"objects": 0})
+        label, probability = int(found["labels"][number]), scores[number].item()
+        name, box = self.predictor.class_names[label - 1], boxes[number].tolist()
+        about = {"class": name, "index": label - 1, "probability": probability}
+        about |= {"object": number, "objects": len(scores), "box": box}
+        values = self._weigh(found["scores"][number], features, view, stage)
+        height, width = view.factors
+        seen = [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
+        return Target(about, f"relevance, stage {stage}:\nobject {number}, {name} ({probability:.1%})", values, seen)

@@ -1,0 +1,171 @@
+"""A trained segmenter, ready to look at images, to be measured and to explain what it sees."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ...run_folder import RunFolder
+from ...visual.drawing import draw_segments
+from ..explainer import BackboneExplainer, Target, class_index
+from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, Stopwatch, View, class_table, to_png
+from .data import IGNORE, SemanticImages, collate_segmentation
+from .metrics import confusion_matrix, segmentation_metrics
+from .model import STRIDE, load_segmenter, segment
+
+
+class SegmentationPredictor(Predictor):
+    """A segmenter: a class for every pixel.
+
+    Args:
+        run: Folder of a run.
+        device: To run on.
+        image_size: Shorter side of the images; the model's own by default.
+        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
+        sliding_window: Look through windows of the training size, which overlap by a third, instead of at the whole image.
+        scales: Factors by which an image is resized; the probabilities are averaged.
+        flip: Average with the mirrored image.
+    """
+
+    metric = ("val_mIoU", "mIoU")
+
+    def __init__(
+        self,
+        run: str | Path | RunFolder,
+        device: torch.device | str = "cpu",
+        image_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        sliding_window: bool = False,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> None:
+        super().__init__(run, device, image_size, dtype)
+        self.settings: dict[str, Any] = {"sliding_window": sliding_window, "scales": scales, "flip": flip}
+
+    def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
+        """Return the segmenter, and the names, ids and colours of its classes."""
+        model, config = load_segmenter(run)
+        self.class_names = config["class_names"]
+        model.image_size = image_size or model.image_size
+        return model, config
+
+    @property
+    def planes(self) -> int:
+        """One for each class."""
+        return len(self.class_names)
+
+    def open_data(self, data: str, split: str = "val") -> SemanticImages:
+        """Open a split of a folder with images, masks and classes, or of ADE20K's."""
+        images: SemanticImages = self.check_classes(SemanticImages(data, split, prepare=self.model.prepare), data)
+        return images
+
+    def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        with self.autocast():
+            return segment(self.model, image.to(self.device), size, **self.settings).argmax(dim=0).cpu()
+
+    def evaluate(self, images: SemanticImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
+        """Compute mIoU and accuracies from one confusion matrix over all pixels, in the size of the files."""
+        confusion: Any = 0
+        skipped, seen, watch = list(images.skipped), 0, Stopwatch()
+        loader = DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate_segmentation)
+        for inputs, (true, *_), problems in progress(loader, "evaluating"):
+            skipped += problems
+            if not true.numel():
+                continue
+            with watch:
+                predicted = self._labels(inputs[0], (true.shape[0], true.shape[1]))
+            confusion = confusion + confusion_matrix(true, predicted, len(self.class_names))
+            seen += 1
+        if not seen:
+            raise ValueError(f"no image to evaluate on: {skipped[0]}")
+        metrics = segmentation_metrics(confusion)
+        iou = metrics.pop("iou")
+        classes = [
+            {"class": name, "index": i, "IoU": value} for i, (name, value) in enumerate(zip(self.class_names, iou, strict=True))
+        ]
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.2%}" for name, value in metrics.items())
+        result = {
+            **metrics,
+            "images": seen,
+            **watch.rates(seen),
+            **self.settings,
+            "ignored_label": IGNORE,
+            "per_class": classes,
+        }
+        return EvalResult(result, text, class_table(classes, "IoU"), skipped)
+
+    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+        """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
+        labels = self._labels(self.model.prepare(image), (image.height, image.width))
+        ids = np.asarray(self.config["class_ids"], dtype=np.uint8)
+        mask = Image.fromarray(ids[labels.numpy()], mode="P")
+        colors = np.zeros((256, 3), dtype=np.uint8)
+        colors[ids] = self.config["colors"]
+        mask.putpalette(colors.tobytes())
+        shares = labels.flatten().bincount(minlength=len(self.class_names)) / labels.numel()
+        there = {self.class_names[i]: shares[i].item() for i in shares.argsort(descending=True).tolist() if shares[i]}
+        drawn = draw_segments(image, labels, self.class_names, self.config["colors"])
+        text = ", ".join(f"{n} {share:.1%}" for n, share in there.items())
+        return Predicted({"shares": there}, text, {"-overlay.png": to_png(drawn), "-mask.png": to_png(mask)}, [])
+
+    def answer(self, found: Predicted) -> dict[str, Any]:
+        """Return the shares, with the mask as a PNG and the numbers of the classes in it."""
+        numbers = dict(zip(self.class_names, self.config["class_ids"], strict=True))
+        mask = base64.b64encode(found.files["-mask.png"]).decode()
+        return {**found.result, "numbers": {name: numbers[name] for name in found.result["shares"]}, "mask": mask}
+
+    def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
+        """Draw segments as they are annotated and as they are found."""
+        pairs = []
+        for index in indices:
+            try:
+                image, true = images.read(index)
+            except ValueError:  # unreadable
+                continue
+            labels = self._labels(self.model.prepare(image), (image.height, image.width))
+            pairs.append(
+                tuple(draw_segments(image, shown, self.class_names, self.config["colors"]) for shown in (true, labels))
+            )
+        return pairs  # type: ignore[return-value]
+
+
+class SegmentationExplainer(BackboneExplainer):
+    """Explains the segment of a class: one that is named, that of the pixel at the first query, or the largest."""
+
+    def __init__(
+        self, run: str | Path | RunFolder, device: torch.device, image_size: int | None = None, wanted_class: str | None = None
+    ) -> None:
+        super().__init__(SegmentationPredictor(run, device, image_size))
+        self.wanted = None if wanted_class is None else class_index(self.predictor.class_names, wanted_class)
+
+    def view(self, image: Image.Image) -> View:
+        """Resize the image as the segmenter does, and fill it up."""
+        prepared = self.model.prepare(image)[None].to(self.predictor.device)
+        height, width = prepared.shape[-2:]
+        images = F.pad(prepared, (0, -width % STRIDE, 0, -height % STRIDE))
+        return self._view(image, images, (height, width), self.model.mean, self.model.std)
+
+    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+        """Weigh the logits of the class where it is the likeliest."""
+        height, width = view.size
+        logits, features = self._run(view.images[..., :height, :width].detach().requires_grad_())
+        probabilities = logits[0].detach().float().softmax(dim=0)
+        labels = probabilities.argmax(dim=0)
+        if self.wanted is not None:
+            index = self.wanted
+        elif point is not None:
+            index = int(labels[view.to_input(point)])
+        else:
+            index = int(labels.flatten().bincount().argmax())
+        segment = labels == index
+        name, share = self.predictor.class_names[index], segment.float().mean().item()
+        probability = probabilities[index][segment].mean().item() if share else 0.0
+        about = {"class": name, "index": index, "probability": probability, "share": share}
+        values = self._weigh(logits[0, index][segment].sum(), features, view, stage)
+        return Target(about, f"relevance, stage {stage}:\n{name} ({probability:.1%})", values)

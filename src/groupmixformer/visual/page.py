@@ -1,0 +1,76 @@
+"""The page of a run: its result, curves and figures in one file."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..files import write_file
+from ..run_folder import RECIPE, REPORT, VERSIONS, read_metrics
+from .figures import BLUE, ORANGE, drawn
+
+
+def curves(folder: Path, metric: str, name: str) -> Figure:
+    """Draw the losses and one held-out metric, a share of 1 that metrics.csv has, over the epochs of a run."""
+    rows = read_metrics(folder)
+    epochs = [row["epoch"] + 1 for row in rows]
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row["loss"] for row in rows], color=ORANGE, label="training (augmented)")
+    if "val_loss" in rows[0]:
+        loss.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, label="held out")
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    loss.legend()
+    accuracy.plot(epochs, [100 * row[metric] for row in rows], color=BLUE, marker="o")
+    accuracy.set(xlabel="epoch", ylabel=f"held-out {name} (%)")
+    return figure
+
+
+def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Figure]]) -> Path:
+    """Write report.html, one file with its images inside, and the images beside it in report/.
+
+    Args:
+        folder: Folder of the run.
+        heading: What came out, in a few words.
+        rows: What the table says first; time, versions and recipe follow.
+        sections: For each title the name and the figure.
+
+    Returns:
+        The path of report.html.
+    """
+    (folder / "report").mkdir(exist_ok=True)
+    body = []
+    for title, (name, figure) in sections.items():
+        png = drawn(figure)
+        write_file(folder / "report" / f"{name}.png", png)
+        encoded = base64.b64encode(png).decode()
+        body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+    table = "".join(
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in {
+            **rows,
+            "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
+            **json.loads((folder / VERSIONS).read_text()),
+        }.items()
+    )
+    recipe = html.escape((folder / RECIPE).read_text())
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {html.escape(folder.name)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+img {{ max-width: 100%; }}
+th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
+pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
+</style>
+<h1>{html.escape(folder.name)}: {html.escape(heading)}</h1>
+<table>{table}</table>
+{"".join(body)}
+<h2>Recipe</h2><pre>{recipe}</pre></html>
+"""
+    path = folder / REPORT
+    write_file(path, page)
+    return path
