@@ -5,7 +5,7 @@ r"""Trains GroupMixFormer-mobile beside timm models of like size, each by the sa
     python benchmarks/train_peers.py bccd --data ../shared/data/bccd --out /tmp/peers \
         --models groupmixformer_mobile pvt_v2_b0 --checkpoint '/tmp/peers/imagenette-{model}'
 
-Every run is `gmf train RECIPE --variant NAME`, with the further options given to this script, in which {model} stands for the
+Every run is `gmf train RECIPE --model NAME`, with the further options given to this script, in which {model} stands for the
 model's name. A run that is done is not done again, one that was cut off is resumed. Each row of the result holds the command,
 the commit, the machine, the date, the accuracy (top-1, mask or box AP, mIoU) of the last and of the best epoch, CPU seconds
 and the log of the epochs (metrics.csv).
@@ -37,7 +37,7 @@ def machine():
 
 def train(recipe, model, out, options):
     run = out / f"{recipe}-{model}"
-    command = ["gmf", "train", recipe, "--variant", model, *(option.replace("{model}", model) for option in options)]
+    command = ["gmf", "train", recipe, "--model", model, *(option.replace("{model}", model) for option in options)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     argv = [sys.executable, "-m", "groupmixformer.cli.main", *command[1:], "--out", str(run), "--resume", "--json"]
     result = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -34,11 +34,11 @@ from groupmixformer.run_folder import read_metrics
 SMALL = [
     "--device",
     "cpu",
-    "--variant",
+    "--model",
     "mobile",
     "--epochs",
     "3",
-    "--accumulate",
+    "--grad-accum-steps",
     "2",
     "--ema",
     "0.9",
@@ -52,7 +52,7 @@ OPTIONS = {
     ],
     "nuclei": [
         *("--image_size", "64", "--batch_size", "2", "--detector.sizes", "[48,56]", "--detector.max_size", "96"),
-        *("--detector.width", "16", "--detector.regions", "16", "--detector.objects", "10"),
+        *("--detector.fpn-channels", "16", "--detector.rois-per-image", "16", "--detector.max-detections", "10"),
     ],
 }
 
@@ -94,7 +94,7 @@ def leaves(value, path=""):
 def state(run):
     """What a run left that must not depend on how often it was stopped: the best model, the last checkpoint, the table."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    parts = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "Loaders", "counts")
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "DataModule", "counts")
     table = [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(run)]
     model = load_file(run / "model.safetensors")
     return dict(leaves({"best": model, "metrics.csv": table, **{part: checkpoint[part] for part in parts}}))
@@ -148,7 +148,7 @@ def kill_and_resume(folder, kills, images=120, workers=1, seed=0, save_seconds=0
             os.waitpid(child, 0)
             last = run / "checkpoints" / "last.ckpt"
             saved = torch.load(last, weights_only=True) if last.exists() else {}  # readable after every kill
-            hits.append([saved["epoch"], saved["Loaders"]["done"]] if saved else [-1, 0])
+            hits.append([saved["epoch"], saved["DataModule"]["done"]] if saved else [-1, 0])
         different += differences(folder / "whole", run)
     return {
         "kills": len(hits),

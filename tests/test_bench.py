@@ -122,7 +122,7 @@ def test_latency_is_of_one_image_and_has_its_percentiles(monkeypatch):
     assert (row["latency_steps"], row["latency_p99"]) == (1, None)
     line = table(result).splitlines()[2].split()
     assert line[-2:] == ["-", "1"]
-    assert "latency of a single image by wall clock over n steps" in table(result)
+    assert "latency of a single image in wall-clock time over n steps" in table(result)
     for other in ({"train": True, "size": (64, 64), "batch_size": 2}, {"batch_size": 2}):
         result = bench(["test_resnet"], dataclasses.replace(settings, **other))
         assert result["rows"][0]["latency_p50"] is result["rows"][0]["latency_steps"] is None

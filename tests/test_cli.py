@@ -117,7 +117,7 @@ def test_a_run_folder_holds_everything(run, photos, capsys):
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "versions.json", "metrics.csv", "model.safetensors", "config.json", "report.html"} <= names
     assert any(name.startswith("events.out") for name in names)
-    assert not [name for name in names if name.startswith(".saving") or name.endswith(".part")]
+    assert not [name for name in names if name.endswith(".part")]
     assert read_recipe(str(run / "recipe.yaml")).data == str(photos)
     assert {"curves.png", "confusion.png"} <= {path.name for path in (run / "report").iterdir()}
     measured = json.loads(output(capsys, "eval", run, "--json").out)

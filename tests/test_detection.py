@@ -54,8 +54,9 @@ def shapes(tmp_path_factory):
 
 def options(data, out, *more):
     small = ["--image_size", "64", "--batch_size", "2", "--workers", "0", "--device", "cpu", "--epochs", "1"]
-    small += ["--variant", "test_convnext", "--optimizer.lr", "0.003", "--detector.max_size", "96", "--log_steps", "1"]
-    small += ["--detector.width", "32", "--detector.regions", "32", "--detector.objects", "20", "--channels_last", "false"]
+    small += ["--model", "test_convnext", "--optimizer.lr", "0.003", "--detector.max_size", "96", "--log_steps", "1"]
+    small += ["--detector.fpn-channels", "32", "--detector.rois-per-image", "32", "--detector.max-detections", "20"]
+    small += ["--channels_last", "false"]
     return ["--data", str(data), "--out", str(out), *small, *(str(word) for word in more)]
 
 
@@ -80,10 +81,10 @@ def error(capsys, *argv, code=1):
 
 def task(data, architecture="faster_rcnn", variant="test_convnext", **more):
     """Open the data and create the detector, as a run does."""
-    small = Settings(architecture=architecture, width=32, regions=16, max_size=96)
+    small = Settings(architecture=architecture, fpn_channels=32, rois_per_image=16, max_size=96)
     # What is loaded is not in channels_last memory, and sums in another order there.
     settings = {"image_size": 64, "batch_size": 2, "workers": 0, "detector": small, "channels_last": False}
-    return build_task(Recipe(str(data), task="detection", variant=variant, **settings | more), world_size=1)
+    return build_task(Recipe(str(data), task="detection", model=variant, **settings | more), world_size=1)
 
 
 def batch(made, *indices):
@@ -160,7 +161,8 @@ def test_a_batch_without_any_object_has_losses_and_gradients(shapes, architectur
 
 
 def test_settings_reach_the_network(shapes):
-    settings = Settings("faster_rcnn", sizes=[48, 80], max_size=90, width=24, anchor_scale=4, regions=20, objects=7)
+    limits = {"max_size": 90, "rois_per_image": 20, "max_detections": 7}
+    settings = Settings("faster_rcnn", sizes=[48, 80], fpn_channels=24, anchor_scale=4, **limits)
     made = task(shapes, variant="resnet18", detector=settings)
     network = made.model.network
     assert (network.transform.min_size, network.transform.max_size) == ((48, 80, 64), 90)
@@ -184,11 +186,11 @@ def test_settings_reach_the_network(shapes):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--variant", "vit_tiny_patch16_224"], "features of strides [16, 16, 16], expected [4, 8, 32] too"),
-        (["--variant", "resnet81"], "no model resnet81"),
+        (["--model", "vit_tiny_patch16_224"], "features of strides [16, 16, 16], expected [4, 8, 32] too"),
+        (["--model", "resnet81"], "no model resnet81"),
         (["--batch_size", "32"], "16 training images are fewer than one batch of 32: lower batch_size"),
         (["--checkpoint", "nowhere"], "nowhere"),
-        (["--variant", "coat_lite_tiny", "--grad_checkpointing", "true"], "coat_lite_tiny has no gradient checkpointing"),
+        (["--model", "coat_lite_tiny", "--grad_checkpointing", "true"], "coat_lite_tiny has no gradient checkpointing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -409,7 +411,7 @@ def test_a_run_folder_holds_everything(trained, shapes):
     run, result = trained
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "versions.json", "metrics.csv", "model.safetensors", "config.json", "report.html"} <= names
-    assert not [name for name in names if name.startswith(".saving") or name.endswith(".part")]
+    assert not [name for name in names if name.endswith(".part")]
     assert {path.name for path in (run / "report").iterdir()} == {"curves.png", "classes.png", "predictions.png"}
     for path in (run / "report").iterdir():
         with Image.open(path) as image:
@@ -440,12 +442,12 @@ def test_a_recipe_has_no_fields_of_other_tasks(trained, shapes, tmp_path, capsys
     for option, task_ in {
         "augmentation.mixup": "classification",
         "crop_pct": "classification",
-        "segmenter.auxiliary": "segmentation",
+        "segmenter.aux_loss_weight": "segmentation",
     }.items():
         line = error(capsys, "train", "nuclei", *options(shapes, tmp_path / "run", f"--{option}", "0.5"), code=2)
         assert line == f"gmf: error: {option} is a field for {task_}, and the recipe's task is detection"
-    line = error(capsys, "train", "digits", "--detector.width", "32", "--out", tmp_path / "run", code=2)
-    assert line == "gmf: error: detector.width is a field for detection, and the recipe's task is classification"
+    line = error(capsys, "train", "digits", "--detector.fpn-channels", "32", "--out", tmp_path / "run", code=2)
+    assert line == "gmf: error: detector.fpn_channels is a field for detection, and the recipe's task is classification"
     assert not (tmp_path / "run").exists()
 
 
@@ -652,8 +654,8 @@ def test_what_is_left_out_of_training_is_said(shapes, tmp_path, capsys):
     data = changed(shapes, tmp_path / "data", "train", flaw)
     gone = f"{data / 'images' / 'gone.png'}: no such file"
     line = error(capsys, "train", "nuclei", *options(data, tmp_path / "run"))
-    assert line == f"gmf: error: 1 of 16 training images cannot be used, more than bad_limit (0.10%) allows: {gone}"
-    fit(data, tmp_path / "run", "--bad_limit", "0.1", "--detector.architecture", "retinanet")
+    assert line == f"gmf: error: 1 of 16 training images cannot be used, more than max_unreadable (0.10%) allows: {gone}"
+    fit(data, tmp_path / "run", "--max-unreadable", "0.1", "--detector.architecture", "retinanet")
     said = capsys.readouterr().err
     assert f"1 training images left out: {gone}" in said
     box = "object 0 of train-0.png: box [1, 2, 0, 9] is less than a pixel wide or high"
@@ -672,11 +674,11 @@ def test_truncated_images_are_replaced_counted_and_named(shapes, trained, tmp_pa
     bad = [data / "images" / name for name in ("train-1.png", "val-0.png")]
     for path in bad:
         truncate(path)
-    with pytest.raises(ValueError, match=r"1 of 16 training images cannot be read, more than bad_limit") as raised:
+    with pytest.raises(ValueError, match=r"1 of 16 training images cannot be read, more than max_unreadable") as raised:
         fit(data, tmp_path / "refused")
     assert str(bad[0]) in str(raised.value)
 
-    run = fit(data, tmp_path / "run", "--checkpoint", trained[0], *FROZEN, "--bad_limit", "0.1")
+    run = fit(data, tmp_path / "run", "--checkpoint", trained[0], *FROZEN, "--max-unreadable", "0.1")
     result = json.loads(gmf(capsys, "eval", run, "--json").out)
     (row,) = read_metrics(run)
     assert (row["unreadable"], row["val_images"], result["images"]) == (1, 4, 4)
@@ -690,7 +692,7 @@ def test_truncated_images_are_replaced_counted_and_named(shapes, trained, tmp_pa
 # Stopping and continuing
 
 LONG = [
-    *("--variant", "test_efficientnet", "--epochs", "2", "--accumulate", "2", "--ema", "0.9", "--drop_path_rate", "0.2"),
+    *("--model", "test_efficientnet", "--epochs", "2", "--grad-accum-steps", "2", "--ema", "0.9", "--drop_path_rate", "0.2"),
     *("--batch_size", "3", "--detector.sizes", "[48]", "--detector.color_jitter", "0.3", "--detector.vflip", "0.5"),
 ]  # 5 batches an epoch, the last of which is alone in its step
 
@@ -768,7 +770,7 @@ def test_processes_measure_what_one_does(shapes, trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path):
-    run = fit(shapes, tmp_path / "run", "--variant", "mobile", "--optimizer.lr", "0.001", "--epochs", "10")
+    run = fit(shapes, tmp_path / "run", "--model", "mobile", "--optimizer.lr", "0.001", "--epochs", "10")
     rows = read_metrics(run)
     assert max(row["val_mask_AP"] for row in rows) > 0.3
     assert max(row["val_box_AP"] for row in rows) > 0.3
@@ -783,7 +785,7 @@ def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, frozen):
-    more = ["--variant", "test_resnet", "--detector.architecture", "faster_rcnn", "--detector.frozen_statistics", frozen]
+    more = ["--model", "test_resnet", "--detector.architecture", "faster_rcnn", "--detector.freeze-bn", frozen]
     run = fit(shapes, tmp_path / "run", *more, "--epochs", "2")
     trained = load_detector(run)[0].features
     fresh = timm.create_model("test_resnet", features_only=True)

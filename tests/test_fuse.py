@@ -372,7 +372,8 @@ def test_large_activations_stay_finite(dtype):
 
 def detector(architecture="mask_rcnn"):
     backbone = Backbone("groupmixformer_mobile", dict(STAGES))
-    made = Detector(backbone, 2, architecture, image_size=64, max_size=96, width=32, regions=16, objects=20)
+    limits = {"max_size": 96, "rois_per_image": 16, "max_detections": 20}
+    made = Detector(backbone, 2, architecture, image_size=64, fpn_channels=32, **limits)
     if hasattr(made.network, "score_thresh"):
         made.network.score_thresh = 0.0  # a new RetinaNet's scores are near 0.01
     return made.eval()

@@ -44,7 +44,7 @@ def runs(tmp_path_factory, randomise):
             randomise(network), folder / task, {"task": task, "class_names": NAMES, **config, "network": network_config}
         )
 
-    settings = {"num_classes": 3, "architecture": "mask_rcnn", "image_size": 64, "max_size": 96, "width": 32, "objects": 5}
+    settings = {"num_classes": 3, "architecture": "mask_rcnn", "image_size": 64, "max_size": 96, "fpn_channels": 32, "max_detections": 5}
     save("detection", Detector(backbone, **settings), settings, category_ids=[3, 4, 7])
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 64}
     colors = [[0, 90, 0], [200, 0, 0], [0, 0, 200]]
@@ -239,7 +239,7 @@ class Brightness(TaskSpec):
 
     def build_task(self, recipe, world_size):
         import lightning
-        from groupmixformer.training.loaders import Loaders
+        from groupmixformer.training.loaders import DataModule
         from groupmixformer.training.module import Task
 
         class Module(Task):
@@ -260,7 +260,7 @@ class Brightness(TaskSpec):
                 save_network(model, folder, {"task": "brightness", "class_names": ["brightness"], "network": {"side": 8}})
 
         train, held_out = Photos(recipe.data + "/train", recipe.seed), Photos(recipe.data + "/val")
-        loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         return Module(recipe, network(recipe.task_options["bias"]), loaders, ["brightness"], world_size)
 
     def predictor(self, run, device, image_size, dtype, **options):

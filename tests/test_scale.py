@@ -31,7 +31,7 @@ from groupmixformer.training.trainer import train
 HELD_OUT = 29  # which no number of processes divides
 STRATEGY = {"torchrun": [], "fsdp": ["--strategy", "fsdp", "--epochs", "1", "--ema", "null"]}  # it takes long on CPUs
 OPTIONS = [
-    *("--variant", "mobile", "--image_size", "32", "--crop_pct", "1.0", "--epochs", "2", "--workers", "0", "--device", "cpu"),
+    *("--model", "mobile", "--image_size", "32", "--crop_pct", "1.0", "--epochs", "2", "--workers", "0", "--device", "cpu"),
     *("--schedule.name", "constant", "--schedule.warmup_epochs", "0.5", "--optimizer.lr_batch", "16", "--log_steps", "1"),
     *("--augmentation.auto_augment", "rand-m9-mstd0.5-inc1", "--augmentation.random_erasing", "0.25", "--drop_path_rate", "0"),
     *("--ema", "0.9"),
@@ -177,7 +177,7 @@ def test_processes_compute_what_one_does(finished, how):
 
 @pytest.mark.slow
 def test_killed_processes_continue_as_if_they_had_not_been(images, tmp_path):
-    more = ["--data", images, "--variant", "test_efficientnet", "--batch_size", 4, "--accumulate", 2, "--ema", 0.9]
+    more = ["--data", images, "--model", "test_efficientnet", "--batch_size", 4, "--grad-accum-steps", 2, "--ema", 0.9]
     more += ["--drop_path_rate", 0.2, "--augmentation.mixup", 0.8, "--save_minutes", 0]
     whole, killed, learn = tmp_path / "whole", tmp_path / "killed", {"LEARN_STATISTICS": "1"}
     undisturbed = start(torchrun(2, "--standalone"), whole, *more, **learn)
@@ -185,7 +185,7 @@ def test_killed_processes_continue_as_if_they_had_not_been(images, tmp_path):
         pass  # killed without any torchrun
     finish(undisturbed)
     checkpoint = torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)
-    assert (checkpoint["epoch"], checkpoint["Loaders"]["done"]) == (1, 6)
+    assert (checkpoint["epoch"], checkpoint["DataModule"]["done"]) == (1, 6)
     finish(start(torchrun(2, "--standalone"), killed, *more, "--resume", **learn))
     assert differences(whole, killed) == []
 
@@ -200,7 +200,7 @@ def test_a_terminated_job_is_saved_and_continues(images, finished, tmp_path, how
         job.go()
         assert job.wait() != 0
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
-    assert (checkpoint["epoch"], checkpoint["Loaders"]["done"]) == (0, 4)
+    assert (checkpoint["epoch"], checkpoint["DataModule"]["done"]) == (0, 4)
     assert job.log.read_text().count(f"continue with gmf train {out}/recipe.yaml --resume") == 1
     finish(start(torchrun(2, "--standalone"), out, *more, "--resume"))
     assert differences(finished(how), out) == []
@@ -219,11 +219,11 @@ def few(write_digits, tmp_path):
 @pytest.mark.slow
 def test_what_ends_one_process_ends_the_job(few, tmp_path):
     data, bad = few
-    more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.031"]
+    more = ["--data", data, "--model", "test_resnet", "--batch_size", 4, "--max-unreadable", "0.031"]
     job = start(torchrun(2, "--standalone"), tmp_path / "run", *more)
     assert job.wait() != 0
     words = job.log.read_text()
-    assert "of 32 training images cannot be read, more than bad_limit (3.10%) allows" in words
+    assert "of 32 training images cannot be read, more than max_unreadable (3.10%) allows" in words
     assert any(f"allows: {path}" in words for path in bad)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -231,17 +231,17 @@ def test_what_ends_one_process_ends_the_job(few, tmp_path):
 @pytest.mark.slow
 def test_images_that_no_process_alone_finds_too_many_end_the_epoch(few, tmp_path):
     data, _ = few
-    more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.05", "--epochs", 1]
+    more = ["--data", data, "--model", "test_resnet", "--batch_size", 4, "--max-unreadable", "0.05", "--epochs", 1]
     job = start(torchrun(2, "--standalone"), tmp_path / "run", *more)
     assert job.wait() != 0
-    assert "2 of 32 training images cannot be read, more than bad_limit (5.00%) allows" in job.log.read_text()
+    assert "2 of 32 training images cannot be read, more than max_unreadable (5.00%) allows" in job.log.read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_what_happens_to_one_process_counts_for_all(few, tmp_path, strategy):
     data, bad = few
-    more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.1", "--strategy", strategy]
+    more = ["--data", data, "--model", "test_resnet", "--batch_size", 4, "--max-unreadable", "0.1", "--strategy", strategy]
     more += ["--ema", "null" if strategy == "fsdp" else 0.9]
     finish(start(torchrun(2, "--standalone"), tmp_path / "run", *more, POISON_AT="0 2 1"))
     rows = read_metrics(tmp_path / "run")

@@ -43,7 +43,7 @@ from groupmixformer.training.recipe import Recipe, read_recipe
 from groupmixformer.training.trainer import train
 
 OPTIONS = [
-    *("--variant", "test_resnet", "--image_size", "64", "--batch_size", "4", "--epochs", "1", "--workers", "0"),
+    *("--model", "test_resnet", "--image_size", "64", "--batch_size", "4", "--epochs", "1", "--workers", "0"),
     *("--device", "cpu", "--segmenter.channels", "16", "--schedule.warmup_epochs", "0", "--optimizer.lr", "0.002"),
     *("--channels_last", "false"),  # as a loaded model is: so that what is measured afterwards is the same to the last bit
 ]
@@ -94,7 +94,7 @@ def make(data):
 
     def task(variant="test_resnet", segmenter=(), on=data, **fields):
         settings = {"image_size": 64, "batch_size": 4, "workers": 0, "channels_last": False, **fields}
-        recipe = Recipe(str(on), task="segmentation", variant=variant, **settings)
+        recipe = Recipe(str(on), task="segmentation", model=variant, **settings)
         for name, value in {"channels": None, **dict(segmenter)}.items():
             setattr(recipe.segmenter, name, value)
         made = build_task(recipe, 1)
@@ -156,7 +156,7 @@ def test_decoders_and_backbones(make, randomise, tmp_path, decoder, variant):
 
 
 def test_the_second_head_is_for_training_only(make):
-    task = make(segmenter={"auxiliary": 0.0})
+    task = make(segmenter={"aux_loss_weight": 0.0})
     assert task.model.auxiliary is None
     assert task.model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
     with_head = make().model.eval()
@@ -183,7 +183,7 @@ def test_an_unknown_decoder_names_the_nearest(data, tmp_path, capsys):
 )
 def test_a_backbone_that_does_not_fit_is_refused_in_one_line(data, tmp_path, capsys, decoder, variant):
     more = ["--segmenter.decoder", decoder, "--segmenter.channels", "16" if decoder == "upernet" else "null"]
-    line = refusal(capsys, "train", "camvid", *options(data, tmp_path / "run", *more, "--variant", variant))
+    line = refusal(capsys, "train", "camvid", *options(data, tmp_path / "run", *more, "--model", variant))
     assert variant in line
     if decoder == "upernet":
         assert "choose a hierarchical model" in line or "any size" in line
@@ -277,7 +277,7 @@ def test_gradient_checkpointing_changes_no_gradient(make, randomise, variant):
 
 
 def test_a_backbone_without_gradient_checkpointing_says_so(data, tmp_path, capsys):
-    more = ["--variant", "hrnet_w18_small", "--grad_checkpointing", "true"]
+    more = ["--model", "hrnet_w18_small", "--grad_checkpointing", "true"]
     line = refusal(capsys, "train", "camvid", *options(data, tmp_path / "run", *more))
     assert line.endswith("hrnet_w18_small has no gradient checkpointing: set grad_checkpointing to false")
 
@@ -391,7 +391,7 @@ def scrambled(images, labels):
 
 
 def test_ignored_pixels_change_no_loss_and_no_gradient(make):
-    task = make(segmenter={"auxiliary": 0.0})
+    task = make(segmenter={"aux_loss_weight": 0.0})
     images, labels = torch.randn(3, 3, 20, 24), torch.randint(0, 3, (3, 20, 24))
     labels[0, :9], labels[1], labels[2, :, 5:7] = IGNORE, IGNORE, IGNORE
     task.model = PixelByPixel()
@@ -412,7 +412,7 @@ def test_ignored_pixels_change_no_loss_and_no_gradient(make):
 
 
 def test_the_loss_is_that_of_both_heads(make, randomise):
-    task = make(segmenter={"auxiliary": 0.3, "channels": 16})
+    task = make(segmenter={"aux_loss_weight": 0.3, "channels": 16})
     randomise(task.model).train()
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
     labels[:, 40:] = IGNORE
@@ -695,7 +695,7 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
         assert overlay.height >= 480 and overlay.width / overlay.height > photo.width / photo.height  # with the legend
 
 
-@pytest.mark.parametrize("argv", [["--detector.width", "64"], ["--augmentation.mixup", "0.8"], ["--crop_pct", "0.9"]])
+@pytest.mark.parametrize("argv", [["--detector.fpn-channels", "64"], ["--augmentation.mixup", "0.8"], ["--crop_pct", "0.9"]])
 def test_settings_of_other_tasks_are_refused(data, tmp_path, capsys, argv):
     line = refusal(capsys, "train", "camvid", *options(data, tmp_path / "run", *argv), code=2)
     assert f"{argv[0][2:]} is a field for " in line and line.endswith("the recipe's task is segmentation")
@@ -752,10 +752,10 @@ def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys
     (masks / "train" / "scene5.png").unlink()
     argv = ["train", "camvid", *options(spoilt, tmp_path / "run", "--epochs", "2", "--json")]
     lines = gmf(capsys, *argv, code=1).err.strip().splitlines()
-    assert lines[-1].startswith("gmf: error: 1 of 9 training images cannot be used, more than bad_limit (0.10%) allows: ")
+    assert lines[-1].startswith("gmf: error: 1 of 9 training images cannot be used, more than max_unreadable (0.10%) allows: ")
     assert f"scene5.png: has no mask {masks / 'train' / 'scene5.png'}" in lines[-1]
 
-    result = gmf(capsys, *argv, "--resume", "--bad_limit", "0.3")
+    result = gmf(capsys, *argv, "--resume", "--max-unreadable", "0.3")
     assert f"1 training images left out: {spoilt / 'images' / 'train' / 'scene5.png'}: has no mask" in result.err
     no_class = "holds the number 9, which is of no class"
     rows = read_metrics(tmp_path / "run")
@@ -766,10 +766,10 @@ def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys
 
     (masks / "train" / "scene5.png").write_bytes((masks / "train" / "scene3.png").read_bytes())
     shutil.copy(spoilt / "images" / "train" / "scene3.png", spoilt / "images" / "train" / "scene5.png")
-    line = gmf(capsys, "train", "camvid", *options(spoilt, tmp_path / "again", "--bad_limit", "0.12"), code=1).err.splitlines()[
-        -1
-    ]
-    assert "2 of 9 training images cannot be read, more than bad_limit (12.00%) allows: " in line
+    line = gmf(
+        capsys, "train", "camvid", *options(spoilt, tmp_path / "again", "--max-unreadable", "0.12"), code=1
+    ).err.splitlines()[-1]
+    assert "2 of 9 training images cannot be read, more than max_unreadable (12.00%) allows: " in line
     assert no_class in line
 
 
@@ -786,7 +786,7 @@ def test_averaged_weights_are_measured_and_kept(data, tmp_path, capsys):
 # Stopping and continuing, several processes
 
 LONG = [
-    *("--variant", "test_efficientnet", "--batch_size", "2", "--epochs", "2", "--accumulate", "2", "--ema", "0.9"),
+    *("--model", "test_efficientnet", "--batch_size", "2", "--epochs", "2", "--grad-accum-steps", "2", "--ema", "0.9"),
     *("--drop_path_rate", "0.2"),
 ]
 
@@ -807,7 +807,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(data, tmp_path, capsys, monkey
         result = gmf(capsys, "train", "camvid", *options(data, run, *LONG), "--resume", code=128 + signal.SIGTERM)
         assert f"continue with gmf train {run}/recipe.yaml --resume" in result.err
         last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-        assert (last["epoch"], last["Loaders"]["done"]) == place
+        assert (last["epoch"], last["DataModule"]["done"]) == place
     fit(data, run, *LONG, resume=True)
     assert not waiting
     assert differences(whole, run) == []

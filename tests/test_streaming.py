@@ -182,7 +182,7 @@ def test_folders_and_single_files_work_as_hugging_face_sets(photos, images):
 
 
 def test_few_images_at_a_time_are_shuffled_too(shards, images, monkeypatch):
-    monkeypatch.setattr(streaming, "BUFFER", 4)
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER", 4)
     stream = open_stream("wds/", str(shards), "train")
     for rank in range(2):
         seen = content(stream, read(stream, rank, 2))
@@ -262,7 +262,7 @@ def bad_images(numbers):
 @pytest.mark.parametrize("numbers", [[0], [46], [1, 2, 3, 14, 22, 23, 40], list(range(10, 47))], ids=str)
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 2)])
 def test_unreadable_images_are_replaced_and_named(shards, images, tmp_path, numbers, world_size, workers, monkeypatch):
-    monkeypatch.setattr(streaming, "BUFFER", 2)  # some ranges begin, and some end, with bad ones
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER", 2)  # some ranges begin, and some end, with bad ones
     folder = rewritten(shards, tmp_path / "bad", bad_images(numbers))
     stream = open_stream("wds/", str(folder), "train")
     parts = [read(stream, rank, world_size, workers) for rank in range(world_size)]
@@ -412,7 +412,7 @@ def test_a_url_that_cannot_be_read_is_named(url, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=f"^wds/gone: no _info.json, which gmf shards writes, in {url}/gone or gone or {url}$"):
         open_stream("wds/gone", url, "train")
-    monkeypatch.setattr(sources, "FETCHES", 1)
+    monkeypatch.setattr(sources, "MAX_ATTEMPTS", 1)
     with pytest.raises(ValueError, match=f"^{url}/out/_info.json: cannot be read: "):
         open_stream("wds/out", url, "train")
     for hostile in (
@@ -527,7 +527,7 @@ def test_hugging_face_images_may_be_missing(parquet, tmp_path):
 
 def test_a_run_on_shards(photos, shards, parquet, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # PyTorch waits as long for failed workers
-    options = ["--variant", "test_resnet", "--epochs", "1", "--image_size", "32", "--batch_size", "8", "--workers", "2"]
+    options = ["--model", "test_resnet", "--epochs", "1", "--image_size", "32", "--batch_size", "8", "--workers", "2"]
     assert main(["train", "folder", "--data", "wds/", "--root", str(shards), *options, "--out", str(tmp_path / "run")]) == 0
     found = []
     for data in ([], ["--data", str(photos)], ["--data", f"hfids/{parquet}", "--workers", "2"]):

@@ -1,20 +1,51 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Atomic writes: a file is whole or not there, and an earlier one stays until the new one is complete."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file so that nobody ever sees half of it, and an earlier one stays where that fails."""
-    temporary = path.with_name(f".{path.name}.part")
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(*paths: Path) -> Iterator[Path]:
+    """Give a new folder to write to; then its files or folders of the names of `paths` take their places, in this order.
+
+    They get ordinary permissions, by the umask; some libraries write files that only their owner may read. Whatever else was
+    written to the folder is removed with it. If an error is raised, nothing has changed; if the process is killed, the folder
+    stays and the next writer to the same place removes it.
+
+    Args:
+        paths: All in one folder, which is created if need be. A folder among them must not exist, or be empty.
+    """
+    part = paths[-1].with_name(f".{paths[-1].name}.part")
+    _remove(part)
+    part.mkdir(parents=True)
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        temporary.replace(path)
+        yield part
+        for path in paths:
+            written = part / path.name
+            for file in written.rglob("*") if written.is_dir() else [written]:
+                if file.is_file():
+                    file.chmod(part.stat().st_mode & 0o666)  # mkdir applied the umask
+            written.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(part)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file of these bytes, or of this text in UTF-8."""
+    with atomic_write(path) as folder:
+        (folder / path.name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

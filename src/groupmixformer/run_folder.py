@@ -6,7 +6,6 @@ The same class stands for a single checkpoint file, of which only the weights ar
 import csv
 import json
 import platform
-import tempfile
 from collections.abc import Mapping
 from functools import cached_property
 from importlib import metadata
@@ -17,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import write_file
+from .files import atomic_write, write_file
 
 CONFIG = "config.json"  # architecture, task, class names, input of the model
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
@@ -155,7 +154,7 @@ class RunFolder:
 
 
 def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
-    """Write ``model.safetensors`` and ``config.json`` of a network that is not a classifier, each under another name first.
+    """Write ``model.safetensors`` and ``config.json`` of a network that is not a classifier, atomically.
 
     Args:
         network: A detector, a segmenter or the network of another task.
@@ -163,13 +162,10 @@ def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[s
         config: Its task, class_names, and under network what is needed to build it again.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        safetensors.torch.save_file(tensors, Path(temporary, WEIGHTS[0]), metadata={"format": "pt"})
-        Path(temporary, CONFIG).write_text(json.dumps(config, indent=2))
-        for file in sorted(Path(temporary).iterdir(), reverse=True):  # the weights first
-            file.replace(folder / file.name)
+    with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
+        safetensors.torch.save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -101,7 +101,7 @@ def bench(
     Args:
         models: Variants or names of timm; the first is what the others are compared with.
         settings: What they share.
-        progress: Wraps models and rounds, to show how far they are.
+        progress: Wraps the iterators over models and rounds, to show a progress bar.
         earlier: Milliseconds of models in an earlier result.
 
     Returns:
@@ -142,7 +142,7 @@ def bench(
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """Say in a line what was measured, and on what."""
+    """Return a line with what was measured, and on which machine."""
     settings = result["settings"]
     forms = [settings["dtype"]]
     forms += ["GroupMixFormers fused"] if settings["fuse"] else []
@@ -159,14 +159,14 @@ def _cell(value: float | None, form: str, unit: str = "") -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Lay out what `bench` found."""
+    """Format the result of `bench` as a table."""
     rows, settings = result["rows"], result["settings"]
-    waits = [f"{'p50 ms':>10}{'p99 ms':>10}{'n':>5}"] if any(row["latency_steps"] for row in rows) else []
+    latencies = [f"{'p50 ms':>10}{'p99 ms':>10}{'n':>5}"] if any(row["latency_steps"] for row in rows) else []
     changes = [f"{'change':>9}"] if any(row["change"] for row in rows) else []
     titles = (
         f"{'model':32}{'images/s':>10}{'ms':>10}{'quartiles':>18}{'speed-up':>10}{'memory':>12}{'MACs':>10}{'of floor':>10}"
     )
-    lines = [headline(result), "".join([titles, *waits, *changes])]
+    lines = [headline(result), "".join([titles, *latencies, *changes])]
     for row in rows:
         spread = f"{row['milliseconds_low']:.1f} to {row['milliseconds_high']:.1f}"
         line = (
@@ -174,11 +174,11 @@ def table(result: dict[str, Any]) -> str:
             f"{row['speed_up']:>9.2f}x{_cell(row['peak_memory'], ',.0f', ' MiB'):>12}"
             f"{_cell(row['macs'] and row['macs'] / 1e9, '.2f', ' G'):>10}{_cell(row['of_floor'], '.0%'):>10}"
         )
-        if waits:
+        if latencies:
             line += f"{_cell(row['latency_p50'], '.1f'):>10}{_cell(row['latency_p99'], '.1f'):>10}{row['latency_steps']:>5}"
         lines.append(line + (f"{_cell(row['change'], '.2f', 'x'):>9}" if changes else ""))
-    if waits:
-        lines.append(f"p50 and p99: latency of a single image by wall clock over n steps; p99 from {ENOUGH_FOR_P99} steps")
+    if latencies:
+        lines.append(f"p50 and p99: latency of a single image in wall-clock time over n steps; p99 from {ENOUGH_FOR_P99} steps")
     if changes:
         lines.append("change: earlier median / median now; above 1 is faster than then")
     plain = [row["model"] for row in rows if not row["fused"]]

@@ -1,7 +1,7 @@
 """Speed and memory of networks in any form, such as eager beside compiled: warmed up, in turns, medians with their spread.
 
-Time is the clock's on the wall, but processor time for one CPU thread, in which other programs on the machine count less, and
-an accelerator's own time between two events. Latency is always the clock's on the wall: it is what a caller waits.
+Time is wall-clock time, but processor time for one CPU thread, as it depends less on other programs on the machine, and device
+time between two events for an accelerator. Latency is always wall-clock time: it is what a caller waits.
 """
 
 import contextlib
@@ -24,8 +24,13 @@ from ..models.groupmixformer import GroupMixFormer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Latency is taken over so many single steps, or as many as fit the seconds; its 99th percentile needs a hundred.
+# Latency is taken over so many single steps, or as many as fit into the seconds; a 99th percentile of fewer than a hundred
+# would be the maximum.
 LATENCY_STEPS, LATENCY_SECONDS, ENOUGH_FOR_P99 = 200, 5.0, 100
+
+# Sides of the square matrices whose product gives the speed of the floor: large enough to keep every core busy, small enough to
+# take under a second; the best of so many is taken, as other programs only ever slow it down.
+PRODUCT_SIDE, PRODUCT_ROUNDS = {"cpu": 2048, "accelerator": 8192}, 6
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class Runner:
         self.optimizer.zero_grad()
 
     def latency(self) -> float:
-        """Return the seconds on the wall of a step."""
+        """Return the wall-clock seconds of a step."""
         start = time.perf_counter()
         self.step()
         if self.settings.device != "cpu":
@@ -186,7 +191,7 @@ class Runner:
         return time.perf_counter() - start
 
     def warm_up(self) -> None:
-        """Run what will be timed once; this is when a network is compiled."""
+        """Run a step before timing; this is when a network is compiled."""
         # The option of torch.compile comes too late: the weights have become inputs of the graph by then.
         with inductor.patch(freezing=not self.settings.train and self.settings.device == "cpu"):
             self.step()
@@ -194,9 +199,9 @@ class Runner:
 
 def matrix_speed(settings: Settings) -> float:
     """Measure the multiply-adds per second of one large matrix product: the best of several."""
-    side = 2048 if settings.device == "cpu" else 8192
+    side = PRODUCT_SIDE["cpu" if settings.device == "cpu" else "accelerator"]
     a, b = (torch.randn(side, side, device=settings.device, dtype=TYPES[settings.dtype]) for _ in range(2))
-    return max(side**3 / seconds_of(lambda: a @ b, settings, 0.0) for _ in range(6))
+    return max(side**3 / seconds_of(lambda: a @ b, settings, 0.0) for _ in range(PRODUCT_ROUNDS))
 
 
 def _kilobytes(field: str) -> int:
@@ -205,7 +210,7 @@ def _kilobytes(field: str) -> int:
 
 
 def _peak_memory(step: Callable[[], None], device: str) -> float | None:
-    """Return the MiB that a step needs beside what is there already; none where that cannot be told."""
+    """Return the MiB that a step allocates at its peak; none where the system does not report it."""
     if device != "cpu":
         torch.accelerator.synchronize()
         before = torch.accelerator.memory_allocated()
@@ -215,7 +220,7 @@ def _peak_memory(step: Callable[[], None], device: str) -> float | None:
         return (torch.accelerator.max_memory_allocated() - before) / 2**20
     try:
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier steps freed would hide the growth
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise memory freed by earlier steps would hide the growth
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _kilobytes("VmRSS")
         step()
@@ -253,12 +258,12 @@ def measure(
     """Warm up and measure networks in turns.
 
     Args:
-        builds: What builds each runner, by its label. Their forms are their own, but for device and threads.
+        builds: Functions that build the runners, by label. Their settings may differ, but for device and threads.
         settings: Device, threads, rounds and seconds.
-        progress: Wraps models and rounds, to show how far they are.
+        progress: Wraps the iterators over models and rounds, to show a progress bar.
 
     Returns:
-        For each a row: model (the label), fused, images_per_second and milliseconds of a step (medians), milliseconds_low and
+        A row for each: model (the label), fused, images_per_second and milliseconds of a step (medians), milliseconds_low and
         _high (the quartiles), speed_up over the first one, latency_p50 and _p99 in milliseconds over latency_steps (inference
         on single images alone), peak_memory of a step in MiB, parameters.
 
@@ -278,18 +283,18 @@ def measure(
                 raise ValueError(f"{label} cannot be run with these settings: {str(error).splitlines()[0]}") from error
             runners[label] = runner
         seconds: dict[str, list[float]] = {label: [] for label in runners}
-        waits: dict[str, list[float]] = {label: [] for label in runners}
+        latencies: dict[str, list[float]] = {label: [] for label in runners}
         for turn in progress(range(1, settings.rounds + 1), "measuring"):
             share = turn / settings.rounds
             for label, runner in runners.items():
                 seconds[label].append(seconds_of(runner.step, settings, settings.seconds))
-                single = waits[label]
+                single = latencies[label]
                 if not runner.settings.train and runner.settings.batch_size == 1:
                     while len(single) < LATENCY_STEPS * share and sum(single) < LATENCY_SECONDS * share:
                         single.append(runner.latency())
     rows: list[dict[str, Any]] = []
     for label, runner in runners.items():
-        times, single = sorted(seconds[label]), sorted(waits[label])
+        times, single = sorted(seconds[label]), sorted(latencies[label])
         median = statistics.median(times)
         speed = runner.settings.batch_size / median
         enough = len(single) >= ENOUGH_FOR_P99

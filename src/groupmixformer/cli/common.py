@@ -37,7 +37,7 @@ def models(args: argparse.Namespace) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ..models.groupmixformer import PUBLISHED_TOP1
+    from ..bench.published import PUBLISHED_TOP1
 
     rows = []
     for name in timm.list_models("groupmixformer*"):
@@ -82,7 +82,8 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
     recipe = _read_recipe(name, options)
     from ..run import Run
     from ..tasks.registry import build_task
-    from ..training.trainer import Stopped, is_first_process, train
+    from ..training.callbacks import Stopped
+    from ..training.trainer import is_first_process, train
 
     start = time.monotonic()
     try:
@@ -115,12 +116,12 @@ def quickstart(args: argparse.Namespace) -> None:
     """Train, evaluate, report, and name the next commands."""
     recipe = "digits" if args.data == "digits" else "folder"
     out = args.out or next(name for i in itertools.count(1) if not Path(name := f"runs/quickstart{f'-{i}' * (i > 1)}").exists())
-    options = ["--out", out, "--data", args.data, "--variant", args.variant]
+    options = ["--out", out, "--data", args.data, "--model", args.variant]
     options += ["--epochs", str(args.epochs)] if args.epochs else []
     result, text = _train(recipe, options, resume=False)
     run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
     data = "" if args.data == recipe else f" --data {shlex.quote(args.data)}"
-    again = f"gmf train {recipe}{data} --variant {args.variant} --epochs 20 --out {run}-20"
+    again = f"gmf train {recipe}{data} --model {args.variant} --epochs 20 --out {run}-20"
     result["next"] = [f"gmf predict {run} {examples}", again]
     _show(result, args.json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
 

@@ -1,4 +1,4 @@
-"""Images: finding, reading and converting to RGB what is found in real data sets."""
+"""Images: found by paths and globs, read, and converted to RGB from any of Pillow's modes."""
 
 import io
 import math
@@ -12,17 +12,16 @@ from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-
-# What strangers may send: the kinds above alone, as Pillow starts a program to read some others; and no ribbons, which become
-# huge where their shorter side is resized to that of the model's input.
+# Uploads, from people who are not trusted: only the formats above, as Pillow starts another program to read some others. The
+# longer side is limited because an extreme image becomes huge when its shorter side is resized to the model's input size.
 UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-UPLOAD_RATIO = 50
+UPLOAD_RATIO = 50  # longer side over shorter side, at most
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
     """Expand files, folders (searched through) and globs into image files, in order and without repeats.
 
-    A path that matches nothing is kept, so that reading it reports it.
+    A path that matches nothing is returned as it is, so that reading it raises an error.
     """
     found: dict[Path, None] = {}
     for given in paths:
@@ -58,7 +57,8 @@ def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = 
     Args:
         file: An open file, its bytes or its path.
         name: What to call it in an error.
-        most_pixels: Of a stranger's image, which may also have fewer formats, and no side over 50 times the other.
+        most_pixels: For an upload: limit of its pixels. Its formats are then those of `UPLOAD_FORMATS`, and no side may be over
+            `UPLOAD_RATIO` times the other.
 
     Raises:
         ValueError: If it cannot be read, is truncated, or has so many pixels (above 179 million) that it may be an attack.
@@ -68,8 +68,8 @@ def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = 
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = io.BytesIO(file) if isinstance(file, bytes) else file
             with Image.open(opened, formats=UPLOAD_FORMATS if most_pixels else None) as image:
-                ribbon = max(image.size) > UPLOAD_RATIO * min(image.size)
-                if most_pixels and (ribbon or math.prod(image.size) > most_pixels):
+                too_long = max(image.size) > UPLOAD_RATIO * min(image.size)
+                if most_pixels and (too_long or math.prod(image.size) > most_pixels):
                     limits = f"at most {most_pixels / 1e6:.3g} million and no side over {UPLOAD_RATIO} times the other"
                     raise ValueError(f"{image.width} x {image.height} pixels, expected {limits}")
                 return to_rgb(image)

@@ -1,4 +1,4 @@
-"""A sample by its number: seeded where it is made, replaced where its image cannot be read."""
+"""Map-style data sets: a sample by its index, seeded where it is loaded, replaced where its image cannot be read."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -8,17 +8,19 @@ from torch.utils.data import Dataset
 
 from .seeding import seed_all
 
+MAX_UNREADABLE_IN_A_ROW = 100  # then training stops: it is not a matter of single files
+
 
 def _few(lines: Sequence[str]) -> str:
     return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
 
 
 class Samples(Dataset[Any]):
-    """A data set of a task. The last part of a sample is its problem: the images that could not be read, or "".
+    """A data set of a task. The last element of a sample is its problem: the names of images that could not be read, or "".
 
-    For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample is the same
-    in whatever process it is made, and an unreadable image is replaced by the next one. For evaluation the key is the index;
-    -1, which fills up a batch, and unreadable images give a blank sample, which metrics leave out.
+    For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample does not
+    depend on the process that loads it, and an unreadable image is replaced by the next one. For evaluation the key is the
+    index; -1, which pads a batch, and unreadable images give a blank sample, which metrics leave out.
     """
 
     seed = 0  # of the augmentation
@@ -26,11 +28,11 @@ class Samples(Dataset[Any]):
     dropped: Sequence[str] = ()  # a line for each object that was left out of its image
 
     def left_out(self, name: str, limit: float) -> list[str]:
-        """Say what was left out.
+        """Return a line about the images, and one about the objects, that were left out, if any.
 
         Args:
             name: Of the split.
-            limit: Largest share of the images.
+            limit: Largest share of the images that may be left out.
 
         Raises:
             ValueError: If it is exceeded.
@@ -38,7 +40,7 @@ class Samples(Dataset[Any]):
         whole = len(self) + len(self.skipped)
         if len(self.skipped) > limit * whole:
             raise ValueError(
-                f"{len(self.skipped)} of {whole} {name} images cannot be used, more than bad_limit ({limit:.2%}) allows: "
+                f"{len(self.skipped)} of {whole} {name} images cannot be used, more than max_unreadable ({limit:.2%}) allows: "
                 f"{_few(self.skipped)}"
             )
         kinds = {"images": self.skipped, "objects": self.dropped}
@@ -49,7 +51,7 @@ class Samples(Dataset[Any]):
 
     @abstractmethod
     def read(self, index: int) -> Any:
-        """Read an image and what is known of it.
+        """Read an image and its annotation.
 
         Raises:
             ValueError: If it cannot be read.
@@ -57,11 +59,11 @@ class Samples(Dataset[Any]):
 
     @abstractmethod
     def for_training(self, content: Any) -> tuple[Any, ...]:
-        """Make a sample, without its problem, of what `read` gave, at random."""
+        """Return a sample, without its problem, randomly augmented from what `read` returned."""
 
     @abstractmethod
     def for_evaluation(self, content: Any) -> tuple[Any, ...]:
-        """Make a sample, without its problem, of what `read` gave; of a blank where that is None."""
+        """Return a sample, without its problem, of what `read` returned; a blank one for None."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
         problems: list[str] = []
@@ -75,11 +77,11 @@ class Samples(Dataset[Any]):
             return (*self.for_evaluation(content), problem)
         epoch, index = key
         seed_all(self.seed, epoch, index)
-        for other in range(index, index + 100):
+        for other in range(index, index + MAX_UNREADABLE_IN_A_ROW):
             try:
                 content = self.read(other % len(self))
             except ValueError as error:
                 problems.append(str(error))
                 continue
             return (*self.for_training(content), "\n".join(problems))
-        raise ValueError(f"100 images in a row cannot be read: {problems[0]}; {problems[1]}; ...")
+        raise ValueError(f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read: {problems[0]}; {problems[1]}; ...")

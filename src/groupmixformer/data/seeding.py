@@ -1,4 +1,4 @@
-"""Random numbers as a function of where a run is, so that it can stop anywhere and continue as if it had not."""
+"""Random numbers as a function of the position in a run, so that a resumed run continues as if it had not stopped."""
 
 import random
 
@@ -11,6 +11,4 @@ def seed_all(*keys: int) -> None:
     state = np.random.SeedSequence(keys).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))  # noqa: NPY002 - timm draws from the global generator
-    torch.default_generator.manual_seed(
-        int(state[2])
-    )  # torch.manual_seed asks every accelerator too, and takes 90 times as long
+    torch.default_generator.manual_seed(int(state[2]))  # without the accelerators, which take 90 times as long

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import atomic_write
 from .images import decode
 
 Files = Sequence[tuple[str, int]]  # images and their classes
@@ -24,10 +25,10 @@ def write_shards(
     workers: int,
     progress: Callable[[Any, str, int], Any],
 ) -> dict[str, Any]:
-    """Write images as shards that timm's `wds/` reads too: the files as they are, those for training in random order.
+    """Write images as shards that timm's `wds/` reads too: the files unchanged, those for training in random order.
 
-    Each image is decoded to see that it can be, and left out if not. The shards lie in a folder beside `out` that is renamed
-    when it is complete: what was interrupted is begun again.
+    Each image is decoded to see that it can be, and left out if not. `out` is written atomically:
+    nothing is left of an interrupted call.
 
     Args:
         folder: Where the images lie; they are named relative to it.
@@ -37,7 +38,7 @@ def write_shards(
         per_shard: Images in a shard.
         seed: Of the order of the images for training.
         workers: Threads.
-        progress: Given the shards as they are done, a word for it and their number, it passes them on.
+        progress: Called with the iterator over finished shards, a label and their number; yields them on.
 
     Returns:
         The number of images in each split, of `shards` and `bytes`, and `skipped`: a line for each image that was left out.
@@ -49,12 +50,8 @@ def write_shards(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already: choose another folder with --out")
-    part = out.with_name(out.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
     jobs: list[tuple[str, int, Files]] = []
     for split, files in splits.items():
-        for old in part.glob(f"{split}-[0-9]*.tar"):
-            old.unlink()
         order = np.random.default_rng(seed).permutation(len(files)) if split == "train" else range(len(files))
         files = [files[index] for index in order]
         jobs += [(split, first, files[first : first + per_shard]) for first in range(0, len(files), per_shard)]
@@ -75,24 +72,24 @@ def write_shards(
                 shard.write({"__key__": f"{number:08d}", suffix: content, "cls": str(label).encode(), "json": notes.encode()})
         return split, name, len(files) - len(skipped), skipped
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        done = list(progress(pool.map(write, jobs), "writing shards", len(jobs)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    info: dict[str, Any] = {"class_names": list(class_names), "splits": {}}
-    for split in splits:
-        written = [(name, length) for other, name, length, _ in done if other == split]
-        info["splits"][split] = {
-            "name": split,
-            "num_samples": sum(length for _, length in written),
-            "filenames": [name for name, _ in written],
-            "shard_lengths": [length for _, length in written],
-        }
-    size = sum(path.stat().st_size for path in part.glob("*.tar"))
-    (part / "_info.json").write_text(json.dumps(info, indent=1))
-    if out.exists():
-        out.rmdir()
-    part.rename(out)
+    with atomic_write(out) as temporary:
+        part = temporary / out.name
+        part.mkdir()
+        pool = ThreadPoolExecutor(workers)
+        try:
+            done = list(progress(pool.map(write, jobs), "writing shards", len(jobs)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        info: dict[str, Any] = {"class_names": list(class_names), "splits": {}}
+        for split in splits:
+            written = [(name, length) for other, name, length, _ in done if other == split]
+            info["splits"][split] = {
+                "name": split,
+                "num_samples": sum(length for _, length in written),
+                "filenames": [name for name, _ in written],
+                "shard_lengths": [length for _, length in written],
+            }
+        size = sum(path.stat().st_size for path in part.glob("*.tar"))
+        (part / "_info.json").write_text(json.dumps(info, indent=1))
     counts = {split: info["splits"][split]["num_samples"] for split in splits}
     return {**counts, "shards": len(jobs), "bytes": size, "skipped": [line for *_, lines in done for line in lines]}

@@ -1,4 +1,4 @@
-"""Where streams come from: WebDataset shards (`wds/`) and Hugging Face (`hfids/`), read in order and left undecoded."""
+"""Sources of streams: WebDataset shards (`wds/`) and Hugging Face (`hfids/`), read in order and not decoded."""
 
 import json
 import tempfile
@@ -12,8 +12,8 @@ from typing import IO, Any, Protocol
 from .images import IMAGE_SUFFIXES
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}
-PIECES = 256  # in which a Hugging Face set is read that is not made of parquet files
-FETCHES = 3  # of a file by URL, before giving up
+MAX_PARTS = 256  # into which a Hugging Face set without parquet files is divided; their order is shuffled
+MAX_ATTEMPTS = 3  # to fetch a file by URL: networks fail now and then
 
 Sample = tuple[bytes | Path | None, Any, str]  # an image's file or what is in it, its class as stored, its name in messages
 
@@ -54,9 +54,9 @@ def _choose(splits: Iterable[str], split: str, place: str) -> str:
 
 @contextmanager
 def _opened(location: str) -> Iterator[IO[bytes]]:
-    """Open a local file, or a copy of a remote one: a connection kept for as long as training takes to read it would break.
+    """Open a local file, or a copy of a remote one: a connection held open while training reads from it would break.
 
-    Remote files come through fsspec: webdataset's opener hands URLs to programs, and what begins with `pipe:` to a shell.
+    Remote files come through fsspec: webdataset's opener passes URLs to other programs, those of `pipe:` to a shell.
     """
     if "://" not in location:
         with Path(location).open("rb") as file:
@@ -66,7 +66,7 @@ def _opened(location: str) -> Iterator[IO[bytes]]:
 
     system, path = url_to_fs(location)
     with tempfile.NamedTemporaryFile() as copy:
-        for left in reversed(range(FETCHES)):
+        for left in reversed(range(MAX_ATTEMPTS)):
             try:
                 system.get_file(path, copy.name)
                 break
@@ -114,7 +114,7 @@ class WebDataset:
         """Yield the samples of a shard, without the first `start`; ValueError if it is damaged or cannot be read."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        def wanted(member: str) -> bool:  # of the rest nothing is read; and nothing is decoded here: webdataset would unpickle
+        def wanted(member: str) -> bool:  # other members are skipped; nothing is decoded here, as webdataset would unpickle
             return Path(member).suffix.lower() in {*IMAGE_SUFFIXES, ".cls", ".json"}
 
         name, done = self.shards[shard], 0
@@ -185,7 +185,7 @@ class HuggingFace:
         if len(files) == data.num_shards and all(file.endswith(".parquet") for file in files):
             self.shards, self.lengths = files, _parquet_lengths(files)
         else:  # read through once
-            self.shards = [f"{place}: part {part}" for part in range(min(PIECES, data.num_shards))]
+            self.shards = [f"{place}: part {part}" for part in range(min(MAX_PARTS, data.num_shards))]
             self.lengths = [sum(len(table) for table in self._tables(part)) for part in range(len(self.shards))]
 
     def _tables(self, shard: int) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Data sets that are read as a stream, split over processes and workers without repeats.
 
-timm's readers give each worker whole shards and then repeat or drop samples until the numbers fit. Here the length of every
-shard is known before the first is read, so every worker of every process gets an equal range of all samples.
+timm's readers give each worker whole shards, and then repeat or drop samples until all have equally many. Here the length of
+every shard is known before the first is read, so every worker of every process gets an equal range of all samples.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,19 +17,19 @@ from .images import decode
 from .seeding import seed_all
 from .sources import HuggingFace, Sample, Source, WebDataset
 
-BUFFER = 2048  # undecoded images among which a worker draws the next
+SHUFFLE_BUFFER = 2048  # undecoded images from which a worker draws the next
 
 
 class Stream(IterableDataset[tuple[Any, int, str]]):
     """Yields (transformed image, class, problem); `problem` names an image that could not be read, or is "".
 
-    The shards are joined to a ring, for training in an order and with a beginning that depend on seed and epoch alone, and each
-    worker reads one range of it. Training shuffles once more inside the range, and leaves out what the division into ranges
-    leaves, other samples in each epoch; evaluation fills up with zeros of class -1, which metrics leave out. An unreadable
-    image is replaced for training by the next readable one of its range (by the last, if none follows) and for evaluation by
-    zeros of class -1. So every process has equally many samples, whatever comes.
+    The shards form a ring, for training in an order and from a start that depend on seed and epoch alone, and each worker reads
+    one range of it. Training shuffles again within the range, and drops the remainder of the division into ranges, different
+    samples in each epoch; evaluation pads with zeros of class -1, which metrics leave out. An unreadable image is replaced in
+    training by the next readable one of its range (by the last, if none follows), and in evaluation by zeros of class -1. So
+    every process always has equally many samples.
 
-    Random numbers are seeded for every training sample from seed, epoch, range and place.
+    Random numbers are seeded for every training sample from seed, epoch, range and position.
 
     Args:
         source: Where the samples come from.
@@ -49,20 +49,20 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def configure(self, *, training: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        """Say what the stream is for, and which of the processes this is; before workers start."""
+        """Set the mode and the process; call it before workers start."""
         self.training, self.seed, self.rank, self.world_size = training, seed, rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass, also of workers that run already."""
+        """Choose the order of the next pass, also for workers that are already running."""
         if epoch != self._place[0]:
             self._place[:] = torch.tensor([epoch, 0, 0])
 
     def skip(self, batches: int, batch_size: int) -> None:
-        """Leave out the first batches of the epoch that is set, which a resumed run has done: they are read, not decoded."""
+        """Skip the first batches of the current epoch, which a resumed run has done: they are read, not decoded."""
         self._place[1:] = torch.tensor([batches, batch_size])
 
     def batches(self, batch_size: int, workers: int) -> int:
-        """Count the batches of a loader in each process; training drops those that are not full."""
+        """Return the number of batches of a loader in each process; training drops those that are not full."""
         part = self._part(max(1, workers))
         return max(1, workers) * (part // batch_size if self.training else -(-part // batch_size))
 
@@ -78,7 +78,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         if not self.training:
             return self._evaluate(self._range(shards, (self.rank * workers + worker) * length, length), length)
         epoch, batches, batch_size = self._place.tolist()
-        worker = (worker + batches) % workers  # the loader asks its workers in turn: the one whose turn it was comes first
+        worker = (worker + batches) % workers  # the loader takes batches from its workers in turn: resume with the next one
         part = self.rank * workers + worker
         rng = np.random.default_rng([self.seed, epoch])
         shards, first = rng.permutation(shards).tolist(), int(rng.integers(max(1, self.num_samples)))
@@ -131,7 +131,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             waiting.clear()
 
         for place, sample in enumerate(samples):
-            if place < skip - 1:  # the last that is skipped may have to replace what follows
+            if place < skip - 1:  # the last skipped sample may have to replace the next one
                 continue
             try:
                 last, problem = self._read(sample), ""
@@ -161,8 +161,8 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
 
 
 def _shuffle(samples: Iterator[Sample], rng: np.random.Generator) -> Iterator[Sample]:
-    """Draw each sample from `BUFFER` ones."""
-    buffer = list(islice(samples, BUFFER))
+    """Draw each sample from the next `SHUFFLE_BUFFER` ones."""
+    buffer = list(islice(samples, SHUFFLE_BUFFER))
     for sample in samples:
         drawn = int(rng.integers(len(buffer)))
         sample, buffer[drawn] = buffer[drawn], sample

@@ -8,7 +8,6 @@ import importlib
 import importlib.metadata
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from torchvision.transforms import v2
 
 from ..data.images import find_images, read_image
+from ..files import atomic_write
 from ..models.fuse import fuse
 from ..run_folder import RunFolder
 
@@ -230,19 +230,14 @@ def quietly() -> Iterator[None]:
         logging.disable(level)
 
 
-def _files(path: Path, target: Format) -> list[Path]:
+def files_of(path: Path, target: Format) -> list[Path]:
+    """Return the files that belong to an exported one, and it as the last."""
     return [path.with_suffix(suffix) for suffix in (*target.data, target.suffix)]
-
-
-def move_into_place(written: Path, path: Path, target: Format) -> None:
-    """Rename a written file, and those that belong to it first."""
-    for file, name in zip(_files(written, target), _files(path, target), strict=True):
-        file.replace(name)
 
 
 def size_on_disk(path: Path, target: Format) -> int:
     """Return the bytes of a file and those that belong to it."""
-    return sum(file.stat().st_size for file in _files(path, target))
+    return sum(file.stat().st_size for file in files_of(path, target))
 
 
 @torch.no_grad()
@@ -297,9 +292,8 @@ def export(
         "outputs": json.dumps(list(names)),
         "version": importlib.metadata.version(NAME),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder, quietly():
-        written = Path(folder, path.name)
+    with atomic_write(*files_of(path, target)) as folder, quietly():
+        written = folder / path.name
         progress(f"writing {target.title}")
         fused = fuse(network)
         try:
@@ -322,6 +316,5 @@ def export(
             found = ", ".join(f"{error:.1e} at {size}" for size, error in errors.items())
             raise ValueError(f"{path}: the file differs from the model by {found}, above {TOLERANCE:g}, so it is removed")
         size_of_all = size_on_disk(written, target)
-        move_into_place(written, path, target)
     result = {"file": str(path), "format": format, "bytes": size_of_all, "errors": errors, "tolerance": TOLERANCE}
     return result | ({"opset": OPSET} if format == "onnx" else {}) | {"metadata": metadata}

@@ -1,7 +1,6 @@
 """A detector as an ONNX file, run and compared with the model before it gets its name, as other networks are."""
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 from torchvision.transforms.v2 import functional as F
 
+from ..files import atomic_write
 from ..models.fuse import fuse
 from .export import NAME, first_line, quietly
 
@@ -133,9 +133,8 @@ def export_detector(
         "version": version(NAME),
     }
     pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder, quietly():
-        written = Path(folder, path.name)
+    with atomic_write(path) as folder, quietly():
+        written = folder / path.name
         progress("writing ONNX")
         try:
             _write(network, pixels, metadata, written)
@@ -158,7 +157,6 @@ def export_detector(
         if strays > STRAYS * objects:
             raise ValueError(f"{path}: of {objects} objects {strays} differ between file and model, so it is removed")
         size_of_file = written.stat().st_size
-        written.replace(path)
     result = {
         "file": str(path),
         "format": "onnx",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from ..files import atomic_write
 from ..run_folder import RECIPE, RunFolder, one_line
 from ..tasks.registry import find_task
 from .model_card import read_card_info, render_card
@@ -59,12 +60,10 @@ def write_folder(run: str | Path | RunFolder, folder: str | Path, repo_id: str, 
     validate_repo_id(repo_id)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder}: holds files already, expected a new or empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        written = Path(temporary, "folder")
+    with atomic_write(folder) as temporary:
+        written = temporary / folder.name
         written.mkdir()
         (written / "README.md").write_text(_collect(run, written, repo_id, license))
-        written.replace(folder)
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -10,7 +10,6 @@ import io
 import json
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..bench.timing import Settings, machine, seconds_of, set_threads
 from ..data.images import find_images, read_image
+from ..files import atomic_write
 from ..models.fuse import fuse
 from ..tasks.classification.data import ImageSamples, eval_transform
 from ..tasks.classification.metrics import evaluate_classifier
@@ -32,9 +32,9 @@ from .export import (
     Outputs,
     compared_sizes,
     export,
+    files_of,
     first_line,
     leave_open,
-    move_into_place,
     quietly,
     save_openvino,
     save_program,
@@ -296,9 +296,8 @@ def quantize(
     path, target = Path(path), FORMATS[format]
     assert format in WAYS[way] and (calibration is not None) == (way == "static")
     importlib.import_module(PACKAGES[format])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
-        exact, written = Path(folder, f"float32{target.suffix}"), Path(folder, f"int8{target.suffix}")
+    with atomic_write(*files_of(path, target)) as folder:
+        exact, written = folder / "float32" / path.name, folder / path.name
         metadata = export(network, format, exact, image, **about, progress=progress)["metadata"]
         name = Path(calibrated_on).resolve().name if Path(calibrated_on).exists() else calibrated_on  # not whose disk it is on
         source = {"data": name, "images": len(calibration)} if calibration is not None else None
@@ -316,7 +315,6 @@ def quantize(
                 raise ValueError(f"{format} cannot carry this network as int8 {way} ({first_line(error)})") from error
             _try(written, format, path, image, about)
             rows, skipped = _measure({"float32": exact, "int8": written}, format, about["input_size"], held_out, progress)
-        move_into_place(written, path, target)
     result = {"file": str(path), "format": format, "int8": way, "calibration": source, "rows": rows, "verdict": verdict(*rows)}
     return result | {"threads": SETTINGS.threads, "machine": machine(SETTINGS), "skipped": skipped, "metadata": metadata}
 

@@ -9,7 +9,6 @@ import json
 import math
 import pickle
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -23,6 +22,7 @@ import torch
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor
 
+from ..files import atomic_write
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
@@ -264,7 +264,7 @@ def save_checkpoint(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, which `load_checkpoint`, timm's ``local-dir:`` and transformers read.
 
-    Each file is written beside its place and renamed, so a reader never sees half a file.
+    The files are written atomically: a reader never sees half a file.
 
     Args:
         model: A `GroupMixFormer`, or a model that timm made; its ``pretrained_cfg``, if any, is stored.
@@ -273,7 +273,6 @@ def save_checkpoint(
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     original = getattr(model, "pretrained_cfg", None)
     pretrained_cfg = dict(original or {})
     model_args: dict[str, Any] | None = None
@@ -293,14 +292,12 @@ def save_checkpoint(
     model.pretrained_cfg = pretrained_cfg
     hook = model.register_state_dict_post_hook(_plain_tensors)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            save_for_hf(model, temporary, model_config=labels, model_args=model_args, safe_serialization=True)
-            written = Path(temporary, CONFIG)
+        with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
+            save_for_hf(model, str(temporary), model_config=labels, model_args=model_args, safe_serialization=True)
+            written = temporary / CONFIG
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
             written.write_text(json.dumps(config, indent=2))
-            for file in Path(temporary).iterdir():
-                file.replace(folder / file.name)
     finally:
         hook.remove()
         if original is None:

@@ -655,16 +655,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 VARIANTS["groupmixformer_large_384"] = VARIANTS["groupmixformer_large"]
 
-# ImageNet-1K top-1 in percent, as published in the paper.
-PUBLISHED_TOP1 = {
-    "groupmixformer_mobile": 79.6,
-    "groupmixformer_tiny": 82.6,
-    "groupmixformer_small": 83.4,
-    "groupmixformer_base": 84.7,
-    "groupmixformer_large": 85.0,
-    "groupmixformer_large_384": 86.2,
-}
-
 
 def _create_groupmixformer(variant: str, pretrained: bool, **kwargs: Any) -> GroupMixFormer:
     return build_model_with_cfg(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models.checkpoint import architecture, load_model, model_name
 from ..models.groupmixformer import GroupMixFormer
 from ..run_folder import RunFolder
+from ..training.old_names import rename
 
 
 @functools.cache
@@ -234,7 +235,7 @@ def load_network(folder: str | Path | RunFolder, task: str, make: Callable[..., 
     run = RunFolder.of(folder)
     config, weights = run.read_network(task)
     try:
-        network = dict(config["network"])
+        network = rename(config["network"], "network")
         model = make(Backbone(**network.pop("backbone")), **network)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

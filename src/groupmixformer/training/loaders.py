@@ -1,4 +1,4 @@
-"""The order of samples: shuffled by the epoch, split over processes, continued in the middle of an epoch."""
+"""Batches of a data set: shuffled by epoch, split over processes, continued in the middle of an epoch."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from ..data.streaming import Stream
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, SLURM's preemption, SLURM's --signal=USR1@SECONDS
 
 
-class TrainingOrder(Sampler[tuple[int, int]]):
+class TrainSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index): a permutation that depends on seed and epoch alone, dealt out to the processes.
 
     Batch k of all processes together holds the same samples however many processes there are, as long as the batches together
-    are equally large. What does not fill a batch on every process is left out, another part in every epoch.
+    are equally large. Samples that do not fill a batch on every process are left out, others in every epoch.
 
     Args:
         samples: Number of samples.
@@ -40,6 +40,7 @@ class TrainingOrder(Sampler[tuple[int, int]]):
         return self.samples // (self.batch_size * self.world_size) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        # Times a prime above any number of epochs: no two pairs of seed and epoch give one permutation.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.samples, generator=generator)
         mine = order[self.rank :: self.world_size][: len(self)]
@@ -48,7 +49,7 @@ class TrainingOrder(Sampler[tuple[int, int]]):
         return iter([(epoch, index) for index in mine[first:].tolist()])
 
 
-class EvaluationOrder(Sampler[int]):
+class EvalSampler(Sampler[int]):
     """Yields every index once over all processes; -1 fills up, so that each process has as many.
 
     Args:
@@ -69,13 +70,13 @@ class EvaluationOrder(Sampler[int]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SLURM's signals, which go to every process of a job, to the process that trains: it saves first."""
+    """Ignore Ctrl-C and SLURM's signals, which go to every process of a job: the process that trains handles them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StreamLoader(DataLoader[Any]):
-    """A loader of a stream, which knows how many batches it gives."""
+    """A loader of a stream, whose length is the number of batches."""
 
     dataset: Stream
 
@@ -83,7 +84,7 @@ class StreamLoader(DataLoader[Any]):
         return self.dataset.batches(self.batch_size or 1, self.num_workers)
 
 
-class Loaders(lightning.LightningDataModule):
+class DataModule(lightning.LightningDataModule):
     """Batches for training and validation, for any task.
 
     The position inside an epoch is part of Lightning's checkpoints. Generators of random numbers are not: data sets seed them
@@ -144,19 +145,19 @@ class Loaders(lightning.LightningDataModule):
             self.train.set_epoch(epoch)
             self.train.skip(done, self.batch_size)
             return StreamLoader(self.train, drop_last=True, **self._settings())
-        order = TrainingOrder(len(self.train), self.batch_size, self.seed, **place)
+        order = TrainSampler(len(self.train), self.batch_size, self.seed, **place)
         order.set_epoch(epoch)
         order.skip = done
         return DataLoader(self.train, sampler=order, drop_last=True, **self._settings())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the validation batches of this process, of which every process has as many."""
+        """Return the validation batches of this process, the same number on every process."""
         assert self.trainer is not None
         place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         if isinstance(self.held_out, Stream):
             self.held_out.configure(training=False, **place)
             return StreamLoader(self.held_out, **self._settings())
-        return DataLoader(self.held_out, sampler=EvaluationOrder(len(self.held_out), **place), **self._settings())
+        return DataLoader(self.held_out, sampler=EvalSampler(len(self.held_out), **place), **self._settings())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches that are done in the current epoch."""

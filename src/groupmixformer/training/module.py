@@ -1,4 +1,4 @@
-"""What every task shares: optimiser and schedule, averaged weights, sharding, steps that are skipped, images that are bad."""
+"""What every task shares: optimiser and schedule, EMA weights, sharding, skipped steps, unreadable images."""
 
 import copy
 from abc import abstractmethod
@@ -17,7 +17,8 @@ from torchmetrics import MeanMetric
 from ..data.samples import Samples
 from ..data.seeding import seed_all
 from ..models.groupmixformer import GroupMixFormer
-from .loaders import Loaders
+from . import old_names
+from .loaders import DataModule
 from .recipe import Recipe
 
 
@@ -41,17 +42,17 @@ class Task(lightning.LightningModule):
         self,
         recipe: Recipe,
         model: nn.Module,
-        loaders: Loaders,
+        loaders: DataModule,
         class_names: list[str],
         world_size: int,
     ) -> None:
         super().__init__()
         self.recipe, self.loaders, self.class_names = recipe, loaders, class_names
         batch = recipe.batch_size * world_size
-        self.total_batch = batch * recipe.accumulate  # samples in a step
+        self.total_batch = batch * recipe.grad_accum_steps  # samples in a step
         lr_batch = recipe.optimizer.lr_batch
         self.rate_scale = self.total_batch / lr_batch if lr_batch else 1.0  # of the recipe's learning rates
-        self.steps_per_epoch = -(-loaders.batches(world_size) // recipe.accumulate)
+        self.steps_per_epoch = -(-loaders.batches(world_size) // recipe.grad_accum_steps)
         if not self.steps_per_epoch:
             share = (
                 f", of which each of {recipe.workers} workers gets its part" if loaders.streams and recipe.workers > 1 else ""
@@ -62,13 +63,13 @@ class Task(lightning.LightningModule):
             )
         if recipe.ema and recipe.strategy == "fsdp":
             raise ValueError("strategy fsdp shards the weights and cannot average them: set ema to null")
-        # GroupMixFormer sees to its layout itself; weights that are sharded must be contiguous.
+        # GroupMixFormer chooses its memory format itself; weights that are sharded must be contiguous.
         ours = any(isinstance(module, GroupMixFormer) for module in model.modules())
         if recipe.channels_last and recipe.strategy != "fsdp" and not ours:
             model = model.to(memory_format=torch.channels_last)
         if recipe.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
-                raise ValueError(f"{recipe.variant} has no gradient checkpointing: set grad_checkpointing to false")
+                raise ValueError(f"{recipe.model} has no gradient checkpointing: set grad_checkpointing to false")
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.model: Any = model
         # In a list, and so no part of this module, all of whose weights Lightning would empty if it found some on meta.
@@ -79,7 +80,7 @@ class Task(lightning.LightningModule):
         self.notes: list[str] = []  # what was left out when the data was opened
         for name, samples in (("training", loaders.train), ("held-out", loaders.held_out)):
             if isinstance(samples, Samples):
-                self.notes += samples.left_out(name, recipe.bad_limit)
+                self.notes += samples.left_out(name, recipe.max_unreadable)
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
         self.unreadable: dict[str, None] = {}  # images, with the reason
@@ -97,7 +98,7 @@ class Task(lightning.LightningModule):
 
     @property
     def evaluated(self) -> Any:
-        """The model whose accuracy counts: the averaged one, if there is one."""
+        """The model that is evaluated and saved: the EMA one, if there is one."""
         return self.average.module if self.average else self.model
 
     def configure_model(self) -> None:
@@ -112,7 +113,7 @@ class Task(lightning.LightningModule):
             fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
-        """Return timm's optimiser and its schedule, stepped after every update; rates grow with the total batch."""
+        """Return timm's optimiser and its schedule, stepped after every update; rates are scaled to the total batch."""
         optimizer, schedule = self.recipe.optimizer, self.recipe.schedule
         made = create_optimizer_v2(
             self.model,
@@ -140,7 +141,7 @@ class Task(lightning.LightningModule):
         scheduler.step_update(num_updates=self.global_step)
 
     def on_train_start(self) -> None:
-        """Take up the loss of the epoch and the rate of this step, where a run is resumed."""
+        """Restore the loss of the epoch and the rate of this step, where a run is resumed."""
         if self._losses:
             self.train_loss.mean_value.fill_(sum(value for value, _ in self._losses))
             self.train_loss.weight.fill_(sum(weight for _, weight in self._losses))
@@ -153,7 +154,7 @@ class Task(lightning.LightningModule):
         torch.manual_seed(torch.initial_seed())  # the accelerator's generator too
         if batch_idx == 0:
             self.train_loss.reset()  # a checkpoint of an epoch's end still holds the loss of that epoch
-        if batch_idx % self.recipe.accumulate == 0:
+        if batch_idx % self.recipe.grad_accum_steps == 0:
             buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
             if self._statistics:
                 torch._foreach_copy_(self._statistics, buffers)
@@ -169,7 +170,7 @@ class Task(lightning.LightningModule):
         """Clip the norm of the gradients; without finite gradients, skip the step.
 
         Raises:
-            ValueError: If more than `recipe.skip_limit` steps in a row had to be skipped.
+            ValueError: If more than `recipe.max_skipped_steps` steps in a row had to be skipped.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -185,17 +186,17 @@ class Task(lightning.LightningModule):
         torch._foreach_copy_([buffer for buffer in self.model.buffers() if buffer.is_floating_point()], self._statistics)
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > self.recipe.skip_limit:
+        if self.skipped_in_a_row > self.recipe.max_skipped_steps:
             last = self.recipe.last_checkpoint
-            kept = f"The last checkpoint is {last}" if last.exists() else "There is no checkpoint yet"
+            saved = f"The last checkpoint is {last}" if last.exists() else "There is no checkpoint yet"
             raise ValueError(
                 f"the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last at step "
-                f"{self.global_step}; the weights are those before them. {kept}: lower optimizer.lr, or use precision "
-                "bf16-mixed or 32-true"
+                f"{self.global_step}; the weights are those before them. {saved}: lower optimizer.lr, or use precision "
+                "bf16 or fp32"
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update the weights, and the averaged ones after them."""
+        """Update the weights, and the EMA weights after them."""
         super().optimizer_step(*args, **kwargs)
         if self.average and not self.skipped_in_a_row:
             self.average.update(self.model, step=self.global_step)
@@ -207,7 +208,7 @@ class Task(lightning.LightningModule):
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True)
 
     def note_new(self, parameters: Sequence[str]) -> None:
-        """Say before training which parameters a checkpoint of the same task did not have."""
+        """Note, to be printed before training, which parameters a checkpoint of the same task did not have."""
         if parameters:
             few = ", ".join(parameters[:3]) + (", ..." if len(parameters) > 3 else "")
             self.notes.append(f"{self.recipe.checkpoint}: does not fit {len(parameters)} parameters, which stay new: {few}")
@@ -225,19 +226,19 @@ class Task(lightning.LightningModule):
         self.check_unreadable(list(self.unreadable))
 
     def check_unreadable(self, found: Sequence[str]) -> None:
-        """Stop the run if so many images, of one process or of all, are more than the recipe allows.
+        """Stop the run if these unreadable images, of one process or of all, are more than the recipe allows.
 
         Raises:
             ValueError: If they are.
         """
-        if len(found) > self.recipe.bad_limit * self.loaders.samples:
+        if len(found) > self.recipe.max_unreadable * self.loaders.samples:
             raise ValueError(
-                f"{len(found)} of {self.loaders.samples} training images cannot be read, more than bad_limit "
-                f"({self.recipe.bad_limit:.2%}) allows: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"
+                f"{len(found)} of {self.loaders.samples} training images cannot be read, more than max_unreadable "
+                f"({self.recipe.max_unreadable:.2%}) allows: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"
             )
 
     def _of_all(self, value: Any) -> list[Any]:
-        """Return what each process has; all must call this."""
+        """Return the values of all processes; all must call this."""
         gathered = [value] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(gathered, value)
@@ -248,7 +249,7 @@ class Task(lightning.LightningModule):
         return sorted({name for names in self._of_all(list(self.unreadable)) for name in names})
 
     def whole_model(self) -> nn.Module:
-        """Return the model whose accuracy counts, with all its weights; all processes must call this."""
+        """Return the model that is evaluated, with all its weights where they are sharded; all processes must call this."""
         if not self.blueprint:
             return self.evaluated
         weights = self.trainer.strategy.lightning_module_state_dict()  # empty on all processes but the first
@@ -259,12 +260,13 @@ class Task(lightning.LightningModule):
         return model.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counts of all processes; Lightning keeps the metrics of the first only."""
+        """Save the counts of all processes; Lightning saves the metrics of the first only."""
         loss = (float(self.train_loss.mean_value), float(self.train_loss.weight))
         checkpoint["counts"] = {"skipped": self.skipped, "unreadable": self.all_unreadable(), "losses": self._of_all(loss)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counts; the schedule follows from the step and the recipe, which may have more epochs now."""
+        """Restore the counts; the schedule follows from the step and the recipe, which may have more epochs now."""
+        old_names.rename_state(checkpoint)
         checkpoint["lr_schedulers"] = []
         counts = checkpoint["counts"]
         self.skipped = counts["skipped"]

@@ -1,6 +1,7 @@
 """Recipes: every setting of a training run, typed, with its default, from a YAML file and dotted options."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ import yaml
 
 from ..files import write_file
 from ..run_folder import CHECKPOINT
+from . import old_names
 
 
 @dataclass
@@ -87,57 +89,57 @@ class Augmentation:
 
 
 @dataclass
-class Detector:
+class DetectorSettings:
     """A detector of torchvision over a backbone of timm, and what is done to its images.
 
     Args:
         architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages) or mask_rcnn (boxes and masks).
         sizes: Shorter sides of training images besides image_size, in pixels; one of all is drawn for each image.
         max_size: Limit of the longer side, in pixels.
-        width: Channels of the feature pyramid and of the heads; the papers' is 256.
+        fpn_channels: Channels of the feature pyramid and of the heads; 256 in the papers.
         anchor_scale: Side of the smallest anchors, in strides of their level: 8 is 32 pixels at stride 4.
-        regions: For two stages, the regions of a training image from which the second one learns.
-        objects: Most objects to find in an image.
+        rois_per_image: For two stages, the regions of a training image from which the second one learns.
+        max_detections: Limit of the objects that are found in an image.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
-        frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
+        freeze_bn: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
     """
 
     architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn"
     sizes: list[int] = field(default_factory=list)
     max_size: int = 1333
-    width: int = 256
+    fpn_channels: int = 256
     anchor_scale: float = 8.0
-    regions: int = 512
-    objects: int = 100
+    rois_per_image: int = 512
+    max_detections: int = 100
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.0
-    frozen_statistics: bool = False
+    freeze_bn: bool = False
 
 
 @dataclass
-class Segmenter:
+class SegmenterSettings:
     """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its images.
 
     Args:
         decoder: upernet, fpn, or another of segmentation_models_pytorch by its name.
         channels: Width of upernet and fpn; none for the library's.
-        auxiliary: Weight of the loss of a second head on the features of stride 16, for training only; 0 for no such head.
+        aux_loss_weight: Weight of the loss of a second head on the features of stride 16, for training only; 0 for no head.
         scale: Range of the shorter side of a training image in parts of image_size, before a square of that size is cut out.
         hflip: Probability of a horizontal flip.
         photometric: Change brightness, contrast, saturation and hue at random.
-        frozen_statistics: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
+        freeze_bn: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
     """
 
     decoder: str = "upernet"
     channels: int | None = None
-    auxiliary: float = 0.4
+    aux_loss_weight: float = 0.4
     scale: tuple[float, float] = (0.5, 2.0)
     hflip: float = 0.5
     photometric: bool = True
-    frozen_statistics: bool = False
+    freeze_bn: bool = False
 
 
 @dataclass
@@ -152,7 +154,7 @@ class Recipe:
             with images/, masks/ and classes.json, or one like ADE20K's.
         root: Where timm's data sets lie: a folder; for wds/ also a URL.
         download: Fetch a torch/ data set that is not there.
-        variant: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm; for detection and
+        model: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm; for detection and
             segmentation, the backbone.
         checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
         image_size: Side of the training images, in pixels; also of the test images. For detection and segmentation, the shorter
@@ -161,15 +163,15 @@ class Recipe:
         epochs: Passes over the training images.
         patience: Epochs without a better validation accuracy after which the run stops; none to never stop early.
         batch_size: Images at once on each process.
-        accumulate: Batches whose gradients are added up for one step.
+        grad_accum_steps: Batches whose gradients are added up for one step.
         drop_path_rate: Stochastic depth of the last block.
-        ema: Decay of the averaged weights, which are then the ones that are validated and kept; none for no average.
+        ema: Decay of the EMA weights (exponential moving average), which are then validated and saved; none for no EMA.
         workers: Processes that load images for each process that trains; 0 loads in the training process.
-        bad_limit: Share of the training images that may be unreadable before the run stops; fewer are replaced and counted.
-        skip_limit: Steps in a row that may be skipped because their gradients are not finite before the run stops.
+        max_unreadable: Share of the training images that may be unreadable; fewer are replaced and counted, more stop the run.
+        max_skipped_steps: Steps in a row that may be skipped because their gradients are not finite before the run stops.
         save_minutes: Minutes between checkpoints inside an epoch; each epoch ends with one too.
         log_steps: Steps between entries of the TensorBoard log; metrics.csv has a row for each epoch.
-        precision: 32-true, bf16-mixed or 16-mixed.
+        precision: fp32, or bf16 or fp16 for mixed precision, whose weights stay fp32.
         compile: Compile the model with torch.compile.
         grad_checkpointing: Recompute activations in the backward pass: less memory, slower.
         channels_last: Keep other models than GroupMixFormer, which always does, in channels_last memory.
@@ -192,22 +194,22 @@ class Recipe:
     task: str = "classification"
     root: str = "data"
     download: bool = False
-    variant: str = "groupmixformer_mobile"
+    model: str = "groupmixformer_mobile"
     checkpoint: str | None = None
     image_size: int = 224
     crop_pct: float = 0.875
     epochs: int = 10
     patience: int | None = None
     batch_size: int = 64
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     drop_path_rate: float = 0.0
     ema: float | None = None
     workers: int = 2
-    bad_limit: float = 0.001
-    skip_limit: int = 20
+    max_unreadable: float = 0.001
+    max_skipped_steps: int = 20
     save_minutes: float = 10.0
     log_steps: int = 10
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     grad_checkpointing: bool = False
     channels_last: bool = True
@@ -221,8 +223,8 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    detector: Detector = field(default_factory=Detector)
-    segmenter: Segmenter = field(default_factory=Segmenter)
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
     task_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -269,6 +271,9 @@ def shipped() -> dict[str, Path]:
 
 
 class _Parser(jsonargparse.ArgumentParser):
+    def format_help(self, formatter: Any = None) -> str:
+        return re.sub(r"--[a-z_.]+", lambda option: option[0].replace("_", "-"), super().format_help(formatter))
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise RecipeError(" ".join(message.split()))
 
@@ -309,12 +314,18 @@ def _refuse_unused(given: Sequence[str], task: str) -> None:
                 raise RecipeError(f"{name} is a field for {other}, and the recipe's task is {task}")
 
 
+def _underscored(word: str) -> str:
+    """Return an option with underscores for the dashes in its name, as fields have them; other words as they are."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
 def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and override its fields.
+    """Read a recipe and override its fields; names that fields had before are understood.
 
     Args:
         name: A shipped recipe's name or a YAML file, such as the recipe.yaml of a run.
-        options: Dotted options, e.g. ``["--optimizer.lr", "1e-4", "--data=photos"]``.
+        options: Dotted options, e.g. ``["--optimizer.lr", "1e-4", "--data=photos"]``; dashes and underscores are the same.
 
     Raises:
         RecipeError: If the recipe or a field does not exist, or a value has the wrong type.
@@ -330,11 +341,16 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected fields of a recipe, such as data and epochs")
+    try:
+        raw = old_names.rename(raw)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    options = old_names.rename_options([_underscored(word) for word in options])
     named = [option[2:].split("=")[0] for option in options if option.startswith("--")]
     _refuse_unknown(_fields(raw), str(path))
     _refuse_unknown(named, "a recipe")
     values = fields.parse_object(raw, defaults=False)
-    values = fields.parse_args(list(options), namespace=values)
+    values = fields.parse_args(options, namespace=values)
     recipe = Recipe(**fields.instantiate(values).as_dict())
     _refuse_unused([*_fields(raw), *named], recipe.task)
     return recipe

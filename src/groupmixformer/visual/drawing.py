@@ -48,12 +48,12 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
     labels = objects["labels"].tolist()
     if not labels:
         return F.to_pil_image(canvas)
-    # Objects of one class are told apart by their colours, several classes by theirs.
+    # One colour for each class, or for each object where there is only one class.
     chosen = palette(max(len(names), len(labels)))
     colors: Any = [tuple(chosen[i if len(names) == 1 else label - 1]) for i, label in enumerate(labels)]
     if "masks" in objects:
         masks = F.resize(objects["masks"].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST).bool()
-        masks &= masks.cumsum(dim=0) == 1  # torchvision paints black where masks overlap: there the first, the best, counts
+        masks &= masks.cumsum(dim=0) == 1  # torchvision paints overlaps black: the first mask, with the best score, wins
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
     texts = [
@@ -67,32 +67,32 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
 
 
 def draw_segments(image: Image.Image, labels: Tensor, names: Sequence[str], colors: Sequence[Sequence[int]]) -> Image.Image:
-    """Lay the colours of the classes over an image, with a legend at its side.
+    """Overlay the colours of the classes on an image, with a legend beside it.
 
     Args:
         image: RGB.
-        labels: Class of each pixel (H, W); others than the classes stay as they are.
+        labels: Class of each pixel (H, W); pixels of other values are left unchanged.
         names: Of the classes.
         colors: Of the classes: red, green, blue.
 
     Returns:
-        A copy, enlarged if the image is small, with the classes that are in it listed from the largest on.
+        A copy, enlarged if the image is small, with a legend of its classes, the largest first.
     """
     canvas, _ = _canvas(image)
     labels = F.resize(labels[None].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST)[0]
     counts = labels.flatten().bincount(minlength=256)[: len(names)]
-    there = [index for index in counts.argsort(descending=True).tolist() if counts[index]]
-    if there:
-        masks = torch.stack([labels == index for index in there])
-        canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=[tuple(colors[index]) for index in there])
+    present = [index for index in counts.argsort(descending=True).tolist() if counts[index]]
+    if present:
+        masks = torch.stack([labels == index for index in present])
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=[tuple(colors[index]) for index in present])
     size = max(12, canvas.shape[1] // 32)
     font = ImageFont.truetype(_font_file(), size)
-    lines = [f"{names[index]}  {int(counts[index]) / labels.numel():.1%}" for index in there]
+    lines = [f"{names[index]}  {int(counts[index]) / labels.numel():.1%}" for index in present]
     wide = max((round(font.getlength(line)) for line in lines), default=0) + 3 * size
     page = Image.new("RGB", (canvas.shape[2] + wide, max(canvas.shape[1], 2 * size * len(lines))), "white")
     page.paste(F.to_pil_image(canvas), (0, 0))
     pen = ImageDraw.Draw(page)
-    for row, (index, line) in enumerate(zip(there, lines, strict=True)):
+    for row, (index, line) in enumerate(zip(present, lines, strict=True)):
         left, top = canvas.shape[2] + size // 2, round(1.6 * size * row) + size // 2
         pen.rectangle((left, top, left + size, top + size), fill=tuple(colors[index]), outline="black")
         pen.text((left + 1.6 * size, top), line, fill="black", font=font)

@@ -1,4 +1,4 @@
-"""Figures of what a network looks at, laid over the images."""
+"""Figures of attention and relevance, overlaid on the images."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..files import write_file
 
-# Of Okabe and Ito's palette: told apart by the colour-blind, and orange is seen on grey and on every colour of viridis.
+# From Okabe and Ito's palette, which colour-blind people can tell apart; orange is visible on grey and on all of viridis.
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
@@ -23,14 +23,14 @@ GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of panels: the image, then what is laid over it.
+    """A row of panels: the image, then the maps overlaid on it.
 
     Attributes:
         image: (h, w, 3), 0 to 1.
-        name: What stands left of it.
-        point: Row and column of the query that is marked.
-        box: Of an object that is marked: left, top, right, bottom.
-        strengths: (4, h, w), 0 to 1, of the group sizes.
+        name: Label on its left.
+        point: Row and column of the query to mark.
+        box: Of an object to mark: left, top, right, bottom.
+        strengths: Attention by group size, (4, h, w), 0 to 1.
         relevance: (h, w), 0 to 1.
     """
 
@@ -43,12 +43,12 @@ class Row:
 
 
 def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance") -> Figure:
-    """Draw images and, side by side, what positions in them attend to by group size, and relevance where there is any.
+    """Draw images and, beside each, the attention of a position by group size, and the relevance, where they are given.
 
     Args:
-        rows: What to draw.
-        title: What stands over the images.
-        relevance: What stands over the relevance.
+        rows: The images with their maps.
+        title: Title of the column of images.
+        relevance: Title of the column of relevance.
     """
     groups = any(row.strengths is not None for row in rows)
     titles = [title, *(GROUPS if groups else ())]
@@ -93,17 +93,17 @@ def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance"
 
 
 def drawn(figure: Figure, form: str = "png") -> bytes:
-    """Return a figure as the contents of a png, svg or pdf file."""
+    """Return a figure encoded as png, svg or pdf."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, dpi=110)
     return buffer.getvalue()
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the form that the name asks for: .png, .svg or .pdf."""
+    """Write a figure in the format of its suffix: .png, .svg or .pdf."""
     write_file(path, drawn(figure, path.suffix[1:].lower()))
 
 
 def shown(pixels: NDArray[np.uint8]) -> NDArray[Any]:
-    """Return 8-bit pixels as `Row` takes them."""
+    """Scale 8-bit pixels to 0 to 1, as `Row` takes them."""
     return pixels.astype(np.float32) / 255

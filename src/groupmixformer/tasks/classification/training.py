@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ...models.checkpoint import architecture, load_model, model_name, save_checkpoint
 from ...models.groupmixformer import GroupMixFormer
-from ...training.loaders import Loaders
+from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from .data import ImageData, classification_transform, collate_classification, eval_transform, open_images, training_config
@@ -31,7 +31,7 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     """
     settings: dict[str, Any] = {"num_classes": len(class_names), "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
-        name = model_name(recipe.variant)
+        name = model_name(recipe.model)
         return timm.create_model(name, **settings, **_size(name, recipe))
     source = load_model(recipe.checkpoint)
     named = list(source.pretrained_cfg.get("label_names") or class_names)
@@ -67,7 +67,7 @@ class ClassificationModule(Task):
         config = training_config(recipe, model)
         train = images.train(classification_transform(recipe.augmentation, config), recipe.seed)
         held_out = images.held_out(eval_transform(config))
-        loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_classification)
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_classification)
         super().__init__(recipe, model, loaders, images.class_names, world_size)
         self.config = config
         augmentation = recipe.augmentation

@@ -54,10 +54,10 @@ class Detector(BackboneModel):
         image_size: Shorter side to which images are resized, in pixels.
         max_size: Limit of the longer side.
         sizes: Other shorter sides for training, of which one of all is drawn.
-        width: Channels of the feature pyramid and of the heads.
+        fpn_channels: Channels of the feature pyramid and of the heads.
         anchor_scale: Side of the smallest anchors, in strides of their level.
-        regions: Regions of a training image from which the second stage learns.
-        objects: Most objects to find in an image.
+        rois_per_image: Regions of a training image from which the second stage learns.
+        max_detections: Limit of the objects that are found in an image.
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         options: Weights of the backbone, and its stochastic depth.
@@ -74,10 +74,10 @@ class Detector(BackboneModel):
         image_size: int,
         max_size: int,
         sizes: Sequence[int] = (),
-        width: int = 256,
+        fpn_channels: int = 256,
         anchor_scale: float = 8.0,
-        regions: int = 512,
-        objects: int = 100,
+        rois_per_image: int = 512,
+        max_detections: int = 100,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         **options: Any,
@@ -91,29 +91,29 @@ class Detector(BackboneModel):
         }
         classes, ratios = num_classes + 1, (0.5, 1.0, 2.0)  # torchvision counts the background
         if architecture == "retinanet":
-            pyramid = Pyramid(backbone, (8, 16, 32), width, LastLevelP6P7(width, width), **options)
+            pyramid = Pyramid(backbone, (8, 16, 32), fpn_channels, LastLevelP6P7(fpn_channels, fpn_channels), **options)
             sides = [[anchor_scale / 2 * stride * 2 ** (octave / 3) for octave in range(3)] for stride in (8, 16, 32, 64, 128)]
             anchors = AnchorGenerator(tuple(map(tuple, sides)), (ratios,) * len(sides))
             self.network: Any = detection.RetinaNet(
-                pyramid, classes, anchor_generator=anchors, detections_per_img=objects, **shared
+                pyramid, classes, anchor_generator=anchors, detections_per_img=max_detections, **shared
             )
         elif architecture in ("faster_rcnn", "mask_rcnn"):
-            pyramid = Pyramid(backbone, (4, 8, 16, 32), width, LastLevelMaxPool(), **options)
+            pyramid = Pyramid(backbone, (4, 8, 16, 32), fpn_channels, LastLevelMaxPool(), **options)
             sides = [[anchor_scale * stride] for stride in (4, 8, 16, 32, 64)]
             anchors = AnchorGenerator(tuple(map(tuple, sides)), (ratios,) * len(sides))
             heads: dict[str, Any] = {
-                "box_head": TwoMLPHead(7 * 7 * width, 4 * width),
-                "box_predictor": FastRCNNPredictor(4 * width, classes),
+                "box_head": TwoMLPHead(7 * 7 * fpn_channels, 4 * fpn_channels),
+                "box_predictor": FastRCNNPredictor(4 * fpn_channels, classes),
             }
             if architecture == "mask_rcnn":
-                heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, dilation=1)
-                heads["mask_predictor"] = MaskRCNNPredictor(width, width, classes)
+                heads["mask_head"] = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
+                heads["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
             made = detection.MaskRCNN if architecture == "mask_rcnn" else detection.FasterRCNN
             self.network = made(
                 pyramid,
                 rpn_anchor_generator=anchors,
-                box_batch_size_per_image=regions,
-                box_detections_per_img=objects,
+                box_batch_size_per_image=rois_per_image,
+                box_detections_per_img=max_detections,
                 **heads,
                 **shared,
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...run_folder import save_network
-from ...training.loaders import Loaders
+from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from ..backbone import open_backbone, start_from
@@ -30,24 +30,24 @@ class DetectionModule(Task):
 
     def __init__(self, recipe: Recipe, train: CocoImages, held_out: CocoImages, world_size: int = 1) -> None:
         settings = recipe.detector
-        backbone, weights, used_to = open_backbone(recipe.variant, recipe.checkpoint, "detection")
+        backbone, weights, used_to = open_backbone(recipe.model, recipe.checkpoint, "detection")
         self.category_ids = train.category_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),
             "architecture": settings.architecture,
             "image_size": recipe.image_size,
             "max_size": settings.max_size,
-            "width": settings.width,
+            "fpn_channels": settings.fpn_channels,
             "anchor_scale": settings.anchor_scale,
-            "regions": settings.regions,
-            "objects": settings.objects,
+            "rois_per_image": settings.rois_per_image,
+            "max_detections": settings.max_detections,
             **used_to,
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "detection")
-        if settings.frozen_statistics:
+        if settings.freeze_bn:
             model.freeze_statistics()
-        loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_detection)
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_detection)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
         self.ground_truth = held_out.ground_truth

@@ -12,7 +12,7 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ...run_folder import save_network
-from ...training.loaders import Loaders
+from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from ..backbone import Backbone, open_backbone, start_from
@@ -52,19 +52,19 @@ class SegmentationModule(Task):
             "num_classes": len(train.class_names),
             "decoder": settings.decoder,
             "channels": settings.channels,
-            "auxiliary": settings.auxiliary > 0,
+            "auxiliary": settings.aux_loss_weight > 0,
             "image_size": recipe.image_size,
             **colors,
         }
         model = Segmenter(backbone, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "segmentation")
-        if settings.frozen_statistics:
+        if settings.freeze_bn:
             model.freeze_statistics()
         if recipe.batch_size < 2 and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.network.modules()):
             raise ValueError(
                 f"got batch_size 1, expected 2 or more: {settings.decoder} has BatchNorm after pooling to one pixel"
             )
-        loaders = Loaders(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_segmentation)
+        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_segmentation)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
         self.confusion = MulticlassConfusionMatrix(len(train.class_names), ignore_index=IGNORE)
@@ -83,7 +83,7 @@ class SegmentationModule(Task):
 
         loss = loss_of(main)
         for logits in second:
-            loss = loss + self.recipe.segmenter.auxiliary * loss_of(logits)
+            loss = loss + self.recipe.segmenter.aux_loss_weight * loss_of(logits)
         self.log_loss(loss, len(images))
         return loss
 
@@ -119,7 +119,7 @@ class SegmentationModule(Task):
             ValueError: If one of them cannot be used.
         """
         settings = recipe.segmenter
-        backbone, weights, colors = open_backbone(recipe.variant, recipe.checkpoint, "segmentation")
+        backbone, weights, colors = open_backbone(recipe.model, recipe.checkpoint, "segmentation")
         mean, std = colors.get("mean", IMAGENET_DEFAULT_MEAN), colors.get("std", IMAGENET_DEFAULT_STD)
         augment = segmentation_transform(recipe.image_size, settings.scale, settings.hflip, settings.photometric, mean, std)
         prepare = partial(prepare_image, image_size=recipe.image_size, mean=mean, std=std)

@@ -1,0 +1,192 @@
+"""What happens during a run besides the steps: checkpoints, signals, metrics.csv, the best model, early stopping."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback
+
+from ..files import atomic_write, write_file, write_rows
+from ..run_folder import METRICS, UNREADABLE, read_metrics
+from .loaders import STOP_SIGNALS
+from .module import Task
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop; it was saved first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints atomically, so that there is always a whole one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save `checkpoint` as the file `path`.
+
+        Raises:
+            OSError: If it cannot be written; the file that was there before is intact.
+        """
+        path = Path(path)
+        try:
+            with atomic_write(path) as folder, (folder / path.name).open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            intact = f"; the checkpoint before it, {path}, is intact" if path.exists() else ""
+            raise OSError(f"{path}: the checkpoint could not be written (is the disk full?): {error}{intact}") from error
+
+
+class CheckpointCallback(Callback):
+    """Saves the run's state after every epoch, every few minutes, and when a signal asks the run to stop."""
+
+    def __init__(self, path: Path, minutes: float, grad_accum_steps: int) -> None:
+        self.path, self.seconds, self.grad_accum_steps = path, 60 * minutes, grad_accum_steps
+        self.received = 0
+        self.saved = time.monotonic()
+        self.handlers: dict[int, Any] = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        print(f"{signal.Signals(number).name}: saving after this step, then stopping", file=sys.stderr, flush=True)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Handle signals in place of Lightning, which stops without saving."""
+        self.saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Restore the handlers that were there before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def _save(self, trainer: lightning.Trainer, due: bool) -> None:
+        number, now = self.received, int(due)
+        if trainer.world_size > 1:  # what one process was told, all must do
+            flags = torch.tensor([number, due], dtype=torch.float32, device=trainer.strategy.root_device)
+            reduced = trainer.strategy.reduce(flags, reduce_op="max")
+            assert isinstance(reduced, torch.Tensor)
+            number, now = (int(flag) for flag in reduced.tolist())
+        if number or now:
+            trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+        if number:
+            raise Stopped(number)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save inside an epoch, between two steps; the last step leaves it to the end of the epoch."""
+        if (batch_idx + 1) % self.grad_accum_steps == 0 and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer, time.monotonic() - self.saved > self.seconds)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the epoch. Comes after `MetricsCallback`, so that what it wrote belongs to the checkpoint."""
+        self._save(trainer, due=True)
+
+
+class EarlyStopping(callbacks.EarlyStopping):
+    """Stops a run whose metric has not grown for `patience` epochs; also one that is resumed after it had stopped."""
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        # At the end of validation: at the end of the epoch it would come after `CheckpointCallback`, which saves the count.
+        super().__init__(monitor, patience=patience, mode="max", check_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the count, but not the patience, which the recipe may have changed."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop before the first step if the patience was exhausted."""
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+PROBLEM_COUNTS = {"skipped_steps": "steps skipped", "unreadable": "images unreadable"}  # said of an epoch only where there are
+
+
+class MetricsCallback(Callback):
+    """Writes a row of metrics.csv after every epoch, saves the best model in the run folder and prints the progress."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best = -1.0
+        self.seconds = 0.0  # of the run, over all its parts
+        self.start = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"best": self.best, "seconds": self.seconds + time.monotonic() - self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best metric of the run that is resumed."""
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Drop the rows of epochs that a resumed run repeats."""
+        self.start = time.monotonic()
+        if trainer.is_global_zero:
+            done = [row for row in read_metrics(self.folder) if row["epoch"] < trainer.current_epoch]
+            write_rows(self.folder / METRICS, done)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Tell a stream, which has no sampler that Lightning could tell."""
+        assert isinstance(pl_module, Task)
+        if hasattr(pl_module.loaders.train, "set_epoch"):
+            pl_module.loaders.train.set_epoch(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the metrics of the epoch, and the model if it is the best so far."""
+        assert isinstance(pl_module, Task)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        best = metrics[pl_module.monitor] > self.best
+        self.best = max(self.best, metrics[pl_module.monitor])
+        model = pl_module.whole_model() if best else None  # all processes take part where the weights are sharded
+        unreadable = pl_module.all_unreadable()
+        pl_module.check_unreadable(unreadable)  # a process counts its own as they come; here are those of all
+        if not trainer.is_global_zero:
+            return
+        seconds = self.seconds + time.monotonic() - self.start
+        row = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "lr": trainer.optimizers[0].param_groups[-1]["lr"],
+            "loss": metrics["train_loss"],
+            **{name: value for name, value in metrics.items() if name.startswith("val_")},
+            "skipped_steps": pl_module.skipped,
+            "unreadable": len(unreadable),
+            "seconds": round(seconds, 1),
+        }
+        write_rows(self.folder / METRICS, [*read_metrics(self.folder), row])
+        if unreadable:
+            write_file(self.folder / UNREADABLE, "".join(f"{line}\n" for line in unreadable))
+        if model is not None:
+            pl_module.save(model, self.folder)
+        done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
+        measured = "  ".join(
+            f"{name.removeprefix('val_')} {metrics[name]:.4f}"
+            for name in sorted(row)
+            if name.startswith("val_") and name != "val_images"
+        )
+        noted = "".join(f"  {row[name]:.0f} {text}" for name, text in PROBLEM_COUNTS.items() if row[name])
+        print(
+            f"epoch {done}/{epochs}  training loss {row['loss']:.4f}  held out: {measured}{noted}  "
+            f"{seconds:.0f} s, {seconds / done * (epochs - done):.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
