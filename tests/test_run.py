@@ -44,7 +44,8 @@ def runs(tmp_path_factory, randomise):
             randomise(network), folder / task, {"task": task, "class_names": NAMES, **config, "network": network_config}
         )
 
-    settings = {"num_classes": 3, "architecture": "mask_rcnn", "image_size": 64, "max_size": 96, "fpn_channels": 32, "max_detections": 5}
+    settings = {"num_classes": 3, "architecture": "mask_rcnn", "image_size": 64, "max_size": 96}
+    settings |= {"fpn_channels": 32, "max_detections": 5}
     save("detection", Detector(backbone, **settings), settings, category_ids=[3, 4, 7])
     settings = {"num_classes": 3, "decoder": "fpn", "image_size": 64, "channels": 64}
     colors = [[0, 90, 0], [200, 0, 0], [0, 0, 200]]

@@ -102,6 +102,11 @@ class RunFolder:
         """What the model was trained for; classification where config.json does not say."""
         return str(self.config.get("task", "classification"))
 
+    @property
+    def holds_classifier(self) -> bool:
+        """Whether timm reads it; networks of other tasks are written by `save_network`."""
+        return self.task == "classification"
+
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """Rows of metrics.csv, one for each epoch; none where there is no such file."""

@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..tasks.registry import find_task
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -61,7 +63,7 @@ def at_published_size(names: Sequence[str], task: str, size: tuple[int, int]) ->
         ValueError: If there is none.
     """
     chosen = [name for name in names if published_top1(name) and size == ((384, 384) if name.endswith("_384") else (224, 224))]
-    if task != "classification" or not chosen:
+    if not find_task(task).published or not chosen:
         raise ValueError(
             f"no accuracy of {', '.join(names)} for {task} at {size[0]} x {size[1]} is known to plot, expected classification "
             "at 224 (384 for a model of that name) of GroupMixFormer, CoaT-Lite, ConvNeXt, DaViT, GC ViT, PVT v2, ResNet, Swin"

@@ -18,34 +18,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.checkpoint import model_name
+from ..tasks.registry import find_task
 from .published import published_top1
 from .timing import ENOUGH_FOR_P99, Runner, Settings, clock_name, machine, matrix_speed, measure, set_threads
 
-# Sizes at which results are published: ImageNet, COCO, ADE20K.
-SIZES = {"classification": (224, 224), "detection": (800, 1333), "segmentation": (512, 512)}
-
 
 def create_network(name: str, settings: Settings) -> nn.Module:
-    """Create a classifier, detector or segmenter over a model of timm."""
-    if settings.task == "classification":
-        cfg = timm.get_pretrained_cfg(name)
-        fixed: dict[str, Any] = {"img_size": settings.size} if cfg and cfg.fixed_input_size else {}
-        return timm.create_model(name, **fixed)
-    from ..tasks.backbone import Backbone
-
-    if settings.task == "detection":
-        from ..tasks.detection.model import Detector
-
-        height, width = sorted(settings.size)
-        return Detector(Backbone(name), num_classes=80, architecture="mask_rcnn", image_size=height, max_size=width)
-    from ..tasks.segmentation.model import Segmenter
-
-    return Segmenter(Backbone(name), num_classes=150, decoder="upernet", channels=512, image_size=settings.size[0])
+    """Create a network of the task over a model of timm."""
+    return find_task(settings.task).bench_network(name, settings.size)
 
 
 def count_macs(name: str, settings: Settings) -> int | None:
     """Count the multiply-adds of the forward pass for one image; none for a detector, where they depend on what is found."""
-    if settings.task == "detection":
+    if not find_task(settings.task).counts_macs:
         return None
     with torch.device("meta"):
         network = create_network(name, settings).eval()
@@ -135,7 +120,7 @@ def bench(
             "macs": macs,
             "floor": floor,
             "of_floor": floor / row["milliseconds"] if floor else None,
-            "published_top1": published_top1(row["model"]) if settings.task == "classification" else None,
+            "published_top1": published_top1(row["model"]) if find_task(settings.task).published else None,
             "change": before / row["milliseconds"] if before else None,
         }
     return {"settings": asdict(settings), **conditions(settings), "matrix_product": product, "rows": rows}

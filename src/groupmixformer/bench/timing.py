@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.fuse import fuse
 from ..models.groupmixformer import GroupMixFormer
+from ..tasks.registry import find_task
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,19 +66,6 @@ class Settings:
     threads: int = 1
     rounds: int = 7
     seconds: float = 0.2
-
-
-def _objects(settings: Settings, number: int = 8) -> dict[str, Tensor]:
-    """Make boxes of an eighth to a half of the sides, with masks that fill them."""
-    height, width = settings.size
-    random = torch.Generator().manual_seed(0)
-    sides = torch.tensor([width, height]) * (0.125 + 0.375 * torch.rand(number, 2, generator=random))
-    corners = torch.rand(number, 2, generator=random) * (torch.tensor([width, height]) - sides)
-    boxes = torch.cat([corners, corners + sides], dim=1)
-    masks = torch.zeros(number, height, width, dtype=torch.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
-        mask[top:bottom, left:right] = 1
-    return {"boxes": boxes, "labels": torch.randint(1, 81, (number,), generator=random), "masks": masks}
 
 
 def _clock(settings: Settings) -> Callable[[], float]:
@@ -138,24 +126,17 @@ class Runner:
             network = fuse(network.to(settings.device).eval())
         elif settings.channels_last and not _is_ours(network):
             network = network.to(memory_format=torch.channels_last)
-        dtype = TYPES[settings.dtype] if not settings.train and settings.task == "classification" else torch.float32
+        self.task = find_task(settings.task)
+        dtype = TYPES[settings.dtype] if not settings.train and self.task.casts_weights else torch.float32
         self.network: Any = network.to(settings.device, dtype).train(settings.train)
         images = torch.randn(settings.batch_size, 3, *settings.size, device=settings.device, dtype=dtype)
-        self.inputs: Any = images.contiguous(memory_format=torch.channels_last)
-        self.targets: Any = None
-        if settings.task == "detection":
-            self.inputs = [image.sigmoid() for image in images]
-            target = {key: value.to(settings.device) for key, value in _objects(settings).items()}
-            self.targets = [target] * settings.batch_size if settings.train else None
-        elif settings.train:
-            shape = (settings.batch_size, *(settings.size if settings.task == "segmentation" else ()))
-            self.targets = torch.randint(0, 100, shape, device=settings.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.inputs, self.targets = self.task.bench_batch(images, settings.train)
         # Inference of a detector or segmenter runs under autocast too: their heads are not made for bf16 weights.
         self.autocast = settings.dtype != "fp32" and dtype == torch.float32
         self.optimizer = torch.optim.AdamW(network.parameters(), foreach=True) if settings.train else None
         if settings.compile:
-            compiled: Any = self.network.features if settings.task == "detection" else self.network
-            compiled.compile(mode=settings.compile)
+            self.task.compiled_part(self.network).compile(mode=settings.compile)
 
     def forward(self, inputs: Any) -> Any:
         """Return the network's output in the form's type; its losses in training of a detector."""
@@ -164,7 +145,7 @@ class Runner:
             torch.inference_mode(not self.settings.train),
             torch.autocast(kind, TYPES[self.settings.dtype], enabled=self.autocast),
         ):
-            if self.settings.task == "detection" and self.settings.train:
+            if self.task.gives_losses and self.settings.train:
                 return self.network(inputs, self.targets)
             return self.network(inputs)
 
@@ -173,7 +154,7 @@ class Runner:
         output = self.forward(self.inputs)
         if self.optimizer is None:
             return
-        if self.settings.task == "detection":
+        if self.task.gives_losses:
             loss = torch.stack(list(output.values())).sum()
         else:
             outputs = output if isinstance(output, tuple) else (output,)

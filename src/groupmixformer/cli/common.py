@@ -319,17 +319,18 @@ def bench(args: argparse.Namespace) -> None:
     import torch
 
     from ..bench.published import accuracy_against_speed, at_published_size
-    from ..bench.side_by_side import SIZES, headline, read_earlier, table
     from ..bench.side_by_side import bench as measure
+    from ..bench.side_by_side import headline, read_earlier, table
     from ..bench.timing import Settings
     from ..files import write_rows
     from ..models.checkpoint import model_name
+    from ..tasks.registry import find_task
 
     settings = Settings(
         task=args.task,
         train=args.train,
         batch_size=args.batch_size,
-        size=tuple(args.size * 2 if len(args.size) == 1 else args.size) if args.size else SIZES[args.task],
+        size=tuple(args.size * 2 if len(args.size) == 1 else args.size) if args.size else find_task(args.task).bench_size,
         dtype=args.dtype,
         compile=args.compile,
         fuse=args.fuse,

@@ -178,7 +178,7 @@ def variant_of(arguments: Mapping[str, Any]) -> tuple[str, bool]:
 
 def _open_classifier(source: str | Path | RunFolder) -> RunFolder:
     run = RunFolder.of(source)
-    if run.task != "classification":
+    if not run.holds_classifier:
         raise ValueError(f"{run.path}: holds a model for {run.task}, expected a classifier")
     return run
 

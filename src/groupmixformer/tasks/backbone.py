@@ -188,7 +188,7 @@ def open_backbone(
         known = timm.get_pretrained_cfg(name)
         return Backbone(name), None, colors(known.to_dict() if known else None)
     run = RunFolder.of(checkpoint)
-    if run.task != "classification":
+    if not run.holds_classifier:
         config, _ = run.read_network(task)
         return Backbone(**config["network"]["backbone"]), None, colors(config["network"])
     source = load_model(run)
@@ -208,7 +208,7 @@ def start_from(network: BackboneModel, checkpoint: str | None, task: str) -> lis
     Returns:
         The names of the parameters that stay new, as those of other classes; nothing if the checkpoint is a classifier's.
     """
-    if not checkpoint or (run := RunFolder.of(checkpoint)).task == "classification":
+    if not checkpoint or (run := RunFolder.of(checkpoint)).holds_classifier:
         return []
     _, weights = run.read_network(task)
     own = network.state_dict()

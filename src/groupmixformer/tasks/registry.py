@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..run_folder import CONFIG, WEIGHTS, RunFolder
 from .predictor import Predictor
@@ -91,6 +91,12 @@ class TaskSpec(ABC):
         explainer_options: Those of its explainer.
         other_options: What else it understands: ``plot`` (an evaluation has a figure), ``out`` (predictions are drawn),
             ``max_batch`` (serves several images at once), ``features`` and ``int8`` (of exports).
+        bench_size: Height and width at which `gmf bench` measures, those at which results are published.
+        casts_weights: Whether inference in half precision casts the weights; otherwise it is under autocast, for heads that
+            are not made for that.
+        gives_losses: Whether the network takes targets in training and gives losses by name; otherwise it gives logits.
+        counts_macs: Whether the multiply-adds of the network are the same for every image.
+        published: Whether accuracies of peers are known (`groupmixformer.bench.published`).
     """
 
     name: str
@@ -103,6 +109,11 @@ class TaskSpec(ABC):
     evaluation_options: tuple[str, ...] = ()
     explainer_options: tuple[str, ...] = ()
     other_options: tuple[str, ...] = ()
+    bench_size: tuple[int, int] = (224, 224)
+    casts_weights: bool = False
+    gives_losses: bool = False
+    counts_macs: bool = True
+    published: bool = False
 
     @property
     def options(self) -> set[str]:
@@ -156,6 +167,22 @@ class TaskSpec(ABC):
             ValueError: If the format cannot carry it.
         """
         raise ValueError(f"{run.source}: holds a model for {self.name}, which cannot be exported")
+
+    def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
+        """Return a new network over a model of timm, as `gmf bench` measures it at a height and width.
+
+        Raises:
+            ValueError: If the task has no such network.
+        """
+        raise ValueError(f"gmf bench has no network for {self.name}")
+
+    def bench_batch(self, images: Tensor, train: bool) -> tuple[Any, Any]:
+        """Return what `bench_network` takes for random images (B, 3, H, W), and targets for a training step."""
+        return images, torch.randint(0, 100, images.shape[:1], device=images.device) if train else None
+
+    def compiled_part(self, network: nn.Module) -> nn.Module:
+        """Return the part of a network that compiles well."""
+        return network
 
     def write_results(self, out: Path, results: list[dict[str, Any]]) -> dict[str, str]:
         """Write what belongs to all images that were predicted together; return the files by the name of what they hold."""

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
+from torch import nn
 
 from ...run_folder import RunFolder
 from ..registry import Exportable, NetworkInfo, TaskSpec, as_text
@@ -59,6 +61,8 @@ class ClassificationTask(TaskSpec):
     evaluation_options = ("batch_size",)
     explainer_options = ("wanted_class",)
     other_options = ("plot", "max_batch", "features", "int8")
+    casts_weights = True
+    published = True
 
     def build_task(self, recipe: "Recipe", world_size: int) -> "ClassificationModule":
         """Open the recipe's images and create its classifier."""
@@ -105,6 +109,12 @@ class ClassificationTask(TaskSpec):
         if features:
             settings["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
         return Exportable(model, [] if features else class_names(model), settings)
+
+    def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
+        """Return a classifier; one that is made for one size of images, such as a ViT, for this one."""
+        cfg = timm.get_pretrained_cfg(name)
+        fixed: dict[str, Any] = {"img_size": size} if cfg and cfg.fixed_input_size else {}
+        return timm.create_model(name, **fixed)
 
     def publish(self, run: RunFolder, folder: Path) -> NetworkInfo:
         """Write the folder that `load_checkpoint`, timm and transformers read."""

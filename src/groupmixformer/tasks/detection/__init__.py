@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from ...run_folder import RunFolder
 from ..registry import Exportable, TaskSpec
@@ -27,6 +28,9 @@ class DetectionTask(TaskSpec):
     data_options = ("split",)
     explainer_options = ("wanted_object",)
     other_options = ("out",)
+    bench_size = (800, 1333)  # of COCO
+    gives_losses = True
+    counts_macs = False  # they depend on what is found
     usage = """With groupmixformer and its extra `detection`:
 
 ```python
@@ -82,3 +86,30 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         from .predict import write_coco_results
 
         return {"coco_results": write_coco_results(out, results)}
+
+    def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
+        """Return Mask R-CNN."""
+        from ..backbone import Backbone
+        from .model import Detector
+
+        height, width = sorted(size)
+        return Detector(Backbone(name), num_classes=80, architecture="mask_rcnn", image_size=height, max_size=width)
+
+    def bench_batch(self, images: Tensor, train: bool) -> tuple[Any, Any]:
+        """Return a list of images in 0 to 1, and for each eight boxes of an eighth to a half of the sides, filled by masks."""
+        number, sides = 8, torch.tensor(images.shape[:1:-1])  # width and height
+        random = torch.Generator().manual_seed(0)
+        extents = sides * (0.125 + 0.375 * torch.rand(number, 2, generator=random))
+        corners = torch.rand(number, 2, generator=random) * (sides - extents)
+        boxes = torch.cat([corners, corners + extents], dim=1)
+        masks = torch.zeros(number, *images.shape[2:], dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        target = {"boxes": boxes, "labels": torch.randint(1, 81, (number,), generator=random), "masks": masks}
+        target = {name: value.to(images.device) for name, value in target.items()}
+        return [image.sigmoid() for image in images], [target] * len(images) if train else None
+
+    def compiled_part(self, network: Any) -> nn.Module:
+        """Return the backbone; the rest depends on what is found in an image."""
+        features: nn.Module = network.features
+        return features

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from ...run_folder import RunFolder
 from ..registry import Exportable, TaskSpec
@@ -26,6 +27,7 @@ class SegmentationTask(TaskSpec):
     data_options = ("split",)
     explainer_options = ("wanted_class",)
     other_options = ("out",)
+    bench_size = (512, 512)  # of ADE20K
     usage = """With groupmixformer and its extra `segmentation`:
 
 ```python
@@ -81,3 +83,15 @@ labels = segment(model, model.prepare(image), (image.height, image.width)).argma
         size = (3, segmenter.image_size, segmenter.image_size)
         settings = {"input_size": size, "mean": segmenter.mean, "std": segmenter.std}
         return Exportable(segmenter, stored["class_names"], settings)
+
+    def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
+        """Return UPerNet with 512 channels and a second head."""
+        from ..backbone import Backbone
+        from .model import Segmenter
+
+        return Segmenter(Backbone(name), num_classes=150, decoder="upernet", channels=512, image_size=size[0])
+
+    def bench_batch(self, images: Tensor, train: bool) -> tuple[Any, Any]:
+        """Return the images, and a class for every pixel."""
+        shape = (images.shape[0], *images.shape[2:])
+        return images, torch.randint(0, 100, shape, device=images.device) if train else None
