@@ -17,8 +17,8 @@ from groupmixformer.bench import timing as speed
 from groupmixformer.bench.published import PEERS_TOP1, accuracy_against_speed, at_published_size, published_top1
 from groupmixformer.bench.side_by_side import bench, create_network, headline, read_earlier, table
 from groupmixformer.bench.timing import Runner, Settings, measure
-from groupmixformer.tasks.registry import find_task
 from groupmixformer.cli.main import main
+from groupmixformer.tasks.registry import find_task
 
 FAST = {"size": (64, 64), "rounds": 2, "seconds": 0.0}
 COMMAND = ["bench", "test_resnet", "--size", "48", "64", "--rounds", "1", "--threads", "1"]
