@@ -98,14 +98,14 @@ def test_a_point_attends_to_what_the_maps_say(classes, image, stage):
     query = classes.view(Image.open(image)).to_input((40, 96))  # of 100 rows and 160 columns
     images, names = zip(*page.attend("trees", str(image), point, stage), strict=True)
     assert names == GROUPS
-    pixels = classes.transform(Image.open(image))
+    tensor = classes.transform(Image.open(image))
     with torch.no_grad():
-        strengths = by_group_size(attention_maps(classes.model, pixels[None], query, stage), (64, 64))[0]
+        strengths = by_group_size(attention_maps(classes.model, tensor[None], query, stage), (64, 64))[0]
     for shown, strength in zip(images, strengths, strict=True):
         pixels = np.asarray(shown)
         mark = np.argwhere((pixels == MARK).all(axis=2))
         assert (mark.min(axis=0) + mark.max(axis=0)) / 2 == pytest.approx([10 * q + 5 for q in query], abs=1)
-        # Viridis becomes greener and redder with the strength, on grey of the photo.
+        # Viridis becomes greener and redder with the strength, on grey of the image.
         away = [q for q in itertools.product(range(64), repeat=2) if max(abs(q[0] - query[0]), abs(q[1] - query[1])) > 4]
         strongest, weakest = (pick(away, key=lambda q: strength[q].item()) for pick in (max, min))
         spread = (pixels.max(axis=2).astype(int) - pixels.min(axis=2))[
