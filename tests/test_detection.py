@@ -33,7 +33,7 @@ from groupmixformer.tasks.detection.model import Detector, load_detector
 from groupmixformer.tasks.detection.predict import DetectionPredictor
 from groupmixformer.tasks.detection.training import DetectionModule
 from groupmixformer.tasks.registry import build_task
-from groupmixformer.training.recipe import Detector as Settings
+from groupmixformer.training.recipe import DetectorSettings as Settings
 from groupmixformer.training.recipe import Recipe, read_recipe
 from groupmixformer.training.trainer import train
 
