@@ -800,7 +800,14 @@ def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, froze
 @pytest.mark.parametrize("architecture", ["faster_rcnn", "mask_rcnn"])
 def test_what_is_found_does_not_depend_on_the_image_before(architecture, randomise):
     """torchvision would take the strides of its maps from the first image, here one that is half filling."""
-    settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16, "objects": 5}
+    settings = {
+        "num_classes": 2,
+        "architecture": architecture,
+        "image_size": 64,
+        "max_size": 96,
+        "fpn_channels": 16,
+        "max_detections": 5,
+    }
     images = torch.rand(3, 50, 131), torch.rand(3, 96, 96)
     found = []
     for order in (images, images[::-1]):

@@ -65,12 +65,12 @@ def folder(tmp_path_factory, randomise):
         "architecture": "mask_rcnn",
         "image_size": 256,
         "max_size": 320,
-        "width": 16,
+        "fpn_channels": 16,
         "anchor_scale": 2.0,
     }
     detector = Detector(BACKBONE, **heads, objects=40)
     randomise(detector.features)
-    network = {"backbone": asdict(BACKBONE), **heads, "objects": 40}
+    network = {"backbone": asdict(BACKBONE), **heads, "max_detections": 40}
     stored = {"task": "detection", "class_names": NAMES, "category_ids": [1, 2, 3], "network": network}
     save_network(detector, root / "detector", stored)
     heads = {"num_classes": 3, "decoder": "fpn", "channels": 64, "auxiliary": False, "image_size": 72}

@@ -335,7 +335,14 @@ def test_a_model_in_training_mode_is_refused(about, tmp_path, model):
 @pytest.mark.parametrize("architecture", ["retinanet", "mask_rcnn"])
 def test_detectors(architecture, randomise, tmp_path, capsys):
     backbone = Backbone("groupmixformer_mobile", {"embed_dims": [20] * 4, "depths": [1] * 4, "mlp_ratios": [2] * 4})
-    network = {"num_classes": 3, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16, "objects": 20}
+    network = {
+        "num_classes": 3,
+        "architecture": architecture,
+        "image_size": 64,
+        "max_size": 96,
+        "fpn_channels": 16,
+        "max_detections": 20,
+    }
     detector = randomise(Detector(backbone, **network)).eval()
     config = {"task": "detection", "class_names": NAMES, "category_ids": [1, 2, 3]}
     save_network(detector, tmp_path / "run", config | {"network": {"backbone": dataclasses.asdict(backbone), **network}})

@@ -323,7 +323,7 @@ def test_scenes(task, tmp_path, hub):
     if task == "detection":
         from groupmixformer.tasks.detection.model import Detector, load_detector
 
-        settings = {"num_classes": 2, "architecture": "retinanet", "image_size": 64, "max_size": 96, "width": 16}
+        settings = {"num_classes": 2, "architecture": "retinanet", "image_size": 64, "max_size": 96, "fpn_channels": 16}
         made, load, more, column = Detector, load_detector, {"category_ids": [3, 7]}, "val_box_AP"
         images = [torch.rand(3, 70, 90)]
     else:

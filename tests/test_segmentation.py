@@ -698,7 +698,7 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["--detector.fpn-channels", "64"], ["--augmentation.mixup", "0.8"], ["--crop_pct", "0.9"]])
 def test_settings_of_other_tasks_are_refused(data, tmp_path, capsys, argv):
     line = refusal(capsys, "train", "camvid", *options(data, tmp_path / "run", *argv), code=2)
-    assert f"{argv[0][2:]} is a field for " in line and line.endswith("the recipe's task is segmentation")
+    assert f"{argv[0][2:].replace('-', '_')} is a field for " in line and line.endswith("the recipe's task is segmentation")
     assert not (tmp_path / "run").exists()
 
 

@@ -284,7 +284,7 @@ def detector(folder, architecture):
     from groupmixformer.tasks.detection.model import Detector
 
     backbone = Backbone("groupmixformer_mobile", TINY)
-    settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "width": 16}
+    settings = {"num_classes": 2, "architecture": architecture, "image_size": 64, "max_size": 96, "fpn_channels": 16}
     network = {"backbone": dataclasses.asdict(backbone), **settings}
     torch.manual_seed(0)
     config = {"task": "detection", "class_names": NAMES[:2], "category_ids": [1, 2], "network": network}
