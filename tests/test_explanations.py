@@ -68,7 +68,7 @@ def folder(tmp_path_factory, randomise):
         "fpn_channels": 16,
         "anchor_scale": 2.0,
     }
-    detector = Detector(BACKBONE, **heads, objects=40)
+    detector = Detector(BACKBONE, **heads, max_detections=40)
     randomise(detector.features)
     network = {"backbone": asdict(BACKBONE), **heads, "max_detections": 40}
     stored = {"task": "detection", "class_names": NAMES, "category_ids": [1, 2, 3], "network": network}
