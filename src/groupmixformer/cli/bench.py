@@ -147,8 +147,10 @@ def models(*, json: Json = False) -> None:
 
 @command("doctor", "gmf doctor --json")
 def doctor(*, json: Json = False) -> None:
-    """Tell versions, devices, and which extras of the package are there or missing."""
+    """Tell versions, devices, and which extras of the package are complete."""
+    import os
     import platform
+    import textwrap
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -159,29 +161,44 @@ def doctor(*, json: Json = False) -> None:
         except PackageNotFoundError:
             return None
 
+    needs = requirements_of_extras()
+    names = ["groupmixformer", "torch", "torchvision", "timm", *(need.name for extra in needs.values() for need in extra)]
+    versions = {name: installed(name) for name in dict.fromkeys(names)}
     extras: dict[str, dict[str, Any]] = {}
-    for extra, requirements in requirements_of_extras().items():
-        if missing := [str(need) for need in requirements if not need.specifier.contains(installed(need.name) or "0", True)]:
-            extras[extra] = {"complete": False, "missing": missing, "install": f"pip install 'groupmixformer[{extra}]'"}
-        else:
-            extras[extra] = {"complete": True, "missing": [], "install": None}
-    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    for extra, requirements in needs.items():
+        missing = [
+            f"{need.name}{need.specifier}" + (f" ({found} is installed)" if found else "")
+            for need in requirements
+            if (found := versions[need.name]) is None or not need.specifier.contains(found, prereleases=True)
+        ]
+        install = f"pip install 'groupmixformer[{extra}]'" if missing else None
+        extras[extra] = {"complete": not missing, "missing": missing, "install": install}
+    gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: installed(name) for name in ("groupmixformer", "torch", "torchvision", "timm")},
+        "versions": versions,
         "torch_build": {"cuda": torch.version.cuda, "hip": torch.version.hip, "cudnn": torch.backends.cudnn.version()},
-        "devices": ["cpu", *devices, *["mps"] * torch.backends.mps.is_available()],
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "devices": ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])],
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "extras": extras,
     }
-    lines = [f"python {result['python']} on {result['platform']}"]
-    lines += [f"{name} {known or 'not installed as a package'}" for name, known in result["versions"].items()]
-    build = ", ".join(f"{name} {known}" for name, known in result["torch_build"].items() if known) or "for CPU alone"
-    lines += [f"torch's build: {build}", f"devices: {', '.join(result['devices'])}"]
-    lines += [f"CPU: {result['cpu_capability']}, {result['threads']} threads", "extras:"]
+    build = ", ".join(f"{name} {known}" for name, known in result["torch_build"].items() if known) or "CPU only"
+    packages = ", ".join(f"{name} {known}" for name, known in versions.items() if known)
+    lines = [
+        f"python    {result['python']}, {result['platform']}",
+        textwrap.fill(f"packages  {packages}", 100, subsequent_indent=" " * 10, break_on_hyphens=False),
+        f"torch     built for {build}",
+        f"devices   {', '.join(result['devices'])}",
+        f"CPU       {result['cpu']['capability']}, {result['cpu']['cores']} cores, {result['cpu']['threads']} threads",
+        "extras    " if extras else "extras    not known: groupmixformer is not installed as a package",
+    ]
     for extra, state in extras.items():
-        missing = f"missing {', '.join(state['missing'])}: {state['install']}"
-        lines.append(f"  {extra:14}{'complete' if state['complete'] else missing}")
-    show(result, json, "\n".join(lines))
+        lines.append(
+            f"  {extra:14}" + (f"missing {', '.join(state['missing'])}: {state['install']}" if state["missing"] else "complete")
+        )
+    show(result, json, "\n".join(line.rstrip() for line in lines))

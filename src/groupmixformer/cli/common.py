@@ -35,6 +35,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
+EXTRAS = ("train", "detection", "segmentation", "data")  # of commands that take models of all tasks
 
 
 def command(name: str, example: str, *extras: str) -> Callable[[Function], Function]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .common import (
+    EXTRAS,
     Json,
     NonNegative,
     Option,
@@ -69,7 +70,7 @@ def _to_export(run: str, task: str, format: Format, features: bool) -> tuple[Any
     return Exported(model, features).eval(), about | {"classes": [] if features else class_names(model)}
 
 
-@command("export", "gmf export runs/quickstart --format onnx --out digits.onnx", "export", "openvino", "quantization", "train")
+@command("export", "gmf export runs/quickstart --format onnx --out digits.onnx", "export", "openvino", "quantization", *EXTRAS)
 def export(
     run: Run,
     *,
@@ -205,7 +206,7 @@ def convert(
     )
 
 
-@command("push", "gmf push runs/quickstart me/digits --license mit --dry-run card", "train")
+@command("push", "gmf push runs/quickstart me/digits --license mit --dry-run card", *EXTRAS)
 def push(
     run: Run,
     repo_id: Writes[str],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .common import (
+    EXTRAS,
     Device,
     Figure,
     Flip,
@@ -41,8 +42,6 @@ from .common import (
     torch_device,
     torch_dtype,
 )
-
-EXTRAS = ("train", "detection", "segmentation", "data")
 
 
 def _open(

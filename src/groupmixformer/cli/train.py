@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from .common import Json, Option, Positive, Reads, UsageError, Works, Writes, command, progress, show, torch_device
+from .common import EXTRAS, Json, Option, Positive, Reads, UsageError, Works, Writes, command, progress, show, torch_device
 
 OPTION = r"(?<=^--)[A-Za-z][^=\s]*"  # the name in a word such as --batch-size or --optimizer.lr=1e-4
 
@@ -123,10 +123,7 @@ def quickstart(
 @command(
     "train",
     "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4",
-    "train",
-    "detection",
-    "segmentation",
-    "data",
+    *EXTRAS,
 )
 def train(
     recipe: Reads[str], *fields: str, print: Writes[bool] = False, resume: Works[bool] = False, json: Json = False
