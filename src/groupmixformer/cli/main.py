@@ -195,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = ""
     try:
         if argv[:1] == ["train"] and {"-h", "--help"} & set(argv):
+            name = "train"
             recipes = [word for word in argv[1:] if not word.startswith("-")]
             print(_subparsers(make_parser())["train"].format_help() + train_help(bool(recipes)), end="")
             return 0
