@@ -106,16 +106,19 @@ def quickstart(
         epochs: epochs; the recipe's by default
         out: folder of the run; runs/quickstart, or the next that is free, by default
     """
+    from ..training.recipe import Recipe
+
+    field = "--model" if hasattr(Recipe, "model") else "--variant"
     recipe = "digits" if data == "digits" else "folder"
     if out is None:
         names = (f"runs/quickstart{f'-{i}' * (i > 1)}" for i in itertools.count(1))
         out = next(name for name in names if not Path(name).exists())
-    options = ["--out", out, "--data", data, "--variant", model]
+    options = ["--out", out, "--data", data, field, model]
     options += ["--epochs", str(epochs)] if epochs else []
     result, text = _train(recipe, options, resume=False)
     run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
     own_data = "" if data == recipe else f" --data {shlex.quote(data)}"
-    again = f"gmf train {recipe}{own_data} --variant {model} --epochs 20 --out {run}-20"
+    again = f"gmf train {recipe}{own_data} {field} {model} --epochs 20 --out {run}-20"
     result["next"] = [f"gmf predict {run} {examples}", again]
     show(result, json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
 
