@@ -1,20 +1,29 @@
 """The command line as a user meets it: results, exit codes, one-line errors, run folders."""
 
+import dataclasses
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from packaging.requirements import Requirement
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import groupmixformer
 from groupmixformer import load_checkpoint
-from groupmixformer.cli.main import main
+from groupmixformer.cli.common import COMMANDS, GROUPS, requirements_of_extras
+from groupmixformer.cli.main import _subparsers, main, make_parser, parse
 from groupmixformer.run_folder import read_metrics
 from groupmixformer.training.recipe import RecipeError, read_recipe, shipped, write_recipe
 
@@ -63,19 +72,165 @@ def test_models_lists_what_it_counts(capsys):
         (["train", "digits", "--optimizer.learning", "3"], "optimizer"),
         (["train", "digits", "--epochs", "many"], "Expected a <class 'int'>"),
         (["train", "digits", "--print", "--lr=1"], "the nearest is optimizer.lr"),
+        (["train", "digits", "--print", "--batch-sise=1"], "the nearest is batch_size"),
+        (["eval", "x", "--image_sise", "64"], "unknown option --image_sise: did you mean --image-size?"),
+        (["bench", "--dtype", "bf17"], "did you mean bf16?"),
+        (["--versoin"], "did you mean --version?"),
+        ([], "expected a command: see gmf --help"),
+        (["predict", "x"], "required: IMAGE"),
+        (["bench", "--size", "64", "64", "64"], "--size 64 64 64: expected a height and a width"),
     ],
 )
 def test_wrong_usage_names_the_nearest(capsys, argv, hint):
     assert hint in error(capsys, *argv, code=2)
 
 
-def test_help_has_an_example_and_train_lists_every_field(capsys):
-    for command in ("quickstart", "models", "train", "eval", "predict", "convert"):
-        text = output(capsys, command, "--help").out
-        assert f"gmf {command}" in text.split("example:")[1]
-    text = output(capsys, "train", "--help").out
-    for field in ("--optimizer.weight_decay", "--augmentation.mixup", "--drop_path_rate", "Stochastic depth"):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_in_groups_and_its_example_parses(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = output(capsys, command, "--help").out
+    assert len(text.splitlines()) <= 50
+    assert max(map(len, text.splitlines())) <= 100
+    titles = [line[:-1] for line in text.splitlines() if line.startswith(("what it ", "how it "))]
+    assert titles == [title for title in GROUPS if title in titles]
+    assert titles[-1] == "what it writes"
+    assert "--json " in text.split("what it writes:")[1]
+    example = COMMANDS[command].example
+    assert f"example:\n  {example}\n" in text
+    assert parse(shlex.split(example)[1:])[0] == command
+
+
+def test_every_option_is_in_a_group_and_explained():
+    for name, parser in _subparsers(make_parser()).items():
+        for action in parser._actions[1:]:  # the first one is --help
+            assert action.container.title in GROUPS, (name, action.dest)
+            assert action.help, (name, action.dest)
+
+
+def test_help_of_a_recipe_lists_every_field_with_dashes(capsys):
+    assert "nuclei" in output(capsys, "train", "--help").out
+    text = output(capsys, "train", "digits", "--help").out
+    for field in ("--optimizer.weight-decay", "--augmentation.mixup", "--drop-path-rate", "Stochastic depth"):
         assert field in text
+    assert not re.search(r"--[a-z.]*_", text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "value"),
+    [
+        ("eval x --image-size 64", "image_size", 64),
+        ("eval x --image_size=64", "image_size", 64),
+        ("eval x --per_class", "per_class", True),
+        ("eval x --slide", "sliding_window", True),
+        ("predict x y --sliding_window", "sliding_window", True),
+        ("predict x y --score 0.25", "score_threshold", 0.25),
+        ("serve x --score-threshold=0.25 --no-fuse", "score_threshold", 0.25),
+        ("serve x --no_fuse", "fuse", False),
+        ("bench --against a_b.json", "baseline", Path("a_b.json")),
+        ("bench mobile --rounds 3", "repeats", 3),
+        ("bench --dtype bf16", "precision", "bf16"),
+        ("bench --compile", "compile", "default"),
+        ("bench --compile max-autotune", "compile", "max-autotune"),
+        ("bench --size 64 --size 96", "size", [64, 96]),
+        ("quickstart --variant tiny", "model", "tiny"),
+        ("explain x y --query 1,2 3,4 --class a_b", "query", [(1, 2), (3, 4)]),
+        ("explain x y --class a_b", "class_", "a_b"),
+        ("explain x y --stage 1 2", "stage", [1, 2]),
+        ("eval x --scales 0.75,1", "scales", (0.75, 1.0)),
+    ],
+)
+def test_options_take_dashes_underscores_and_old_names(typed, name, value):
+    assert parse(typed.split())[2][name] == value
+
+
+def test_only_what_is_given_reaches_the_command():
+    assert parse(["predict", "x", "y", "z"]) == ("predict", ["x", ["y", "z"]], {})
+    assert parse(["bench"]) == ("bench", [], {})
+    assert parse(["bench", "a", "b"]) == ("bench", [["a", "b"]], {})
+    assert parse(["predict", "x", "--flip", "--", "--slide"]) == ("predict", ["x", ["--slide"]], {"flip": True})
+
+
+def test_fields_of_recipes_take_dashes_and_underscores(capsys):
+    dashes = ["--batch-size", "8", "--detector.max-size=500", "--optimizer.lr", "-1", "--out=a-b"]
+    underscores = ["--batch_size", "8", "--detector.max_size=500", "--optimizer.lr", "-1", "--out=a-b"]
+    recipe = output(capsys, "train", "nuclei", *dashes, "--print").out
+    assert recipe == output(capsys, "train", "nuclei", *underscores, "--print").out
+    for line in ("batch_size: 8\n", "  max_size: 500\n", "  lr: -1", "out: a-b\n"):
+        assert line in recipe
+
+
+def test_version(capsys):
+    assert output(capsys, "--version").out == f"gmf {groupmixformer.__version__}\n"
+
+
+def test_doctor_knows_extras_by_the_metadata(capsys, monkeypatch):
+    needs = {"fast": ["torch>=2", "no-such-library>=3"], "new": ["timm>=999"], "whole": ["numpy"]}
+    made = {extra: [Requirement(need) for need in lines] for extra, lines in needs.items()}
+    monkeypatch.setattr("groupmixformer.cli.bench.requirements_of_extras", lambda: made)
+    result = json.loads(output(capsys, "doctor", "--json").out)
+    assert result["versions"]["torch"] == version("torch")
+    assert result["versions"]["no-such-library"] is None
+    assert result["devices"][0] == "cpu"
+    assert result["cpu"]["threads"] == torch.get_num_threads()
+    assert result["extras"] == {
+        "fast": {"complete": False, "missing": ["no-such-library>=3"], "install": "pip install 'groupmixformer[fast]'"},
+        "new": {
+            "complete": False,
+            "missing": [f"timm>=999 ({timm.__version__} is installed)"],
+            "install": "pip install 'groupmixformer[new]'",
+        },
+        "whole": {"complete": True, "missing": [], "install": None},
+    }
+    text = output(capsys, "doctor").out
+    assert "missing no-such-library>=3: pip install 'groupmixformer[fast]'\n" in text
+    assert re.search(r"^  whole +complete$", text, re.M)
+
+
+def test_extras_are_those_of_pyproject():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = requirements_of_extras()
+    for extra in ("train", "data", "serve"):
+        assert {need.name for need in found[extra]} == {Requirement(line).name for line in extras[extra]}
+    assert {extra for command in COMMANDS.values() for extra in command.extras} <= set(extras)
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        ("train", "lightning.pytorch", "train"),
+        ("train", "faster_coco_eval", "detection"),
+        ("predict", "segmentation_models_pytorch", "segmentation"),
+        ("eval", "datasets", "data"),
+        ("eval", "sklearn.metrics", "train"),
+        ("serve", "starlette", "serve"),
+        ("demo", "gradio", "demo"),
+        ("demo", "fastapi", "demo"),
+        ("export", "openvino", "openvino"),
+    ],
+)
+def test_the_extra_to_install_is_the_commands(capsys, monkeypatch, command, module, extra):
+    def function():
+        """Need a library."""
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setitem(COMMANDS, command, dataclasses.replace(COMMANDS[command], function=function))
+    assert error(capsys, command, code=1) == f"gmf: error: this needs {module}: pip install 'groupmixformer[{extra}]'"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(capsys, shell):
+    pytest.importorskip("shtab")
+    script = output(capsys, "--print-completion", shell).out
+    for word in ("predict", "doctor", "sliding-window", "bf16"):
+        assert word in script
+    if shell == "bash" and shutil.which("bash"):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    line = error(capsys, "--print-completion", "zsh", code=2)
+    assert line == "gmf: error: --print-completion needs shtab: pip install 'groupmixformer[cli]'"
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

@@ -1,0 +1,196 @@
+"""Commands that turn what there is into files for other programs: export, convert, push and shards."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from .common import (
+    EXTRAS,
+    Json,
+    NonNegative,
+    Option,
+    Positive,
+    Reads,
+    RunPath,
+    UsageError,
+    Works,
+    Writes,
+    command,
+    open_run,
+    progress,
+    show,
+)
+
+Format = Literal["onnx", "pt2", "aoti", "openvino"]
+Way = Literal["static", "weights", "dynamic"]
+CORES = os.cpu_count() or 1
+OutFolder = Annotated[Writes[str], Option(metavar="DIR", help="folder to write")]
+
+
+@command("export", "gmf export runs/quickstart --format onnx --out digits.onnx", "export", "openvino", "quantization", *EXTRAS)
+def export(
+    run: RunPath,
+    *,
+    data: Reads[str | None] = None,
+    calibrate: Annotated[Reads[str | None], Option(metavar="DIR")] = None,
+    format: Writes[Format],
+    out: Annotated[Writes[str], Option(metavar="FILE")],
+    features: Writes[bool] = False,
+    int8: Writes[Way | None] = None,
+    json: Json = False,
+) -> None:
+    """Write a model for another program, and compare the file with the model.
+
+    Args:
+        data: to measure int8 on: data set, or a folder of class folders; the run's own by default
+        calibrate: for static int8: images, in class folders or not; the run's training data by default
+        format: docs/export.md tells them apart
+        out: file to write: .onnx, .pt2 (pt2, aoti) or .xml (OpenVINO, with a .bin)
+        features: a classifier's maps of strides 4, 8, 16 and 32, not the logits
+        int8: 8-bit integers, measured beside float32: static for onnx and openvino, weights and dynamic for pt2
+    """
+    from ..deploy.export import FORMATS
+    from ..deploy.quantize import WAYS, table
+
+    target = FORMATS[format]
+    if Path(out).suffix != target.suffix:
+        raise UsageError(f"--out {out}: expected a name that ends in {target.suffix} for {format}")
+    opened, _ = open_run(run, {}, "features", "int8")
+    if int8 and format not in WAYS[int8]:
+        raise UsageError(f"--int8 {int8} is for --format {' and '.join(WAYS[int8])}, got {format}")
+    if int8 and features:
+        raise UsageError("--int8 is for the logits of classifiers, whose accuracy it measures")
+    if int8 and calibrate and int8 != "static":
+        raise UsageError(f"--calibrate is for --int8 static: {int8} needs no images")
+    for option, value in (("calibrate", calibrate), ("data", data)):
+        if value and not int8:
+            raise UsageError(f"--{option} is for --int8")
+    result = opened.export(
+        format,
+        out,
+        features=features,
+        int8=int8,
+        calibrate=calibrate,
+        data=data,
+        progress=lambda line: print(f"gmf export: {line}", file=sys.stderr),
+    )
+    if int8:
+        for problem in result["skipped"]:
+            print(f"gmf export: skipped {problem}", file=sys.stderr)
+        text = f"{out}: {target.title}, int8 {int8}"
+        if calibration := result["calibration"]:
+            text += f", calibrated on {calibration['images']} images of {calibration['data']}"
+        text += f"\n{table(result)}"
+    else:
+        title = f"ONNX, opset {result['opset']}" if "opset" in result else target.title
+        text = f"{out}: {title}, {result['bytes'] / 1e6:.1f} MB"
+        if "objects" in result:
+            text += f", {result['objects']} objects compared, {result['strays']} without a counterpart"
+        text += ", largest relative difference "
+        text += ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
+    show({"run": run, **result}, json, text)
+
+
+@command("convert", "gmf convert groupmixformer_small.pth --out small", "train")
+def convert(
+    file: Reads[str],
+    *,
+    class_names: Annotated[Reads[str | None], Option(metavar="FILE")] = None,
+    image_size: Writes[Positive | None] = None,
+    out: OutFolder,
+    json: Json = False,
+) -> None:
+    """Turn a checkpoint into a folder that timm and transformers read.
+
+    Args:
+        file: a released .pth or any checkpoint that load_checkpoint reads
+        class_names: text file with a class name a line
+        image_size: image size to store, such as 384 for large trained at 384
+    """
+    from ..models.checkpoint import load_checkpoint, save_checkpoint
+
+    model: Any = load_checkpoint(file)
+    names = Path(class_names).read_text().splitlines() if class_names else []
+    if names and len(names) != model.num_classes:
+        raise ValueError(f"{class_names}: holds {len(names)} lines, expected one for each of {model.num_classes} classes")
+    config = {"input_size": (model.in_chans, image_size, image_size)} if image_size else {}
+    save_checkpoint(model, out, names, config)
+    result = {"out": out, "architecture": model.pretrained_cfg["architecture"], "num_classes": model.num_classes}
+    show(
+        result,
+        json,
+        f"{out}: {result['architecture']}, {result['num_classes']} classes\n"
+        f'timm.create_model("local-dir:{out}", pretrained=True)  # after import groupmixformer',
+    )
+
+
+@command("push", "gmf push runs/quickstart me/digits --license mit --dry-run card", *EXTRAS)
+def push(
+    run: RunPath,
+    repo_id: Writes[str],
+    *,
+    license: Writes[str] = "unknown",
+    private: Writes[bool] = False,
+    revision: Writes[str | None] = None,
+    dry_run: Annotated[Writes[str | None], Option(metavar="DIR")] = None,
+    json: Json = False,
+) -> None:
+    """Upload a model to the Hugging Face Hub, with a card.
+
+    Args:
+        repo_id: user/name; created if need be
+        license: of the weights, such as mit or apache-2.0
+        private: make a new repository private
+        revision: branch to upload to; main by default
+        dry_run: write what would be uploaded to a new folder, and stop
+    """
+    from ..deploy.hub import push_to_hub, write_folder
+
+    if license == "unknown":
+        print("gmf push: the card says that the licence is not known: name that of the weights with --license", file=sys.stderr)
+    result = {"run": run, "repo_id": repo_id, "license": license}
+    if dry_run:
+        files = write_folder(run, dry_run, repo_id, license)
+        show(result | {"folder": dry_run, "files": files}, json, f"{dry_run}: {', '.join(files)}; not uploaded")
+        return
+    url = push_to_hub(run, repo_id, license=license, private=private, revision=revision)
+    text = f'{url}\ntimm.create_model("hf-hub:{repo_id}", pretrained=True)  # after import groupmixformer'
+    show(result | {"commit": url}, json, text)
+
+
+@command("shards", "gmf shards photos --out shards", "data")
+def shards(
+    folder: Reads[str],
+    *,
+    seed: Works[NonNegative] = 0,
+    workers: Works[Positive] = CORES,
+    images_per_shard: Writes[Positive] = 1000,
+    out: OutFolder,
+    json: Json = False,
+) -> None:
+    """Turn a folder of images into WebDataset shards.
+
+    Args:
+        folder: holds train/ and val/, each with one folder of images per class
+        seed: of the order for training
+        workers: threads, one for each core
+        images_per_shard: images in a file
+    """
+    from ..data.shards import write_shards
+    from ..tasks.classification.data import open_images
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    images = open_images(folder)
+    splits = {"train": images.train_source.reader.samples, "validation": images.held_out_source.reader.samples}
+    settings: dict[str, Any] = {"per_shard": images_per_shard, "seed": seed, "workers": workers, "progress": progress}
+    result = write_shards(Path(folder), splits, images.class_names, Path(out), **settings)
+    for line in result["skipped"]:
+        print(f"gmf shards: left out {line}", file=sys.stderr)
+    text = (
+        f"{out}: {result['train']:,} images for training and {result['validation']:,} for validation in "
+        f"{result['shards']:,} shards of {len(images.class_names)} classes, {result['bytes'] / 1e9:.2f} GB, "
+        f"{len(result['skipped'])} unreadable images left out"
+    )
+    show({"out": out, **result}, json, text)

@@ -1,0 +1,305 @@
+"""Commands that use a trained model: eval, predict, explain, serve and demo."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from .common import (
+    EXTRAS,
+    Device,
+    Figure,
+    Flip,
+    Folder,
+    Host,
+    Images,
+    ImageSize,
+    Json,
+    Looks,
+    NonNegative,
+    Option,
+    Pixel,
+    Port,
+    Positive,
+    Precision,
+    Reads,
+    Root,
+    RunPath,
+    ScalesOption,
+    ScoreThreshold,
+    Share,
+    SlidingWindow,
+    Top,
+    Works,
+    Writes,
+    command,
+    open_run,
+    progress,
+    show,
+)
+
+
+@command("eval", "gmf eval runs/quickstart --json", *EXTRAS)
+def evaluate(
+    run: RunPath,
+    *,
+    data: Reads[str | None] = None,
+    root: Root = "data",
+    split: Reads[str] = "val",
+    workers: Reads[NonNegative] = 0,
+    device: Device = "auto",
+    precision: Works[Precision] = "fp32",
+    batch_size: Works[Positive] = 64,
+    image_size: ImageSize = None,
+    test_size: Looks[bool] = False,
+    crop_pct: Looks[Share | None] = None,
+    crop_mode: Looks[Literal["center", "squash", "border"] | None] = None,
+    interpolation: Looks[Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lanczos"] | None] = None,
+    sliding_window: SlidingWindow = False,
+    scales: ScalesOption = (1.0,),
+    flip: Flip = False,
+    per_class: Writes[bool] = False,
+    plot: Writes[Figure | None] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model on a data set.
+
+    Args:
+        data: data set, or a folder of class folders; the run's own by default
+        split: for detection and segmentation: the part of the data
+        workers: processes that load images
+        precision: floating-point type of the computation
+        batch_size: for classification: images at once
+        test_size: take size and crop that the model stores for tests, if any
+        crop_pct: share of the resized image that is kept; the model's own by default
+        crop_mode: timm's crops; the model's own by default
+        interpolation: how to resize; the model's own by default
+        per_class: show the accuracy of every class, the worst first
+        plot: write a reliability diagram (.png, .svg or .pdf)
+    """
+    crop = {"test_size": test_size, "crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip}
+    reads = {"root": root, "split": split, "batch_size": batch_size}
+    opened, options = open_run(run, {**reads, **crop, **looks}, "plot")
+    if plot:
+        from ..visual.figures import write_figure  # before the work, in case that matplotlib is missing
+
+        plot.parent.mkdir(parents=True, exist_ok=True)
+    measured = opened.evaluate(data, device, image_size, precision, workers, progress, **options)
+    stored = opened.config.get("pretrained_cfg", {})
+    if test_size and not any(stored.get(key) for key in ("test_input_size", "test_crop_pct")):
+        print(f"gmf eval: {run} stores no size or crop for tests: its usual ones are used", file=sys.stderr)
+    for problem in measured.skipped:
+        print(f"gmf eval: skipped {problem}", file=sys.stderr)
+    if plot:
+        figure = measured.figure()
+        assert figure is not None
+        write_figure(figure, plot)
+    part = {"split": split} if "split" in opened.definition.data_options else {}
+    rates = "{images_per_second:.2f} images/s with loading, {model_images_per_second:.2f} the model alone"
+    lines = [
+        f"{measured.text}\non {measured.result['images']:,} images{' of '.join(['', *part.values()])}",
+        ", ".join(filter(None, [measured.details, precision])),
+        rates.format(**measured.result),
+        *([f"\n{measured.table}"] if per_class else []),
+    ]
+    source = data or (opened.recipe.data if opened.recipe else None)
+    result = {"run": run, "task": opened.task, "data": source, **part, **measured.result, "precision": precision}
+    result |= {"plot": str(plot) if plot else None, "skipped": measured.skipped}
+    show(result, json, "\n".join(lines))
+
+
+def _read(paths: Sequence[Path], command: str, skipped: list[str]) -> Iterator[tuple[Path, Any]]:
+    """Read images one by one, with their paths; those that cannot be read are reported and added to `skipped`."""
+    from ..data.images import read_image
+
+    for path in progress(paths, command, len(paths)):
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            skipped.append(str(path))
+            print(f"gmf {command}: skipped {error}", file=sys.stderr)
+            continue
+        yield path, image
+    if len(skipped) == len(paths):
+        raise ValueError(f"none of {len(paths)} images could be read")
+
+
+@command("predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3", *EXTRAS)
+def predict(
+    run: RunPath,
+    images: Images,
+    *,
+    device: Device = "auto",
+    image_size: ImageSize = None,
+    sliding_window: SlidingWindow = False,
+    scales: ScalesOption = (1.0,),
+    flip: Flip = False,
+    top: Top = 5,
+    score_threshold: ScoreThreshold = 0.5,
+    out: Writes[Folder] = Path("predictions"),
+    json: Json = False,
+) -> None:
+    """Classify images, or find objects or segments in them.
+
+    Args:
+        out: for detection and segmentation: folder of the drawn images
+    """
+    from ..data.images import find_images
+    from ..files import write_prediction
+
+    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
+    opened, options = open_run(run, looks, "out")
+    predictor = opened.predictor(device, image_size, **options)
+    rows: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    lines: list[str] = []
+    paths = find_images(images)
+    taken = {path.resolve() for path in paths}
+    for path, image in _read(paths, "predict", skipped):
+        found = predictor.predict(image, str(path))
+        rows.append({"image": str(path), **found.result})
+        lines.append(f"{path}: {found.text}")
+        results += found.results
+        if found.files:
+            rows[-1]["files"] = write_prediction(out, path, found.files, taken)
+            lines[-1] += f"  ({', '.join(rows[-1]['files'])})"
+    written = opened.definition.write_results(out, results)
+    lines += [f"{name.replace('_', ' ')}: {file}" for name, file in written.items()]
+    result = {"run": run, "task": opened.task, "images": rows, "skipped": skipped}
+    show(result | written, json, "\n".join(lines))
+
+
+@command("explain", "gmf explain runs/quickstart photo.jpg --query 120,80 40,200 --stage 1 2", *EXTRAS)
+def explain(
+    run: RunPath,
+    images: Images,
+    *,
+    device: Device = "auto",
+    image_size: ImageSize = None,
+    query: Looks[Sequence[Pixel]] = (),
+    stage: Looks[Sequence[Annotated[Literal[0, 1, 2, 3], Option(metavar="N")]]] = (),
+    wanted_class: Annotated[Looks[str | None], Option(name="class", metavar="CLASS")] = None,
+    wanted_object: Annotated[Looks[NonNegative | None], Option(name="object")] = None,
+    out: Writes[Folder] = Path("explanations"),
+    format: Writes[Literal["png", "svg", "pdf"]] = "png",
+    json: Json = False,
+) -> None:
+    """Show what positions of images attend to, and what speaks for a class, an object or a segment.
+
+    Args:
+        query: pixels of the image whose attention is shown; by default the most relevant one
+        stage: stages 0 to 3 of the attention, the last also of the relevance; by default the deepest that suit the size
+        wanted_class: name or number of the class to explain; by default the likeliest, for segments the one at the query
+            or the largest
+        wanted_object: for detection: the object to explain, 0 the best; by default the nearest to the query, or the best
+        out: folder of the figures and arrays
+        format: of the figures
+    """
+    from ..data.images import find_images
+    from ..files import write_prediction
+
+    opened, options = open_run(run, {"wanted_class": wanted_class, "wanted_object": wanted_object})
+    explainer = opened.explainer(device, image_size, **options)
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    lines: list[str] = []
+    paths = find_images(images)
+    taken = {path.resolve() for path in paths}
+    for path, image in _read(paths, "explain", skipped):
+        try:
+            found = explainer.explain(image, query, stage, format)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        figure, arrays = write_prediction(out, path, found.files, taken)
+        rows.append({"image": str(path), **found.result, "figure": figure, "arrays": arrays})
+        lines.append(f"{path}: {found.text}  ({figure}, {arrays})")
+    show({"run": run, "task": opened.task, "images": rows, "skipped": skipped}, json, "\n".join(lines))
+
+
+@command("serve", "gmf serve runs/quickstart --port 8000", "serve", *EXTRAS)
+def serve(
+    run: RunPath,
+    *,
+    device: Device = "auto",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_batch: Works[Positive] = 16,
+    queue: Works[Positive] = 64,
+    max_megabytes: Works[Positive] = 20,
+    fuse: Works[bool] = True,
+    image_size: ImageSize = None,
+    sliding_window: SlidingWindow = False,
+    scales: ScalesOption = (1.0,),
+    flip: Flip = False,
+    top: Top = 5,
+    score_threshold: ScoreThreshold = 0.5,
+    json: Json = False,
+) -> None:
+    """Answer over HTTP: POST an image, get JSON.
+
+    Args:
+        max_batch: for classification: images looked at together
+        queue: requests taken in at once
+        max_megabytes: size of a request
+        fuse: take the inference form of a GroupMixFormer (default: yes)
+    """
+    from ..deploy.serve import Limits, application, listen, server, service
+    from ..models.fuse import fuse as inference_form
+    from ..models.groupmixformer import GroupMixFormer
+
+    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
+    opened, options = open_run(run, looks, "max_batch")
+    listening, address = listen(host, port)
+    with listening:
+        predictor = opened.predictor(device, image_size, **options)
+        fused = fuse and any(isinstance(module, GroupMixFormer) for module in predictor.model.modules())
+        if fused:
+            predictor.model = inference_form(predictor.model)
+        serving = service(predictor, Limits(max_batch, queue, max_megabytes))
+        serving.warm_up()
+        name, task = Path(run).resolve().name, opened.task
+        if json:
+            show({"address": address, "model": name, "task": task}, json, "")
+        print(
+            f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST an image to /predict",
+            file=sys.stderr,
+            flush=True,
+        )
+        server(application(serving, name, task)).run([listening])
+
+
+@command("demo", "gmf demo runs/quickstart", "demo", *EXTRAS)
+def demo(
+    runs: Reads[Sequence[str]],
+    *,
+    device: Device = "auto",
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    json: Json = False,
+) -> None:
+    """Open a local page: drop an image, see what is found, click a point and see what it attends to.
+
+    Args:
+        runs: folder of a run, checkpoint file, or folder of gmf convert
+    """
+    from PIL import Image
+
+    from ..deploy.demo import Page, application
+    from ..deploy.serve import listen, server
+    from ..run import Run
+
+    listening, address = listen(host, port)
+    with listening:
+        predictors, examples = {}, []
+        for path in runs:
+            run = Run.open(path)
+            predictors[path] = run.predictor(device)
+            predictors[path].predict(Image.new("RGB", (64, 64)))  # the first image takes longer
+            examples += sorted(str(example) for example in run.folder.examples.glob("*.png"))
+        app = application(Page(predictors), examples)
+        if json:
+            show({"address": address, "runs": list(runs)}, json, "")
+        print(f"gmf demo: open {address} in a browser; Ctrl-C ends it", file=sys.stderr, flush=True)
+        server(app, patience=1).run([listening])  # a page that is open keeps its connection

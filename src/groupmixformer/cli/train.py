@@ -1,0 +1,125 @@
+"""Commands that train: quickstart and train."""
+
+import itertools
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from .common import EXTRAS, Json, Option, Positive, Reads, UsageError, Works, Writes, command, progress, show
+
+if TYPE_CHECKING:
+    from ..training.recipe import Recipe
+
+
+def _read_recipe(name: str, options: Sequence[str]) -> "Recipe":
+    from ..training.recipe import RecipeError, read_recipe
+
+    try:
+        return read_recipe(name, options)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+
+
+def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, Any], str]:
+    """Train, and on the first process evaluate and report."""
+    import time
+
+    recipe = _read_recipe(name, options)
+    from ..run import Run
+    from ..tasks.registry import build_task
+    from ..training.callbacks import Stopped
+    from ..training.trainer import is_first_process, train
+
+    start = time.monotonic()
+    try:
+        folder = train(recipe, build_task, resume)
+    except Stopped as stop:
+        if is_first_process():
+            again = f"gmf train {shlex.quote(str(Path(recipe.out, 'recipe.yaml')))} --resume"
+            print(f"gmf: stopped by {stop} and saved: continue with {again}", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
+    if not is_first_process():
+        raise SystemExit(0)
+    seconds = time.monotonic() - start
+    measured, report, examples = Run.open(folder).report(recipe.device, recipe.workers, progress)
+    result = {
+        "run": str(folder),
+        "report": str(report),
+        "examples": [str(path) for path in examples],
+        "seconds": round(seconds, 1),
+        **measured.result,
+        "skipped": measured.skipped,
+    }
+    text = (
+        f"{measured.text}\non {measured.result['images']:,} held-out images after {seconds:.0f} s\n"
+        f"run    {folder}\nreport {report}"
+    )
+    return result, text
+
+
+@command("quickstart", "gmf quickstart --out runs/first", "train", "data")
+def quickstart(
+    *,
+    data: Reads[str] = "digits",
+    model: Works[str] = "mobile",
+    epochs: Works[Positive | None] = None,
+    out: Annotated[Writes[str | None], Option(metavar="DIR")] = None,
+    json: Json = False,
+) -> None:
+    """Train, evaluate, report, and name the next commands.
+
+    Args:
+        data: digits, a folder with train/ and val/, torch/..., hfds/...
+        model: mobile, tiny, small, base, large or a model of timm
+        epochs: epochs; the recipe's by default
+        out: folder of the run; runs/quickstart, or the next that is free, by default
+    """
+    recipe = "digits" if data == "digits" else "folder"
+    if out is None:
+        names = (f"runs/quickstart{f'-{i}' * (i > 1)}" for i in itertools.count(1))
+        out = next(name for name in names if not Path(name).exists())
+    options = ["--out", out, "--data", data, "--model", model]
+    options += ["--epochs", str(epochs)] if epochs else []
+    result, text = _train(recipe, options, resume=False)
+    run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
+    own_data = "" if data == recipe else f" --data {shlex.quote(data)}"
+    again = f"gmf train {recipe}{own_data} --model {model} --epochs 20 --out {run}-20"
+    result["next"] = [f"gmf predict {run} {examples}", again]
+    show(result, json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
+
+
+@command("train", "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4", *EXTRAS)
+def train(
+    recipe: Reads[str], *fields: str, print: Writes[bool] = False, resume: Works[bool] = False, json: Json = False
+) -> None:
+    """Train by a recipe.
+
+    Every field of the recipe is an option too: gmf train RECIPE --help lists them.
+
+    Args:
+        recipe: a shipped recipe or a YAML file, such as the recipe.yaml of a run
+        fields: options of the recipe, such as ``--batch-size 8 --optimizer.lr=1e-4``
+        print: show the resolved recipe and stop
+        resume: continue the run in the recipe's out folder
+    """
+    if print:
+        from ..training.recipe import fields_of, to_yaml
+
+        resolved = _read_recipe(recipe, fields)
+        show(fields_of(resolved), json, to_yaml(resolved).rstrip())
+        return
+    result, text = _train(recipe, fields, resume)
+    show(result, json, text)
+
+
+def train_help(with_fields: bool) -> str:
+    """Return what the help of gmf train adds: all fields of a recipe, or the names of the shipped ones."""
+    from ..training.recipe import parser, shipped
+
+    if with_fields:
+        return f"\n{parser().format_help()}"
+    names = f"recipes: {', '.join(shipped())}"
+    return f"\n{textwrap.fill(names, 98, subsequent_indent='  ', break_on_hyphens=False)}\n"
