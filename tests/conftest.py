@@ -5,8 +5,10 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before timm is imported; no test may need the network
 
@@ -16,108 +18,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from groupmixformer import GroupMixFormer
+from groupmixformer import GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # One thread: results must not depend on the machine, and OpenMP's barriers make many small operations up to 100 times slower
 # when workers of pytest-xdist or other programs share the cores.
 torch.set_num_threads(1)
-
-# What takes over three seconds and has a quicker sibling, or repeats what the quickstart shows; others are marked in place.
-SLOW = (
-    "test_bench.py::test_accuracy_is_drawn_against_speed",
-    "test_bench.py::test_detectors_and_segmenters_are_fused[detection]",
-    "test_bench.py::test_every_task_runs[segmentation-False]",
-    "test_bench.py::test_latency_is_of_one_image",
-    "test_bench.py::test_memory_grows_with_the_batch",
-    "test_bench.py::test_others_are_not_fused",
-    "test_cli.py::test_data_sets_of_torchvision_and_hugging_face_train",
-    "test_cli.py::test_light_things_import_nothing_heavy[from",
-    "test_cli.py::test_light_things_import_nothing_heavy[import groupmixformer.tasks.classification.metrics",
-    "test_cli.py::test_models_lists_what_it_counts",
-    "test_cli.py::test_the_installed_command_leaves_stdout_to_the_result",
-    "test_cli.py::test_the_same_seed_gives_the_same_run",
-    "test_detection.py::test_a_detector_continues_with_all_weights_that_fit[mask_rcnn-groupmixformer_mobile]",
-    "test_detection.py::test_a_detector_trains_finds_and_is_loaded_as_it_was_saved[faster_rcnn",
-    "test_detection.py::test_a_detector_trains_finds_and_is_loaded_as_it_was_saved[mask_rcnn-swin",
-    "test_detection.py::test_a_detector_trains_finds_and_is_loaded_as_it_was_saved[retinanet",
-    "test_detection.py::test_a_stopped_run_ends_as_if_it_had_not_been[middle",
-    "test_docs.py::test_code_blocks_run[checkpoints.md]",
-    "test_docs.py::test_code_blocks_run[speed.md]",
-    "test_docs.py::test_code_blocks_run[timm.md]",
-    "test_explanations.py::test_several_images_in_one_call",
-    "test_explanations.py::test_the_object_nearest_to_a_query_is_taken",
-    "test_export.py::test_a_wrong_file_is_removed_and_an_earlier_one_kept[shifted",
-    "test_groupmixformer.py::test_golden_values_compiled[export]",
-    "test_groupmixformer.py::test_variant[groupmixformer_base]",
-    "test_groupmixformer.py::test_variant[groupmixformer_large",
-    "test_segmentation.py::test_a_segmenter_starts_from_another",
-    "test_segmentation.py::test_decoders_and_backbones[fpn-groupmixformer_mobile]",
-    "test_segmentation.py::test_decoders_and_backbones[upernet-swin",
-    "test_segmentation.py::test_each_way_to_look_gives_another_result",
-    "test_segmentation.py::test_gradient_checkpointing_changes_no_gradient[groupmixformer_mobile]",
-    "test_serve.py::test_other_tasks_are_served_one_at_a_time",
-    "test_streaming.py::test_folders_and_single_files_work_as_hugging_face_sets",
-    "test_training.py::test_finetuning_keeps_the_classifier_of_the_same_classes[plain-['zero', 'one']-True]",
-    "test_transformers.py::test_trainer_fine_tunes",
-)
-
-# Slow tests that repeat another one on a larger variant or in another form: minutes each, run before a release by
-# `pytest -m exhaustive`. The others are those that .ci/run has the time for.
-EXHAUSTIVE = (
-    "test_bench.py::test_compiled_models_are_measured[mobile-",
-    "test_bench.py::test_compiled_weights_are_frozen_and_the_result_is_the_same[max-autotune]",
-    "test_detection.py::test_groupmixformer_learns_to_find_shapes",
-    "test_detection.py::test_processes_measure_what_one_does",
-    "test_docs.py::test_code_blocks_run[detect.md]",
-    "test_docs.py::test_code_blocks_run[onnxruntime.md]",
-    "test_docs.py::test_code_blocks_run[segment.md]",
-    "test_docs.py::test_code_blocks_run[torchvision.md]",
-    "test_evaluation.py::test_numbers_equal_timms_on_imagenet",
-    "test_evaluation.py::test_numbers_equal_timms_on_many_images[another size and crop]",
-    "test_evaluation.py::test_numbers_equal_timms_on_many_images[border]",
-    "test_export.py::test_segmenters[fpn-pt2]",
-    "test_export.py::test_segmenters[upernet-pt2]",
-    "test_export.py::test_whole_networks[mobile-onnx",
-    "test_export.py::test_whole_networks[stages-openvino",
-    "test_export.py::test_whole_networks[stages-pt2",
-    "test_fuse.py::test_a_compiled_graph[True-oneDNN]",
-    "test_fuse.py::test_a_compiled_graph[True-by size]",
-    "test_fuse.py::test_each_variant_is_the_same_function[groupmixformer_base",
-    "test_fuse.py::test_each_variant_is_the_same_function[groupmixformer_large",
-    "test_fuse.py::test_golden_values_compiled[compile-oneDNN]",
-    "test_fuse.py::test_golden_values_compiled[compile-by size]",
-    "test_fuse.py::test_golden_values_compiled[no graph break",
-    "test_fuse.py::test_golden_values_frozen_by_inductor[first size-oneDNN]",
-    "test_fuse.py::test_golden_values_frozen_by_inductor[second size",
-    "test_fuse.py::test_gradients_of_the_images[compiled-by size]",
-    "test_kernels.py::test_more_kernels_under_the_interpreter",
-    "test_quantize.py::test_the_command[openvino-static]",
-    "test_quantize.py::test_images_whose_last_map_is_one_token",
-    "test_quantize.py::test_the_command[pt2",
-    "test_scale.py::test_a_run_killed_at_random",
-    "test_scale.py::test_a_terminated_job_is_saved_and_continues[fsdp]",
-    "test_scale.py::test_processes_compute_what_one_does[fsdp]",
-    "test_scale.py::test_processes_compute_what_one_does[two nodes]",
-    "test_scale.py::test_what_happens_to_one_process_counts_for_all[fsdp]",
-    "test_segmentation.py::test_two_processes_measure_what_one_does",
-    "test_training.py::test_a_compiled_model_has_the_same_losses",
-    "test_training.py::test_losses_are_the_same_with[--precision bf16",
-    "test_training.py::test_losses_are_the_same_with[--strategy fsdp",
-    "test_variants.py::test_200_random_forward_passes",
-    "test_variants.py::test_a_released_checkpoint_of_each_variant_predicts[groupmixformer_base",
-    "test_variants.py::test_a_released_checkpoint_of_each_variant_predicts[groupmixformer_large",
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        name = item.nodeid.rpartition("tests/")[2]
-        if name.startswith(SLOW + EXHAUSTIVE):
-            item.add_marker(pytest.mark.slow)
-        if name.startswith(EXHAUSTIVE):
-            item.add_marker(pytest.mark.exhaustive)
-
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"  # data and larger golden values beside a development checkout
@@ -260,3 +166,64 @@ def released_names():
             yield name
 
     return rename
+
+
+class Form(NamedTuple):
+    """A way to run a network: `build(model, images)` gives what is called with images, of that size or of any."""
+
+    build: Callable
+    any_size: bool = True
+
+
+def exported(model, images):
+    return torch.export.export(model, (images,)).module()
+
+
+def exported_for_any_size(model, images):
+    auto = torch.export.Dim.AUTO  # batch, height and width stay free; torch.export finds their ranges
+    example = torch.randn(2, 3, 69, 45, dtype=images.dtype)
+    return torch.export.export(model, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},)).module()
+
+
+def compiled(model, images, **options):
+    torch._dynamo.reset()  # graphs of tests before count towards its limit
+    return torch.compile(model, fullgraph=True, **options)
+
+
+# What PyTorch makes of a model, in the order of what it costs. TorchScript and torch.fx take the plain network only.
+BUILDS = {
+    "eager": Form(lambda model, images: model),
+    "traced": Form(lambda model, images: torch.jit.trace(model, images, check_trace=False)),
+    "exported": Form(exported, any_size=False),
+    "compiled": Form(functools.partial(compiled, backend="aot_eager", dynamic=False), any_size=False),
+    "exported for any size": Form(exported_for_any_size),
+    "compiled for any size": Form(functools.partial(compiled, backend="aot_eager", dynamic=True)),
+    "compiled by inductor": Form(functools.partial(compiled, dynamic=False), any_size=False),
+    "frozen by inductor": Form(functools.partial(compiled, dynamic=False, options={"freezing": True}), any_size=False),
+}
+FORMS = {
+    **BUILDS,
+    "symbolically traced": Form(lambda model, images: torch.fx.symbolic_trace(model)),
+    "scripted": Form(lambda model, images: torch.jit.script(model)),
+    **{
+        f"fused, {name}": Form(lambda model, images, build=form.build: build(fuse(model), images), form.any_size)
+        for name, form in BUILDS.items()
+    },
+}
+SLOW_FORMS = {name for name in FORMS if "any size" in name or "inductor" in name} | {"fused, compiled"}
+EXHAUSTIVE_FORMS = {
+    "compiled for any size",
+    "frozen by inductor",
+    "fused, compiled for any size",
+    "fused, compiled by inductor",
+}
+
+
+def marks(name):
+    return [pytest.mark.slow] * (name in SLOW_FORMS) + [pytest.mark.exhaustive] * (name in EXHAUSTIVE_FORMS)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=marks(name)) for name in FORMS])
+def form(request):
+    """Every form in turn, or by name: `@pytest.mark.parametrize("form", ["eager", "fused, eager"], indirect=True)`."""
+    return FORMS[request.param]

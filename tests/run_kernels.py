@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.ops import triton_kernels as kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -81,7 +80,14 @@ def test_the_kernels_serve():
 
 # One pixel and several blocks of channels; several runs of tiles, and sides and a width that fill none.
 @pytest.mark.parametrize(
-    "shape", [pytest.param((1, 1, 1, 20), marks=slow), (2, 3, 9, 6), pytest.param((2, 17, 13, 40), marks=slow)], ids=str
+    "shape",
+    [
+        pytest.param((1, 2, 3, 4), id="small"),
+        pytest.param((1, 1, 1, 20), marks=slow),
+        (2, 3, 9, 6),
+        pytest.param((2, 17, 13, 40), marks=slow),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_float32(name, shape):

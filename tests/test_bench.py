@@ -42,7 +42,7 @@ def _threads():
         ("classification", True),
         ("detection", False),
         pytest.param("detection", True, marks=pytest.mark.slow),
-        ("segmentation", False),
+        pytest.param("segmentation", False, marks=pytest.mark.slow),
         pytest.param("segmentation", True, marks=pytest.mark.slow),
     ],
 )
@@ -109,6 +109,7 @@ def test_forms_of_one_network_are_set_side_by_side():
     assert eager["parameters"] == bf16["parameters"] == sum(p.numel() for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_latency_is_of_one_image_and_has_its_percentiles(monkeypatch):
     settings = Settings(size=(32, 32), rounds=3, seconds=0.0)
     monkeypatch.setattr(speed, "LATENCY_SECONDS", 60.0)
@@ -128,7 +129,7 @@ def test_latency_is_of_one_image_and_has_its_percentiles(monkeypatch):
         assert "p50" not in table(result)
 
 
-@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("task", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])
 def test_detectors_and_segmenters_are_fused(task):
     settings = Settings(task=task, fuse=True, size=(64, 64))
     runner = Runner(create_network("groupmixformer_mobile", settings), settings)
@@ -137,6 +138,7 @@ def test_detectors_and_segmenters_are_fused(task):
     runner.step()
 
 
+@pytest.mark.slow
 def test_others_are_not_fused_and_the_table_says_so():
     result = bench(["mobile", "test_resnet"], Settings(fuse=True, **FAST | {"rounds": 1}))
     assert [row["fused"] for row in result["rows"]] == [True, False]
@@ -166,7 +168,7 @@ def test_training_learns(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "max-autotune", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("max-autotune", marks=pytest.mark.exhaustive), "reduce-overhead"])
 def test_compiled_weights_are_frozen_and_the_result_is_the_same(mode):
     settings = Settings(batch_size=2, compile=mode, size=(32, 32))
     network = create_network("test_resnet", settings)
@@ -181,13 +183,20 @@ def test_compiled_weights_are_frozen_and_the_result_is_the_same(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "task", "fuse"), [("mobile", "classification", True), ("test_resnet", "detection", False)])
+@pytest.mark.parametrize(
+    ("model", "task", "fuse"),
+    [
+        pytest.param("mobile", "classification", True, marks=pytest.mark.exhaustive),
+        ("test_resnet", "detection", False),
+    ],
+)
 def test_compiled_models_are_measured(model, task, fuse):
     result = bench([model], Settings(task=task, compile="default", fuse=fuse, **FAST))
     assert "compiled (default)" in headline(result)
     assert result["rows"][0]["fused"] == fuse
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch():
     small, large = (
         bench(["resnet18"], Settings(train=True, batch_size=n, size=(128, 128), rounds=1, seconds=0.0))["rows"][0][
@@ -313,6 +322,7 @@ def test_accuracies_are_of_models_that_exist():
     assert at_published_size(names, "classification", (384, 384)) == ["groupmixformer_large_384"]
 
 
+@pytest.mark.slow
 def test_accuracy_is_drawn_against_speed(tmp_path, capsys):
     file = tmp_path / "made" / "speed.svg"
     argv = ["bench", "mobile", "resnet18", "coat_lite_tiny", "--rounds", "1", "--threads", "1", "--plot", str(file)]

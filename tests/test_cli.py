@@ -44,6 +44,7 @@ def error(capsys, *argv, code):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_models_lists_what_it_counts(capsys):
     rows = {row["name"]: row for row in json.loads(output(capsys, "models", "--json").out)["models"]}
     assert set(rows) == set(timm.list_models("groupmixformer*"))
@@ -137,6 +138,7 @@ def test_a_run_is_not_overwritten_but_resumed(run, photos, capsys, tmp_path):
     assert read_metrics(copy)[0] == read_metrics(run)[0]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(run, photos, capsys, tmp_path):
     output(capsys, "train", run / "recipe.yaml", "--out", tmp_path / "again")
     again, first = load_checkpoint(tmp_path / "again").state_dict(), load_checkpoint(run).state_dict()
@@ -266,6 +268,7 @@ def idx(path, array):
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
+@pytest.mark.slow
 def test_data_sets_of_torchvision_and_hugging_face_train(capsys, tmp_path, photos):
     """Local copies: the digits as MNIST's files, which are grey, and an image folder by Hugging Face's reader."""
     images, labels = load_digits(return_X_y=True)
@@ -306,6 +309,7 @@ def test_eval_refuses_another_number_of_classes(run, capsys):
     assert "10 classes and the model 2" in error(capsys, "eval", run, "--data", "digits", code=1)
 
 
+@pytest.mark.slow
 def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
     argv = [sys.executable, "-m", "groupmixformer.cli.main", "eval", str(run), "--json"]
     result = subprocess.run(argv, capture_output=True, text=True, check=True)
@@ -316,11 +320,16 @@ def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
     ("statement", "unwanted"),
     [
         ("import groupmixformer", ["lightning", "torchmetrics", "matplotlib", "sklearn", "jsonargparse", "transformers"]),
-        (
+        pytest.param(
             "from groupmixformer.cli.main import main; main(['predict', 'nowhere', 'x'])",
             ["lightning", "matplotlib", "jsonargparse"],
+            marks=pytest.mark.slow,
         ),
-        ("import groupmixformer.tasks.classification.metrics, groupmixformer.data", ["lightning", "matplotlib"]),
+        pytest.param(
+            "import groupmixformer.tasks.classification.metrics, groupmixformer.data",
+            ["lightning", "matplotlib"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_light_things_import_nothing_heavy(statement, unwanted):

@@ -92,26 +92,26 @@ def test_no_frame_where_all_is_seen(run, image):
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_point_attends_to_what_the_maps_say(classes, photo, stage):
+def test_a_point_attends_to_what_the_maps_say(classes, image, stage):
     page, point = Page({"trees": (classes, "classification")}), (0.6, 0.4)
-    query = classes.view(Image.open(photo)).seen((40, 96))  # of 100 rows and 160 columns
-    images, names = zip(*page.attend("trees", str(photo), point, stage), strict=True)
+    query = classes.view(Image.open(image)).seen((40, 96))  # of 100 rows and 160 columns
+    images, names = zip(*page.attend("trees", str(image), point, stage), strict=True)
     assert names == GROUPS
-    image = classes.transform(Image.open(photo))
+    tensor = classes.transform(Image.open(image))
     with torch.no_grad():
-        strengths = by_group_size(attention_maps(classes.model, image[None], query, stage), (64, 64))[0]
+        strengths = by_group_size(attention_maps(classes.model, tensor[None], query, stage), (64, 64))[0]
     for shown, strength in zip(images, strengths, strict=True):
         pixels = np.asarray(shown)
         mark = np.argwhere((pixels == MARK).all(axis=2))
         assert (mark.min(axis=0) + mark.max(axis=0)) / 2 == pytest.approx([10 * q + 5 for q in query], abs=1)
-        # Viridis becomes greener and redder with the strength, on grey of the photo.
+        # Viridis becomes greener and redder with the strength, on grey of the image.
         away = [q for q in itertools.product(range(64), repeat=2) if max(abs(q[0] - query[0]), abs(q[1] - query[1])) > 4]
         strongest, weakest = (pick(away, key=lambda q: strength[q].item()) for pick in (max, min))
         spread = (pixels.max(axis=2).astype(int) - pixels.min(axis=2))[
             [10 * q[0] + 5 for q in (strongest, weakest)], [10 * q[1] + 5 for q in (strongest, weakest)]
         ]
         assert strength[strongest] > strength[weakest] and spread[0] > 40
-    other = page.attend("trees", str(photo), (0.4, 0.6), stage)
+    other = page.attend("trees", str(image), (0.4, 0.6), stage)
     assert any(a.tobytes() != b[0].tobytes() for a, b in zip(images, other, strict=True))
 
 

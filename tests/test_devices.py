@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_groupmixformer import SIZE, STAGES, relative_error
 
-from groupmixformer import GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

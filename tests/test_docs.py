@@ -20,8 +20,13 @@ from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = ("data.md", "detect.md", "evaluate.md", "explain.md", "export.md", "segment.md", "train.md")  # they take long
-SLOW += ("lightning.md", "onnxruntime.md", "smp.md", "torchvision.md", "transformers.md")
+EXHAUSTIVE = {"detect.md", "onnxruntime.md", "segment.md", "torchvision.md"}
+SLOW = EXHAUSTIVE | {"checkpoints.md", "data.md", "evaluate.md", "explain.md", "export.md", "lightning.md", "smp.md"}
+SLOW |= {"speed.md", "timm.md", "train.md", "transformers.md"}
+
+
+def marks(page):
+    return [pytest.mark.slow] * (page in SLOW) + [pytest.mark.exhaustive] * (page in EXHAUSTIVE)
 
 
 @pytest.fixture
@@ -75,10 +80,7 @@ def _write_tiny():
     save_checkpoint(model, "runs/photos", ["zero", "one"], {"input_size": (3, 32, 32)})
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=page.name) for page in PAGES],
-)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=marks(page.name), id=page.name) for page in PAGES])
 def test_code_blocks_run(page, workplace):
     blocks = re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S)
     assert blocks or page.name == "api.md"  # which mkdocstrings fills

@@ -443,8 +443,16 @@ def many(fitted, tmp_path_factory):
     ("options", "settings"),
     [
         ([], {}),
-        (["--crop-pct", "0.95", "--image-size", "96"], {"crop_pct": 0.95, "img_size": 96}),
-        (["--crop-mode", "border", "--image-size", "81"], {"crop_mode": "border", "img_size": 81}),
+        pytest.param(
+            ["--crop-pct", "0.95", "--image-size", "96"],
+            {"crop_pct": 0.95, "img_size": 96},
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            ["--crop-mode", "border", "--image-size", "81"],
+            {"crop_mode": "border", "img_size": 81},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=["as stored", "another size and crop", "border"],
 )
@@ -472,6 +480,7 @@ def imagenet(shared, fitted, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("options", "settings"),
     [([], {}), (["--image-size", "384", "--crop-pct", "1"], {"img_size": 384, "crop_pct": 1.0})],

@@ -7,8 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from groupmixformer import GroupMixFormer, attention_maps
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixFormer, attention_maps, fuse
 from groupmixformer.models.attention_maps import (
     GROUP_SIZES,
     attend,

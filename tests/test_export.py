@@ -151,11 +151,16 @@ def test_onnx_names_what_is_free_and_its_opset(run, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["maps.onnx"]
 
 
-SLOW_CASES = [("mobile", "onnx", False), ("stages", "onnx", True), ("stages", "pt2", True), ("stages", "openvino", True)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "format", "features"), SLOW_CASES)
+@pytest.mark.parametrize(
+    ("name", "format", "features"),
+    [
+        pytest.param("mobile", "onnx", False, marks=pytest.mark.exhaustive),
+        ("stages", "onnx", True),
+        pytest.param("stages", "pt2", True, marks=pytest.mark.exhaustive),
+        pytest.param("stages", "openvino", True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_whole_networks(randomise, about, tmp_path, name, format, features):
     made = GroupMixFormer(**STAGES, num_classes=3) if name == "stages" else timm.create_model("groupmixformer_mobile")
     network = Exported(randomise(made), features).eval()
@@ -167,7 +172,14 @@ def test_whole_networks(randomise, about, tmp_path, name, format, features):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decoder", "format"), [("upernet", "pt2"), ("fpn", "pt2"), ("fpn", "onnx")])
+@pytest.mark.parametrize(
+    ("decoder", "format"),
+    [
+        pytest.param("upernet", "pt2", marks=pytest.mark.exhaustive),
+        pytest.param("fpn", "pt2", marks=pytest.mark.exhaustive),
+        ("fpn", "onnx"),
+    ],
+)
 def test_segmenters(write_segmenter, tmp_path, capsys, decoder, format):
     segmenter = write_segmenter(decoder, tmp_path / "run")
     path = tmp_path / f"file{FORMATS[format].suffix}"
@@ -224,7 +236,7 @@ def unable(write):
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (shifted, "differs from the model by"),
+        pytest.param(shifted, "differs from the model by", marks=pytest.mark.slow),
         (damaged, "does not run, so it is removed"),
         (full, "No space left on device"),
         (unable, "pt2 cannot carry this network (RuntimeError: no operator)"),

@@ -13,8 +13,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
 from groupmixformer.ops import onednn
 from groupmixformer.tasks.backbone import Backbone
@@ -95,8 +94,12 @@ def test_golden_values(golden, name, dtype, tolerance):
     "compiled",
     [
         pytest.param(export, id="export"),
-        pytest.param(lambda fused: torch.compile(fused, fullgraph=True, backend="aot_eager"), id="no graph break"),
-        pytest.param(lambda fused: torch.compile(fused, fullgraph=True), id="compile"),
+        pytest.param(
+            lambda fused: torch.compile(fused, fullgraph=True, backend="aot_eager"),
+            id="no graph break",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(lambda fused: torch.compile(fused, fullgraph=True), id="compile", marks=pytest.mark.exhaustive),
     ],
 )
 def test_golden_values_compiled(golden, monkeypatch, compiled, large):
@@ -109,8 +112,15 @@ def test_golden_values_compiled(golden, monkeypatch, compiled, large):
 
 
 @pytest.mark.slow
-@either_product
-@pytest.mark.parametrize("case", [0, 1], ids=["first size", "second size"])
+@pytest.mark.parametrize(
+    ("case", "large"),
+    [
+        pytest.param(0, onednn._LARGE, id="first size-by size"),
+        pytest.param(0, 0, id="first size-oneDNN", marks=[needs_onednn, pytest.mark.exhaustive]),
+        pytest.param(1, onednn._LARGE, id="second size-by size", marks=pytest.mark.exhaustive),
+        pytest.param(1, 0, id="second size-oneDNN", marks=[needs_onednn, pytest.mark.exhaustive]),
+    ],
+)
 def test_golden_values_frozen_by_inductor(golden, monkeypatch, case, large):
     monkeypatch.setattr(onednn, "_LARGE", large)
     values = golden("test")
@@ -122,11 +132,15 @@ def test_golden_values_frozen_by_inductor(golden, monkeypatch, case, large):
 # Every variant, any size, any configuration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        *(pytest.param(name, (47, 33), marks=pytest.mark.slow) for name in VARIANTS),
-        pytest.param("groupmixformer_mobile", (65, 97), marks=pytest.mark.slow),
+        *(
+            pytest.param(name, (47, 33), marks=[pytest.mark.exhaustive] * ("base" in name or "large" in name))
+            for name in VARIANTS
+        ),
+        ("groupmixformer_mobile", (65, 97)),
     ],
 )
 def test_each_variant_is_the_same_function(randomise, name, size):
@@ -243,8 +257,15 @@ def compiled(fused, dynamic=False):
     return torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=dynamic)
 
 
-@either_product
-@pytest.mark.parametrize("form", [as_it_is, pytest.param(compiled, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("form", "large"),
+    [
+        pytest.param(as_it_is, 0, id="as_it_is-oneDNN", marks=needs_onednn),
+        pytest.param(as_it_is, onednn._LARGE, id="as_it_is-by size"),
+        pytest.param(compiled, 0, id="compiled-oneDNN", marks=[needs_onednn, pytest.mark.slow]),
+        pytest.param(compiled, onednn._LARGE, id="compiled-by size", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
+)
 def test_gradients_of_the_images(model, images, monkeypatch, form, large):
     monkeypatch.setattr(onednn, "_LARGE", large)
     gradients = []
@@ -296,7 +317,7 @@ def test_a_traced_graph_holds_operators_of_pytorch_alone(model, images, all_larg
 
 @either_product
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_compiled_graph(shallow, images, monkeypatch, dynamic, large):
     monkeypatch.setattr(onednn, "_LARGE", large)
     form = compiled(fuse(shallow), dynamic)

@@ -15,8 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import GroupMixAttention, GroupMixFormer
-from groupmixformer.models import fuse
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # Dims, depths and ratios that differ between neighbours, so that a mixed-up index shows.
@@ -90,7 +89,7 @@ def export(model):
 @pytest.mark.parametrize(
     ("compiled", "sizes"),
     [
-        pytest.param(export, 2, id="export"),
+        pytest.param(export, 2, id="export", marks=pytest.mark.slow),
         pytest.param(lambda model: torch.compile(model, fullgraph=True, backend="eager"), 1, id="no graph break"),
         pytest.param(lambda model: torch.compile(model, fullgraph=True), 1, id="compile", marks=pytest.mark.slow),
     ],
@@ -365,7 +364,9 @@ def test_registered_variants():
     assert set(timm.list_models("groupmixformer*")) == set(VARIANTS)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("base" in name or "large" in name)) for name in VARIANTS]
+)
 def test_variant(name):
     side = 384 if name.endswith("384") else 224
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

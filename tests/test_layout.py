@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import EXHAUSTIVE, SLOW
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "groupmixformer"
@@ -69,10 +68,3 @@ def test_the_readme_has_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert len(re.findall(r"^python3 -m venv \.venv .*gmf quickstart$", readme, re.M)) == 1
     assert len(re.findall(r"^python3 -m venv \.venv .*pytest$", readme, re.M)) == 1
-
-
-def test_slow_and_exhaustive_tests_exist():
-    for name in SLOW + EXHAUSTIVE:
-        file, _, test = name.partition("::")
-        functions = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
-        assert any(function.startswith(test.partition("[")[0]) for function in functions), name

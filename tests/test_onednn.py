@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer.ops import onednn as module
 from groupmixformer.models.groupmixformer import Block
+from groupmixformer.ops import onednn as module
 from groupmixformer.ops.onednn import Depthwise, Linear, depthwise, linear
 
 needs_onednn = pytest.mark.skipif(not module._IS_THERE, reason="needs oneDNN and AVX2")

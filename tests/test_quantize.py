@@ -19,7 +19,12 @@ from groupmixformer.tasks.classification.data import eval_loader, open_images
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 ABOUT = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": [str(digit) for digit in range(10)]}
-CASES = [("onnx", "static"), ("openvino", "static"), ("pt2", "weights"), ("pt2", "dynamic")]
+CASES = [
+    ("onnx", "static"),
+    pytest.param("openvino", "static", marks=pytest.mark.exhaustive),
+    pytest.param("pt2", "weights", marks=pytest.mark.exhaustive),
+    pytest.param("pt2", "dynamic", marks=pytest.mark.exhaustive),
+]
 
 
 def digits(part):
@@ -94,6 +99,7 @@ def test_the_command(trained, some_images, tmp_path, capsys, format, way):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", ["weights", "dynamic"])
 def test_images_whose_last_map_is_one_token(randomise, tmp_path, way):
     """At 32 x 32, where PyTorch would refuse what it did not see while tracing."""

@@ -133,7 +133,10 @@ def finished(images, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["torchrun", "two nodes", "fsdp"])
+@pytest.mark.parametrize(
+    "how",
+    ["torchrun", pytest.param("two nodes", marks=pytest.mark.exhaustive), pytest.param("fsdp", marks=pytest.mark.exhaustive)],
+)
 def test_processes_compute_what_one_does(finished, how):
     one, many = finished("one process"), finished(how)
     rows = read_metrics(many)
@@ -183,7 +186,7 @@ def test_killed_processes_continue_as_if_they_had_not_been(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["torchrun", "fsdp"])
+@pytest.mark.parametrize("how", ["torchrun", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_a_terminated_job_is_saved_and_continues(images, finished, tmp_path, how):
     out, more = tmp_path / "run", ["--data", images, "--batch_size", 8, *STRATEGY[how]]
     with paused(tmp_path / "pause", torchrun(2, "--standalone"), out, *more, at=(0, 3)) as job:
@@ -230,7 +233,7 @@ def test_images_that_no_process_alone_finds_too_many_end_the_epoch(few, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_what_happens_to_one_process_counts_for_all(few, tmp_path, strategy):
     data, bad = few
     more = ["--data", data, "--variant", "test_resnet", "--batch_size", 4, "--bad_limit", "0.1", "--strategy", strategy]
@@ -254,6 +257,7 @@ def test_sharded_weights_cannot_be_averaged(images, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_at_random_ends_as_if_it_had_not_been(tmp_path):
     argv = [sys.executable, kill_and_resume.__file__, "--kills", "3", "--images", "48"]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=TIMEOUT)

@@ -119,9 +119,12 @@ class PixelByPixel(nn.Module):
 DECODERS = {"upernet": 32, "fpn": 128, "unet": None, "segformer": None}  # with a width
 BACKBONES = ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"]
 PAIRS = [
-    *itertools.product(("upernet", "fpn"), BACKBONES),
+    *(("upernet", name) for name in BACKBONES),
+    pytest.param("fpn", BACKBONES[0], marks=pytest.mark.slow),
+    *(("fpn", name) for name in BACKBONES[1:]),
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("unet", "segformer"), BACKBONES)),
-    *(("upernet", name) for name in ("swin_tiny_patch4_window7_224", "coat_lite_tiny")),
+    pytest.param("upernet", "swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    ("upernet", "coat_lite_tiny"),
     ("deeplabv3plus", "resnet18"),
 ]
 
@@ -245,7 +248,7 @@ def test_what_the_authors_do_not_decay_is_not_decayed(make):
     assert all((id(p) in free) == (p.ndim <= 1) for p in task.model.parameters() if not any(p is table for table in tables))
 
 
-@pytest.mark.parametrize("variant", ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"])
+@pytest.mark.parametrize("variant", [pytest.param("groupmixformer_mobile", marks=pytest.mark.slow), "resnet18", "pvt_v2_b0"])
 def test_gradient_checkpointing_changes_no_gradient(make, randomise, variant):
     images, results, calls = torch.randn(2, 3, 64, 64), [], []
 
@@ -321,6 +324,7 @@ def other_classes(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_segmenter_starts_from_another(make, trained, other_classes):
     run, _ = trained
     weights = load_file(run / "model.safetensors")
@@ -623,6 +627,7 @@ def test_eval_measures_what_predict_writes(data, trained, tmp_path, capsys, how)
     assert (result["task"], result["split"], result["data"]) == ("segmentation", "val", str(data))
 
 
+@pytest.mark.slow
 def test_each_way_to_look_gives_another_result(data, trained, tmp_path, capsys):
     images, shares = data / "images" / "val", set()
     for how in ("whole", "slide", "scales", "flip", "all"):
@@ -658,10 +663,10 @@ def test_predict_writes_masks_and_overlays(data, trained, tmp_path, capsys):
     places = [data / "images" / split / "scene0.png" for split in ("train", "val")]
     tiny = tmp_path / "tiny.jpg"
     Image.new("RGB", (9, 5), "red").save(tiny)
-    (tmp_path / "bad.png").write_bytes(b"not a photo")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     out = tmp_path / "out"
     result = gmf(capsys, "predict", trained[0], *places, tiny, tmp_path / "bad.png", "--out", out, "--json")
-    assert f"skipped {tmp_path / 'bad.png'}: not a readable photo" in result.err
+    assert f"skipped {tmp_path / 'bad.png'}: not a readable image" in result.err
     said = json.loads(result.out)
     assert said["skipped"] == [str(tmp_path / "bad.png")]
     names = ["scene0", "scene0-2", "tiny"]  # two images have one name
@@ -811,6 +816,7 @@ def frozen_step(task, batch, batch_idx, step=Segmentation.training_step):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_measure_what_one_does(data, tmp_path, monkeypatch):
     still = ["--optimizer.lr", "0", "--schedule.min_lr", "0", "--schedule.warmup_lr", "0"]
     monkeypatch.setattr(Segmentation, "training_step", frozen_step)

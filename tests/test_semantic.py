@@ -368,7 +368,7 @@ def far_from_borders(labels, reach=2):
     return inside
 
 
-def test_a_image_and_its_labels_stay_together(scenes):
+def test_an_image_and_its_labels_stay_together(scenes):
     images = SemanticImages(scenes, "train", transform())
     colors = (torch.tensor(COLORS) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     shares, padded = [], 0
@@ -504,7 +504,7 @@ def test_segments_are_laid_over_the_image_with_a_legend_from_the_largest():
     assert rows[1].max() < rows[0].min() and rows[0].max() < rows[3].min()
 
 
-def test_a_image_without_segments_stays_as_it_is():
+def test_an_image_without_segments_stays_as_it_is():
     drawn = draw_segments(grey_image(600, 500), torch.full((500, 600), IGNORE), ["a"], HUES)
     assert (np.asarray(drawn.crop((0, 0, 600, 500))) == 100).all()
     assert (np.asarray(drawn.crop((600, 0, *drawn.size))) == 255).all()
@@ -540,7 +540,7 @@ def test_small_images_are_enlarged_with_their_boxes():
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_a_image_without_objects_stays_as_it_is(masks):
+def test_an_image_without_objects_stays_as_it_is(masks):
     objects = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     if masks:
         objects["masks"] = torch.zeros(0, 20, 30, dtype=torch.bool)

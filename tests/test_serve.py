@@ -300,6 +300,7 @@ def masks(tmp_path_factory):
     return detector(tmp_path_factory.mktemp("masks"), "mask_rcnn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "task"), [("segments", "segmentation"), ("objects", "detection"), ("masks", "detection")])
 def test_other_tasks_are_served_one_at_a_time(kind, task, request):
     model = request.getfixturevalue(kind)

@@ -169,6 +169,7 @@ def test_workers_that_persist_see_the_new_epoch(shards):
         assert order(loader) == order(read(open_stream("wds/", str(shards), "train"), workers=2, epoch=epoch))
 
 
+@pytest.mark.slow
 def test_folders_and_single_files_work_as_hugging_face_sets(photos, images):
     stream = open_stream(f"hfids/{photos}", "", "train")
     assert (stream.num_samples, stream.class_names) == (47, sorted(CLASSES))

@@ -804,8 +804,8 @@ def plain(photos, tmp_path_factory):
     [
         (["--grad_checkpointing", "true"], 1e-6),
         (["--deterministic", "true"], 0),
-        (["--strategy", "fsdp"], 1e-6),  # of one process
-        (["--precision", "bf16-mixed"], 0.05),
+        pytest.param(["--strategy", "fsdp"], 1e-6, marks=pytest.mark.exhaustive),  # of one process
+        pytest.param(["--precision", "bf16-mixed"], 0.05, marks=pytest.mark.exhaustive),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -837,6 +837,7 @@ def test_losses_are_the_same_with(photos, plain, before_step, tmp_path, more, to
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_model_has_the_same_losses(photos, before_step, tmp_path):  # a small one: `mobile` compiles for minutes
     compiled = []
     before_step(lambda task, images, epoch, batch_idx: compiled.append(task.model._compiled_call_impl is not None))
@@ -910,7 +911,7 @@ def resnet(photos, tmp_path_factory):
         ("resnet", ["zero", "one"], True),
         ("resnet", ["zero", "uno"], False),
         ("resnet", ["zero", "one", "two"], False),
-        ("plain", ["zero", "one"], True),
+        pytest.param("plain", ["zero", "one"], True, marks=pytest.mark.slow),
         ("plain", ["zero", "uno"], False),
     ],
     ids=str,

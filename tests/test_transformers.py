@@ -72,6 +72,7 @@ def test_names_of_a_classifier_that_was_replaced_are_not_kept(folder, tmp_path):
     assert_it_comes_back(tmp_path / "saved", model, None)
 
 
+@pytest.mark.slow
 def test_trainer_fine_tunes(tuned, tmp_path):
     pytest.importorskip("accelerate")
     labels = torch.arange(16) % 2

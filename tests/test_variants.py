@@ -13,7 +13,9 @@ from groupmixformer.models.groupmixformer import VARIANTS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * ("base" in name or "large" in name)) for name in VARIANTS]
+)
 def test_a_released_checkpoint_of_each_variant_predicts(name, tmp_path, capsys, released_names, randomise):
     model = randomise(timm.create_model(name)).eval()
     state_dict = model.state_dict()
@@ -31,6 +33,7 @@ def test_a_released_checkpoint_of_each_variant_predicts(name, tmp_path, capsys, 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_200_random_forward_passes():
     generator = torch.Generator().manual_seed(0)
     models = [timm.create_model(name, num_classes=3).eval() for name in VARIANTS]
