@@ -134,7 +134,7 @@ def test_help_of_a_recipe_lists_every_field_with_dashes(capsys):
         ("bench --size 64 --size 96", "size", [64, 96]),
         ("quickstart --variant tiny", "model", "tiny"),
         ("explain x y --query 1,2 3,4 --class a_b", "query", [(1, 2), (3, 4)]),
-        ("explain x y --class a_b", "class_", "a_b"),
+        ("explain x y --class a_b", "wanted_class", "a_b"),
         ("explain x y --stage 1 2", "stage", [1, 2]),
         ("eval x --scales 0.75,1", "scales", (0.75, 1.0)),
     ],
