@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pkgutil import resolve_name
 
 import huggingface_hub
 import numpy as np
@@ -237,9 +238,9 @@ def to_pixels(image):
 
 class Brightness(TaskSpec):
     name = "brightness"
+    predictor_class = "brightness:BrightnessPredictor"
 
     def build_task(self, recipe, world_size):
-        import lightning
         from groupmixformer.training.loaders import DataModule
         from groupmixformer.training.module import Task
 
@@ -263,9 +264,6 @@ class Brightness(TaskSpec):
         train, held_out = Photos(recipe.data + "/train", recipe.seed), Photos(recipe.data + "/val")
         loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate)
         return Module(recipe, network(recipe.task_options["bias"]), loaders, ["brightness"], world_size)
-
-    def predictor(self, run, device, image_size, dtype, **options):
-        return BrightnessPredictor(run, device, image_size, dtype)
 
 
 def collate(samples):
@@ -374,3 +372,5 @@ def test_what_every_task_of_ours_says(runs):
     for name in TASKS:
         task = find_task(name)
         assert isinstance(task, TaskSpec) and task.name == name and task.hub_metrics
+        for place in (task.module_class, task.predictor_class, task.explainer_class):
+            assert isinstance(resolve_name(place), type)

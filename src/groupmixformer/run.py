@@ -357,19 +357,18 @@ class Run:
         found = self.definition.exportable(self.folder, format)
         predictor = self.predictor("cpu")
         skipped: list[str] = []
-        calibration, source = None, ""
+        if way == "static" and not calibrate and self.recipe is None:
+            unknown = f"{self.folder.source}: has no recipe that names its training data"
+            raise ValueError(f"{unknown}: name a folder of images with --calibrate")
+        measured_on, own = self._data(data)
+        held_out = predictor.open_data(measured_on, **own)
+        calibration, source = None, calibrate or ""
         if calibrate:
-            source = calibrate
             calibration, skipped = from_folder(source, predictor.config)
-        elif way == "static":
-            if self.recipe is None:
-                unknown = f"{self.folder.source}: has no recipe that names its training data"
-                raise ValueError(f"{unknown}: name a folder of images with --calibrate")
+        elif way == "static" and self.recipe is not None:
             source = self.recipe.data
             images = open_images(source, self.recipe.root).train(eval_transform(predictor.config), seed=0)
             calibration, skipped = from_data(images, source)
-        measured_on, own = self._data(data)
-        held_out = predictor.open_data(measured_on, **own)
         settings = {"classes": found.classes, **found.settings}
         result = quantize(
             Exported(found.network).eval(),

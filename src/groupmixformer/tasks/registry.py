@@ -5,13 +5,13 @@ in the same way. Nothing that a task needs is imported before it is asked for.
 """
 
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,14 +72,19 @@ class Exportable:
     gives_objects: bool = False
 
 
-class TaskSpec(ABC):
+class TaskSpec:
     """What is particular to a task.
 
-    `build_task` and `predictor` are what every task has; the other methods have a default that suits a network saved by
-    `groupmixformer.run_folder.save_network`, or say that the task does not have it.
+    The methods have a default that suits a network saved by `groupmixformer.run_folder.save_network`, or say that the task does
+    not have it.
 
     Attributes:
         name: In recipes and in config.json.
+        module_class: Subclass of `groupmixformer.training.module.Task`, as ``package.module:Class``, which is imported when it
+            is asked for: its ``from_recipe(recipe, world_size)`` opens the recipe's data and creates what is trained.
+        predictor_class: Subclass of `Predictor`, named in the same way.
+        explainer_class: Subclass of `groupmixformer.tasks.explainer.Explainer`, named in the same way; empty where the task has
+            no explanations.
         hub_name: The Hub's name of it, its pipeline tag.
         hub_tags: Further tags on the Hub.
         hub_library: What loads it, by the Hub's names.
@@ -100,6 +105,9 @@ class TaskSpec(ABC):
     """
 
     name: str
+    module_class: str
+    predictor_class: str
+    explainer_class: str = ""
     hub_name: str = "other"
     hub_tags: tuple[str, ...] = ()
     hub_library: str = "groupmixformer"
@@ -121,23 +129,21 @@ class TaskSpec(ABC):
         kinds = (self.predictor_options, self.data_options, self.evaluation_options, self.explainer_options)
         return {*self.other_options, *(name for names in kinds for name in names)}
 
-    @abstractmethod
     def build_task(self, recipe: "Recipe", world_size: int) -> "Task":
-        """Open the recipe's data and create what is trained.
-
-        Args:
-            recipe: The settings; those of a task from outside are in its ``task_options``.
-            world_size: Number of processes.
+        """Open the recipe's data and create what is trained; settings of a task from outside are in ``recipe.task_options``.
 
         Raises:
             ValueError: If data or model cannot be used.
         """
+        task: Task = resolve_name(self.module_class).from_recipe(recipe, world_size)
+        return task
 
-    @abstractmethod
     def predictor(
         self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any
     ) -> Predictor:
         """Open a run to look at images; the options are `predictor_options`."""
+        predictor: Predictor = resolve_name(self.predictor_class)(run, device, image_size, dtype, **options)
+        return predictor
 
     def explainer(self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any) -> "Explainer":
         """Open a run to explain images; the options are `explainer_options`.
@@ -145,7 +151,10 @@ class TaskSpec(ABC):
         Raises:
             ValueError: If the task has no explanations.
         """
-        raise ValueError(f"{run.source}: holds a model for {self.name}, which has no explanations")
+        if not self.explainer_class:
+            raise ValueError(f"{run.source}: holds a model for {self.name}, which has no explanations")
+        explainer: Explainer = resolve_name(self.explainer_class)(run, device, image_size, **options)
+        return explainer
 
     def load(self, run: RunFolder) -> Any:
         """Return the network of a run, in eval mode on the CPU."""

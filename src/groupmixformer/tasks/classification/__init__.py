@@ -1,19 +1,13 @@
 """Image classification."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from ...run_folder import RunFolder
 from ..registry import Exportable, NetworkInfo, TaskSpec, as_text
-
-if TYPE_CHECKING:
-    from ...training.recipe import Recipe
-    from .predict import ClassificationExplainer, ClassificationPredictor
-    from .training import ClassificationModule
 
 USAGE_OURS = """With timm; the import registers the model:
 
@@ -52,6 +46,9 @@ class ClassificationTask(TaskSpec):
     """Image classification with timm's models."""
 
     name = "classification"
+    module_class = "groupmixformer.tasks.classification.training:ClassificationModule"
+    predictor_class = "groupmixformer.tasks.classification.predict:ClassificationPredictor"
+    explainer_class = "groupmixformer.tasks.classification.predict:ClassificationExplainer"
     hub_name = "image-classification"
     hub_tags = ("timm", "transformers")
     hub_library = "timm"
@@ -63,28 +60,6 @@ class ClassificationTask(TaskSpec):
     other_options = ("plot", "max_batch", "features", "int8")
     casts_weights = True
     published = True
-
-    def build_task(self, recipe: "Recipe", world_size: int) -> "ClassificationModule":
-        """Open the recipe's images and create its classifier."""
-        from .training import ClassificationModule
-
-        return ClassificationModule.from_recipe(recipe, world_size)
-
-    def predictor(
-        self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any
-    ) -> "ClassificationPredictor":
-        """Open a classifier."""
-        from .predict import ClassificationPredictor
-
-        return ClassificationPredictor(run, device, image_size, dtype, **options)
-
-    def explainer(
-        self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any
-    ) -> "ClassificationExplainer":
-        """Open a classifier to explain a class."""
-        from .predict import ClassificationExplainer
-
-        return ClassificationExplainer(run, device, image_size, **options)
 
     def load(self, run: RunFolder) -> Any:
         """Return a `GroupMixFormer` or another model of timm."""

@@ -1,7 +1,7 @@
 """Object detection and instance segmentation."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,14 @@ from torch import Tensor, nn
 from ...run_folder import RunFolder
 from ..registry import Exportable, TaskSpec
 
-if TYPE_CHECKING:
-    from ...training.recipe import Recipe
-    from .predict import DetectionExplainer, DetectionPredictor
-    from .training import DetectionModule
-
 
 class DetectionTask(TaskSpec):
     """Object detection and instance segmentation with torchvision's detectors."""
 
     name = "detection"
+    module_class = "groupmixformer.tasks.detection.training:DetectionModule"
+    predictor_class = "groupmixformer.tasks.detection.predict:DetectionPredictor"
+    explainer_class = "groupmixformer.tasks.detection.predict:DetectionExplainer"
     hub_name = "object-detection"
     hub_metrics = {  # noqa: RUF012 - never changed
         "val_mask_AP": ("mean_average_precision", "mask AP (COCO, IoU 0.50 to 0.95)"),
@@ -43,26 +41,6 @@ with torch.inference_mode():
 names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 ```
 """
-
-    def build_task(self, recipe: "Recipe", world_size: int) -> "DetectionModule":
-        """Open the recipe's images and create its detector."""
-        from .training import DetectionModule
-
-        return DetectionModule.from_recipe(recipe, world_size)
-
-    def predictor(
-        self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any
-    ) -> "DetectionPredictor":
-        """Open a detector."""
-        from .predict import DetectionPredictor
-
-        return DetectionPredictor(run, device, image_size, dtype, **options)
-
-    def explainer(self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any) -> "DetectionExplainer":
-        """Open a detector to explain an object."""
-        from .predict import DetectionExplainer
-
-        return DetectionExplainer(run, device, image_size, **options)
 
     def load(self, run: RunFolder) -> Any:
         """Return the detector."""

@@ -1,6 +1,6 @@
 """Semantic segmentation."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +8,14 @@ from torch import Tensor, nn
 from ...run_folder import RunFolder
 from ..registry import Exportable, TaskSpec
 
-if TYPE_CHECKING:
-    from ...training.recipe import Recipe
-    from .predict import SegmentationExplainer, SegmentationPredictor
-    from .training import SegmentationModule
-
 
 class SegmentationTask(TaskSpec):
     """Semantic segmentation with the decoders of segmentation_models_pytorch."""
 
     name = "segmentation"
+    module_class = "groupmixformer.tasks.segmentation.training:SegmentationModule"
+    predictor_class = "groupmixformer.tasks.segmentation.predict:SegmentationPredictor"
+    explainer_class = "groupmixformer.tasks.segmentation.predict:SegmentationExplainer"
     hub_name = "image-segmentation"
     hub_metrics = {  # noqa: RUF012 - never changed
         "val_mIoU": ("mean_iou", "mean IoU"),
@@ -40,28 +38,6 @@ image = Image.open("image.jpg").convert("RGB")
 labels = segment(model, model.prepare(image), (image.height, image.width)).argmax(dim=0)  # of stored["class_names"]
 ```
 """
-
-    def build_task(self, recipe: "Recipe", world_size: int) -> "SegmentationModule":
-        """Open the recipe's images and create its segmenter."""
-        from .training import SegmentationModule
-
-        return SegmentationModule.from_recipe(recipe, world_size)
-
-    def predictor(
-        self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any
-    ) -> "SegmentationPredictor":
-        """Open a segmenter."""
-        from .predict import SegmentationPredictor
-
-        return SegmentationPredictor(run, device, image_size, dtype, **options)
-
-    def explainer(
-        self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any
-    ) -> "SegmentationExplainer":
-        """Open a segmenter to explain a segment."""
-        from .predict import SegmentationExplainer
-
-        return SegmentationExplainer(run, device, image_size, **options)
 
     def load(self, run: RunFolder) -> Any:
         """Return the segmenter."""
