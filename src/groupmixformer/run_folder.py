@@ -105,7 +105,7 @@ class RunFolder:
     @property
     def holds_classifier(self) -> bool:
         """Whether timm reads it; networks of other tasks are written by `save_network`."""
-        return self.task == "classification"
+        return self.config.get("task") in (None, "classification")
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -129,11 +129,11 @@ class RunFolder:
         """Folder of a few held-out images, which need not exist."""
         return self.path / EXAMPLES
 
-    def read_network(self, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_network(self, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Read what `save_network` wrote.
 
         Args:
-            task: What the network must have been trained for.
+            expected: What the network must have been trained for.
 
         Returns:
             The configuration and the tensors by name.
@@ -143,9 +143,9 @@ class RunFolder:
             ValueError: If it holds something else or cannot be read.
         """
         if not self.path.is_dir():
-            raise FileNotFoundError(f"{self.path}: no such folder, expected one of a run for {task}")
-        if self.task != task:
-            raise ValueError(f"{self.path}: holds a model for {self.task}, expected one for {task}")
+            raise FileNotFoundError(f"{self.path}: no such folder, expected one of a run for {expected}")
+        if expected != self.task:
+            raise ValueError(f"{self.path}: holds a model for {self.task}, expected one for {expected}")
         if not isinstance(self.config.get("network"), dict) or not isinstance(self.config.get("class_names"), list):
             raise ValueError(f"{self.path / CONFIG}: expected the fields network and class_names")
         weights = self.path / WEIGHTS[0]

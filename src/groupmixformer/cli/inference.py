@@ -1,9 +1,9 @@
 """Commands that use a trained model: eval, predict, explain, serve and demo."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .common import (
     EXTRAS,
@@ -37,6 +37,11 @@ from .common import (
     progress,
     show,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..tasks.predictor import Predicted
 
 
 @command("eval", "gmf eval runs/quickstart --json", *EXTRAS)
@@ -109,10 +114,23 @@ def evaluate(
     show(result, json, "\n".join(lines))
 
 
-def _read(paths: Sequence[Path], command: str, skipped: list[str]) -> Iterator[tuple[Path, Any]]:
-    """Read images one by one, with their paths; those that cannot be read are reported and added to `skipped`."""
-    from ..data.images import read_image
+def _each(
+    command: str, images: Sequence[str], out: Path, look: "Callable[[Image, str], Predicted]"
+) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
+    """Look at images one by one and write the files that are made of them; those that cannot be read are reported.
 
+    Returns:
+        For JSON the images with what was found, and those that were skipped; a line for each; COCO's results.
+    """
+    from ..data.images import find_images, read_image
+    from ..files import write_prediction
+
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    lines: list[str] = []
+    results: list[dict[str, Any]] = []
+    paths = find_images(images)
+    taken = {path.resolve() for path in paths}
     for path in progress(paths, command, len(paths)):
         try:
             image = read_image(path)
@@ -120,9 +138,16 @@ def _read(paths: Sequence[Path], command: str, skipped: list[str]) -> Iterator[t
             skipped.append(str(path))
             print(f"gmf {command}: skipped {error}", file=sys.stderr)
             continue
-        yield path, image
-    if len(skipped) == len(paths):
+        found = look(image, str(path))
+        rows.append({"image": str(path), **found.result})
+        lines.append(f"{path}: {found.text}")
+        results += found.results
+        if found.files:
+            rows[-1]["files"] = write_prediction(out, path, found.files, taken)
+            lines[-1] += f"  ({', '.join(rows[-1]['files'])})"
+    if not rows:
         raise ValueError(f"none of {len(paths)} images could be read")
+    return {"images": rows, "skipped": skipped}, lines, results
 
 
 @command("predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3", *EXTRAS)
@@ -145,30 +170,13 @@ def predict(
     Args:
         out: for detection and segmentation: folder of the drawn images
     """
-    from ..data.images import find_images
-    from ..files import write_prediction
-
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
     opened, options = open_run(run, looks, "out")
     predictor = opened.predictor(device, image_size, **options)
-    rows: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    lines: list[str] = []
-    paths = find_images(images)
-    taken = {path.resolve() for path in paths}
-    for path, image in _read(paths, "predict", skipped):
-        found = predictor.predict(image, str(path))
-        rows.append({"image": str(path), **found.result})
-        lines.append(f"{path}: {found.text}")
-        results += found.results
-        if found.files:
-            rows[-1]["files"] = write_prediction(out, path, found.files, taken)
-            lines[-1] += f"  ({', '.join(rows[-1]['files'])})"
+    found, lines, results = _each("predict", images, out, predictor.predict)
     written = opened.definition.write_results(out, results)
     lines += [f"{name.replace('_', ' ')}: {file}" for name, file in written.items()]
-    result = {"run": run, "task": opened.task, "images": rows, "skipped": skipped}
-    show(result | written, json, "\n".join(lines))
+    show({"run": run, "task": opened.task, **found, **written}, json, "\n".join(lines))
 
 
 @command("explain", "gmf explain runs/quickstart photo.jpg --query 120,80 40,200 --stage 1 2", *EXTRAS)
@@ -197,25 +205,19 @@ def explain(
         out: folder of the figures and arrays
         format: of the figures
     """
-    from ..data.images import find_images
-    from ..files import write_prediction
-
     opened, options = open_run(run, {"wanted_class": wanted_class, "wanted_object": wanted_object})
     explainer = opened.explainer(device, image_size, **options)
-    rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    lines: list[str] = []
-    paths = find_images(images)
-    taken = {path.resolve() for path in paths}
-    for path, image in _read(paths, "explain", skipped):
+
+    def look(image: "Image", path: str) -> "Predicted":
         try:
-            found = explainer.explain(image, query, stage, format)
+            return explainer.explain(image, query, stage, format)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        figure, arrays = write_prediction(out, path, found.files, taken)
-        rows.append({"image": str(path), **found.result, "figure": figure, "arrays": arrays})
-        lines.append(f"{path}: {found.text}  ({figure}, {arrays})")
-    show({"run": run, "task": opened.task, "images": rows, "skipped": skipped}, json, "\n".join(lines))
+
+    found, lines, _ = _each("explain", images, out, look)
+    for row in found["images"]:
+        row["figure"], row["arrays"] = row.pop("files")
+    show({"run": run, "task": opened.task, **found}, json, "\n".join(lines))
 
 
 @command("serve", "gmf serve runs/quickstart --port 8000", "serve", *EXTRAS)
