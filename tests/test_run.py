@@ -3,9 +3,11 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from pkgutil import resolve_name
 
 import huggingface_hub
@@ -151,6 +153,44 @@ def test_a_hub_is_asked_once(runs, image, monkeypatch, counted, task):
     assert run.path == runs / task and run.predict(image).text
     run.load()
     assert asked == [("me/trees", "v2")] and len(counted) == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "eval", "explain", "export"])
+def test_a_command_asks_a_hub_once_and_parses_each_file_once(runs, image, monkeypatch, tmp_path, command):
+    """Not only config.json, and wherever it may be parsed."""
+    asked, read = [], []
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        return str(runs / "classification")
+
+    def read_text(path, *args, **kwargs):
+        read.append(path)
+        return real(path, *args, **kwargs)
+
+    for split in ("train", "val"):
+        for name in NAMES:
+            (tmp_path / "trees" / split / name).mkdir(parents=True)
+            shutil.copy(image, tmp_path / "trees" / split / name)
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    options = {
+        "predict": [image],
+        "eval": ["--data", tmp_path / "trees"],
+        "explain": [image, "--out", tmp_path],
+        "export": ["--format", "pt2", "--out", tmp_path / "a.pt2"],
+    }[command]
+    assert main([command, "hf-hub:me/trees", *map(str, options)]) == 0
+    assert asked == [("me/trees", None)]
+    assert [path for path in read if path.parent == runs / "classification"] == [runs / "classification" / "config.json"]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_commands_parse_the_config_of_other_tasks_once(runs, image, counted, tmp_path, task, command):
+    assert main([command, str(runs / task), str(image), "--out", str(tmp_path)]) == 0
+    assert counted == [runs / task / "config.json"]
 
 
 def test_what_the_folder_holds_is_given_to_every_loader(runs, counted):
