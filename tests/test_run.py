@@ -393,6 +393,8 @@ def test_a_task_of_another_package(brightness, photos, tmp_path, capsys):
         ("export", ["--format", "onnx", "--out", tmp_path / "x.onnx"], "for brightness, which cannot be exported", 1),
     ):
         assert words in gmf(capsys, command, out, *more, code=code).err
+    assert "gmf bench has no network for brightness" in gmf(capsys, "bench", "resnet18", "--task", "brightness", code=1).err
+    assert "no task britness, expected one of classification, " in gmf(capsys, "bench", "--task", "britness", code=2).err
     files = json.loads(gmf(capsys, "push", out, "me/light", "--dry-run", tmp_path / "card", "--json").out)["files"]
     assert files == ["README.md", "config.json", "model.safetensors", "recipe.yaml"]
     assert 'Run.open("hf-hub:me/light")' in (tmp_path / "card" / "README.md").read_text()

@@ -1,6 +1,7 @@
 """Commands about models and machines: bench, models and doctor."""
 
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -26,12 +27,21 @@ from .common import (
 Compile = Literal["default", "max-autotune", "reduce-overhead"]
 
 
+def _task(text: str) -> str:
+    from ..tasks.registry import find_task
+
+    try:
+        return find_task(text).name
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
 @command("bench", "gmf bench small coat_lite_small swin_tiny_patch4_window7_224 --batch-size 4", "train", "segmentation")
 def bench(
     models: Reads[Sequence[str]] = ("mobile", "tiny", "small"),
     *,
     baseline: Reads[File | None] = None,
-    task: Works[Literal["classification", "detection", "segmentation"]] = "classification",
+    task: Annotated[Works[str], Option(_task)] = "classification",
     train: Works[bool] = False,
     batch_size: Works[Positive] = 1,
     size: Works[Sequence[Side]] = (),
@@ -51,7 +61,7 @@ def bench(
     Args:
         models: variants, models of timm
         baseline: an earlier result, saved with --json, to compare with
-        task: what the models are built for
+        task: what the models are built for: classification, detection, segmentation
         train: a training step instead of inference
         batch_size: images at once
         size: height and width; by default 224, 800 1333 or 512, by the task
