@@ -1,0 +1,2 @@
+from .reference import attend
+__all__ = ["attend"]
