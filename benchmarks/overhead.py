@@ -101,14 +101,20 @@ def main() -> None:
         for what in ("forward", "step"):
             rows[name][what]["meta_ms"] = statistics.median(times[name, what])
             rows[name][what]["of_birder"] = rows[name][what]["meta_ms"] / statistics.median(times[base, what])
-    print(f"{'':32}{'forward: operations':>20}{'kernels':>9}{'meta ms':>9}{'ratio':>7}{'step: operations':>18}{'kernels':>9}{'ms':>8}{'ratio':>7}")
+    print(
+        f"{'':32}{'forward: operations':>20}{'kernels':>9}{'meta ms':>9}{'ratio':>7}{'step: operations':>18}{'kernels':>9}{'ms':>8}{'ratio':>7}"
+    )
     for name, row in rows.items():
-        f, s = row["forward"], row["step"]
-        print(
-            f"{name:32}{f['operations']:>20,}{f['kernels']:>9,}{f['meta_ms']:>9.0f}{f['of_birder']:>7.2f}"
-            f"{s['operations']:>18,}{s['kernels']:>9,}{s['meta_ms']:>8.0f}{s['of_birder']:>7.2f}"
+        parts = (
+            f"{r['operations']:>22,}{r['kernels']:>9,}{r['meta_ms']:>9.0f}{r['of_birder']:>9.2f}"
+            for r in (row["forward"], row["step"])
         )
-    result = {"command": f"python benchmarks/overhead.py --model {args.model}", **conditions(Settings(device="meta", threads=1)), "rows": rows}
+        print(f"{name:32}" + "".join(parts))
+    result = {
+        "command": f"python benchmarks/overhead.py --model {args.model}",
+        **conditions(Settings(device="meta", threads=1)),
+        "rows": rows,
+    }
     out = args.out or Path(__file__).parent / "results" / f"overhead-{args.model}-{time.strftime('%Y-%m-%d')}.json"
     write_file(out, json.dumps(result, indent=2))
 

@@ -162,10 +162,15 @@ class FusedAttention(Fused):
         self.position.weight, self.position.bias = (nn.Parameter(part) for part in attention.position.joined())
         if self.with_kernels:  # made here, as making them takes operations in each forward pass
             self.register_buffer("taps", kernels.join_taps(depthwise))
-            self.register_buffer("position_taps", kernels.join_taps([
-                w[..., (7 - k) // 2 : (7 + k) // 2, (7 - k) // 2 : (7 + k) // 2]
-                for w, k in zip(self.position.weight.split(C), kernels.SIZES, strict=True)
-            ]))
+            self.register_buffer(
+                "position_taps",
+                kernels.join_taps(
+                    [
+                        w[..., (7 - k) // 2 : (7 + k) // 2, (7 - k) // 2 : (7 + k) // 2]
+                        for w, k in zip(self.position.weight.split(C), kernels.SIZES, strict=True)
+                    ]
+                ),
+            )
         self.scale = attention.scale
         self.register_buffer("mask", _within_heads(C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
@@ -272,7 +277,7 @@ _FUSED: dict[type[nn.Module], Any] = {
 _OWN = {
     *_FUSED,
     *(network.NonAttention, network.GroupAggregators, network.ConvRelativePosition, network.Mlp),
-    *(layers.BatchNorm2d, layers.LayerNorm2d, layers.Hardswish, layers.GELU, layers.Depthwise),
+    *(layers.BatchNorm2d, layers.LayerNorm2d, layers.Hardswish, layers.GELU, layers.Depthwise, layers.Linear, layers.Blocks),
     *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
     *(nn.Hardswish, nn.GELU, nn.Identity, timm.layers.DropPath, nn.Sequential, nn.ModuleList),
 }

@@ -45,6 +45,9 @@ from .layers import GELU, BatchNorm2d, Blocks, Depthwise, Hardswish, LayerNorm2d
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
+torch.fx.wrap("check_images")
+torch.fx.wrap("check_map")
+
 
 class SeparableConv(nn.Sequential):
     """Depthwise k x k and pointwise convolution, BN, Hardswish. (B, D_in, H, W) -> (B, D_out, ceil(H/s), ceil(W/s))."""
@@ -170,7 +173,7 @@ class GroupMixAttention(nn.Module):
         B, D, H, W = x.shape
         qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5)
         groups, local = qkv.split([4, 1], dim=4)  # (B, H, W, 3, 4, C) and (B, H, W, 3, 1, C)
-        groups = groups.permute(3, 0, 1, 2, 4, 5).reshape(3 * B, H, W, -1).permute(0, 3, 1, 2)  # (3B, 4C, H, W)
+        groups = groups.permute(3, 0, 1, 2, 4, 5).contiguous().view(3 * B, H, W, -1).permute(0, 3, 1, 2)  # (3B, 4C, H, W)
         local = local.reshape(B, H, W, -1).permute(0, 3, 1, 2)  # (B, 3C, H, W)
         return self.aggregators(groups), local
 

@@ -81,12 +81,17 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
         if torch.jit.is_scripting():
-            momentum, training = 0.1 if self.momentum is None else self.momentum, self.training
-            x = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps)
-        else:
+            x = self._functional(input)
+        elif isinstance(input, Tensor):
             x = super().forward(input)
             recompute.forget(x, self._same_again, input)
+        else:  # a proxy of torch.fx
+            x = self._functional(input)
         return x
+
+    def _functional(self, x: Tensor) -> Tensor:
+        momentum, training = 0.1 if self.momentum is None else self.momentum, self.training
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps)
 
     @torch.jit.unused
     def _same_again(self, x: Tensor) -> Tensor:

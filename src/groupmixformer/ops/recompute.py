@@ -123,12 +123,7 @@ def scope() -> AbstractContextManager[None]:
     It has none where there is no gradient to come, where a compiler chooses for itself, and under `torch.func`. Nor within
     other hooks on saved tensors, such as those of `checkpoint`, which decide then.
     """
-    if (
-        not dispatch.is_eager()
-        or not torch.is_grad_enabled()
-        or _active.scope is not None
-        or dispatch.has_saved_tensor_hooks()
-    ):
+    if not dispatch.is_eager() or not torch.is_grad_enabled() or _active.scope is not None or dispatch.has_saved_tensor_hooks():
         return nullcontext()
     return _Scope()
 
