@@ -135,11 +135,23 @@ def golden(shared):
 
 
 @pytest.fixture(scope="session")
-def released_names():
-    """Give the release's names of parameters: the other way round than the package's own table, and written apart from it."""
+def as_released():
+    """Give tensors by the release's names, from ours: the inverse of the package's own table, written apart from it."""
 
-    def rename(names):
-        """Names that the release uses, from ours: the other way round than the package's own table."""
+    def apart(tensors):
+        """Undo what the package stores together: the norms of the four segments."""
+        for name, tensor in tensors.items():
+            convolution = re.fullmatch(r"(.*aggregators)\.(depthwise|pointwise)\.(\d)\.weight", name)
+            norm = re.fullmatch(r"(.*aggregators)\.norm\.(\w+)", name)
+            if convolution:
+                yield f"{convolution[1]}.{int(convolution[3]) + 1}.{convolution[2]}.weight", tensor
+            elif norm:
+                parts = tensor.chunk(4) if tensor.dim() else [tensor] * 4
+                yield from ((f"{norm[1]}.{i}.norm.{norm[2]}", part.clone()) for i, part in enumerate(parts))
+            else:
+                yield name, tensor
+
+    def rename(tensors):
         replacements = (
             (r"^stem\.conv", "conv_stem.proj"),
             (r"^stem\.", "conv_stem."),
@@ -160,10 +172,12 @@ def released_names():
             (r"^norm\.", "norm4."),
             (r"^head\.fc\.", "head."),
         )
-        for name in names:
+        renamed = {}
+        for name, tensor in apart(tensors):
             for pattern, theirs in replacements:
                 name = re.sub(pattern, theirs, name)
-            yield name
+            renamed[name] = tensor
+        return renamed
 
     return rename
 

@@ -30,11 +30,11 @@ def marks(page):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, released_names):
+def workplace(tmp_path, monkeypatch, as_released):
     """A folder with what the pages speak of: a released checkpoint, an image, an image folder."""
     monkeypatch.chdir(tmp_path)
     state_dict = timm.create_model("groupmixformer_small").state_dict()
-    released = dict(zip(released_names(state_dict), state_dict.values(), strict=True))
+    released = as_released(state_dict)
     assert list(checkpoint_filter_fn(released)) == list(state_dict)
     torch.save({"model": released}, "groupmixformer_small.pth")
     images, labels = load_digits(return_X_y=True)

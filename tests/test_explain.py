@@ -48,7 +48,7 @@ def test_maps_and_local_part_reproduce_the_attention(model, stage, block, query)
     assert implied.maps.shape == (B, 2, 8, H, W) == (B, 2, 8, -(-45 // stride), -(-70 // stride))
     assert implied.local.shape == (B, 2, 8, D // 10, 7, 7)
     assert implied.constant.shape == (B, 2, 8, D // 10)
-    values = torch.cat([proxy.chunk(3)[2] for proxy in proxies], dim=1).unflatten(1, (8, D // 10))  # (B, 8, D/10, H, W)
+    values = proxies.chunk(3)[2].unflatten(1, (8, D // 10))  # (B, 8, D/10, H, W)
     around = nn.functional.pad(values.flatten(1, 2), (3, 3, 3, 3)).unflatten(1, (8, D // 10))
     for i, (row, column) in enumerate((other, query)):
         y, x = row // stride, column // stride

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
-from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 # Dims, depths and ratios that differ between neighbours, so that a mixed-up index shows.
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
@@ -102,20 +101,19 @@ def test_golden_values_compiled(golden, compiled, sizes):
             assert relative_error(model(values.images(case)), values.arrays[f"logits_{i}"]) < 1e-4
 
 
-def test_golden_training_step(golden):
+def test_golden_training_step(golden, as_released):
     values = golden("test")
-    ours = {released: name for name, released in checkpoint_filter_fn({name: name for name in values.weights}).items()}
     model = values.model().double().train()
     labels = torch.tensor(values.train["labels"])
     loss = F.cross_entropy(model(values.images(values.train).double()), labels)
     loss.backward()
     assert abs(loss.item() - values.arrays["train_loss"].item()) < 1e-6
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    assert len(parameters) == len(values.train["grad_keys"])
-    norms = torch.stack([parameters[ours[name]].grad.norm() for name in values.train["grad_keys"]])
+    gradients, buffers = as_released({n: p.grad for n, p in model.named_parameters()}), as_released(dict(model.named_buffers()))
+    assert set(gradients) == set(values.train["grad_keys"])
+    norms = torch.stack([gradients[name].norm() for name in values.train["grad_keys"]])
     expected = values.arrays["train_grad_norm"]
     assert (norms - expected).abs().max() < 1e-6 * expected.max()  # many true gradients are 0: biases before a BN
-    norms = torch.stack([buffers[ours[name]].double().norm() for name in values.train["buffer_keys"]])
+    norms = torch.stack([buffers[name].double().norm() for name in values.train["buffer_keys"]])
     torch.testing.assert_close(norms, values.arrays["train_buffer_norm"], rtol=1e-6, atol=0)
 
 
@@ -225,11 +223,11 @@ def literal_attention(attention, x):
         weight = w[f"{name}.weight"]
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
 
-    def batch_norm(x, name):
-        mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
+    def batch_norm(x, name, own):
+        mean, var = w[f"{name}.running_mean"][own], w[f"{name}.running_var"][own]
         if attention.training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+        weight, bias = w[f"{name}.weight"][own], w[f"{name}.bias"][own]
         mean, var, weight, bias = (t[:, None, None] for t in (mean, var, weight, bias))
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
@@ -242,8 +240,8 @@ def literal_attention(attention, x):
     for i in range(4):
         stacked = torch.cat([segments[0][i], segments[1][i], segments[2][i]])
         if i > 0:
-            stacked = conv(conv(stacked, f"aggregators.{i}.depthwise"), f"aggregators.{i}.pointwise")
-        proxies.append(hardswish(batch_norm(stacked, f"aggregators.{i}.norm")).split(B))
+            stacked = conv(conv(stacked, f"aggregators.depthwise.{i - 1}"), f"aggregators.pointwise.{i - 1}")
+        proxies.append(hardswish(batch_norm(stacked, "aggregators.norm", slice(i * C, (i + 1) * C))).split(B))
     q, k, v = (torch.cat([proxy[i] for proxy in proxies], dim=1) for i in range(3))  # (B, 4C, H, W)
     # 3. The branch without attention.
     local = torch.cat([segments[0][4], segments[1][4], segments[2][4]], dim=1)
@@ -309,9 +307,10 @@ class Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.convolution.default:
-            _, C, H, W = args[0].shape
+            _, _, H, W = args[0].shape
             self.count += 1
-            if args[0].stride() != (C * H * W, 1, C * W, C):  # oneDNN wants it even of dimensions of size 1
+            step = args[0].stride(3)  # more than the channels where a segment is a slice of a map
+            if args[0].stride() != (H * W * step, 1, W * step, step):  # oneDNN wants it even of dimensions of size 1
                 self.others.append(tuple(args[0].shape))
         return function(*args, **(kwargs or {}))
 
@@ -376,10 +375,9 @@ def test_variant(name):
     cfg = model.default_cfg
     parameters, macs = VARIANTS[name]
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
-    # The counts differ by less than 1 %: fvcore adds norms and pooling; PyTorch counts matrix products and convolutions, of
-    # which we do a few more, as two heads share a product and one segment's 5 x 5 position kernels are padded to 7 x 7.
+    # The published counts are fvcore's, which adds norms and pooling to matrix products and convolutions, which PyTorch counts.
     if macs:
-        assert counter.get_total_flops() / 2e9 == pytest.approx(macs, rel=0.01)
+        assert counter.get_total_flops() / 2e9 == pytest.approx(macs, rel=0.015)
     assert tuple(last.shape[2:]) == cfg["pool_size"]
     assert cfg["input_size"] == (3, side, side)
     assert cfg["crop_pct"] == (1.0 if side == 384 else 224 / 256)

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer.models.groupmixformer import Block
+from groupmixformer.models.layers import Depthwise, Linear
 from groupmixformer.ops import onednn as module
-from groupmixformer.ops.onednn import Depthwise, Linear, depthwise, linear
+from groupmixformer.ops.onednn import depthwise, linear
 
-needs_onednn = pytest.mark.skipif(not module._IS_THERE, reason="needs oneDNN and AVX2")
+needs_onednn = pytest.mark.skipif(not module.AVAILABLE, reason="needs oneDNN and AVX2")
 
 
 # Depthwise convolutions

@@ -16,11 +16,11 @@ from groupmixformer.models.groupmixformer import VARIANTS
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * ("base" in name or "large" in name)) for name in VARIANTS]
 )
-def test_a_released_checkpoint_of_each_variant_predicts(name, tmp_path, capsys, released_names, randomise):
+def test_a_released_checkpoint_of_each_variant_predicts(name, tmp_path, capsys, as_released, randomise):
     model = randomise(timm.create_model(name)).eval()
     state_dict = model.state_dict()
     path = tmp_path / "released.pth"
-    torch.save({"model": dict(zip(released_names(state_dict), state_dict.values(), strict=True))}, path)
+    torch.save({"model": as_released(state_dict)}, path)
     loaded = load_checkpoint(path)
     assert loaded.pretrained_cfg["architecture"] == name.removesuffix("_384")  # the tensors do not tell the image size
     images = torch.randn(1, 3, 101, 64)

@@ -43,19 +43,15 @@ def implied_attention(attention: GroupMixAttention, x: Tensor, queries: Sequence
         x: Its input (B, D, H, W).
         queries: Row and column of query tokens on the H x W map.
     """
-    rows, columns = zip(*queries, strict=True)
+    H, W = x.shape[-2:]
     proxies, _ = attention.group_proxies(x)
-    maps, local, constant = [], [], []
-    for qkv, (weight, bias) in zip(proxies, attention.position.kernels(), strict=True):
-        q, k, _ = qkv.unflatten(1, (2, attention.head_dim)).chunk(3)  # 3 x (B, 2, D/10, H, W)
-        at_queries = q[..., rows, columns]  # (B, 2, D/10, queries)
-        weights = k.flatten(3).softmax(dim=-1).view(k.shape)  # over the tokens
-        maps.append(attention.scale * torch.einsum("bhcq,bhcyx->bqhyx", at_queries, weights))
-        around = (7 - weight.shape[-1]) // 2
-        kernels = F.pad(weight, (around,) * 4).view(2, attention.head_dim, 7, 7)
-        local.append(torch.einsum("bhcq,hcyx->bqhcyx", at_queries, kernels))
-        constant.append(torch.einsum("bhcq,hc->bqhc", at_queries, bias.view(2, -1)))
-    return ImpliedAttention(*(torch.cat(parts, dim=2) for parts in (maps, local, constant)))
+    q, k, _ = (attention.heads(part) for part in proxies.chunk(3))  # 3 x (B, 8, N, E)
+    at_queries = q[:, :, [row * W + column for row, column in queries]]  # (B, 8, queries, E)
+    maps = attention.scale * torch.einsum("bhqe,bhne->bqhn", at_queries, k.softmax(dim=2)).unflatten(3, (H, W))
+    weight, bias = attention.position.joined()
+    local = torch.einsum("bhqe,heyx->bqheyx", at_queries, weight.view(8, -1, 7, 7))
+    constant = torch.einsum("bhqe,he->bqhe", at_queries, bias.view(8, -1))
+    return ImpliedAttention(maps, local, constant)
 
 
 def attend(

@@ -27,18 +27,21 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..ops import triton_kernels as kernels
-from ..ops.onednn import Depthwise, Linear, linear
+from ..ops.attention import attend
+from ..ops.onednn import linear
 from . import groupmixformer as network
-from .groupmixformer import (
-    Block,
-    GroupMixAttention,
-    SeparableConv,
-    Stem,
-    _check_images,
-    _check_map,
-    _takes_kernels,
-    scale_within_heads,
-)
+from . import layers
+from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem
+from .layers import check_images, check_map
+
+
+def _within_heads(segment_dim: int, like: Tensor) -> Tensor:
+    """Return (C, C) with 1 within each of the two heads of a segment and 0 between them.
+
+    One matrix product serves both heads then: what crosses them is multiplied by zero.
+    """
+    head = torch.arange(segment_dim, device=like.device) // (segment_dim // 2)
+    return (head[:, None] == head).to(like.dtype)
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,7 @@ class FusedStem(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, ceil(H/4), ceil(W/4))."""
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         x = F.hardswish(self.conv1(x.contiguous(memory_format=torch.channels_last)), inplace=True)
         return F.hardswish(self.conv2(x), inplace=True)
 
@@ -129,7 +132,7 @@ class FusedSeparableConv(Fused):
 class FusedAttention(Fused):
     """Group-Mix Attention with the LayerNorm before it, if any. (B, H, W, D) -> (B, H, W, D)."""
 
-    scale: Tensor  # (C, C): the scale within a head, 0 between the two
+    mask: Tensor  # (C, C): 1 within a head, 0 between the two
     taps: Tensor  # of the aggregators and
     position_taps: Tensor  # of the position encoding, as the kernels take them
 
@@ -137,36 +140,39 @@ class FusedAttention(Fused):
         super().__init__()
         D, C = attention.dim, attention.dim // 5
         self.dim, self.eps = D, None if norm is None else norm.eps
-        single, *groups = attention.aggregators.children()
+        aggregators = attention.aggregators
+        scale, shift = _scale_and_shift(aggregators.norm)  # (4C)
         like = attention.qkv.weight
         weight, bias = _after_norm(like, attention.qkv.bias, norm)
         # Rows by segment, each a layer of its own, then Q, K, V, then channel.
         weight, bias = weight.view(3, 5, C, D).transpose(0, 1).clone(), bias.view(3, 5, C).transpose(0, 1).clone()
-        factor, shift = _scale_and_shift(next(single.children()))
-        weight[0] *= factor[:, None]
-        bias[0] = bias[0] * factor + shift
+        weight[0] *= scale[:C, None]
+        bias[0] = bias[0] * scale[:C] + shift[:C]
         self.with_kernels = kernels.served(like) and C <= kernels.WIDEST
         if self.with_kernels:
             weight, bias = weight.reshape(1, 15, C, D), bias.reshape(1, 15, C)
-        layers = zip(weight.to(like), bias.to(like), strict=True)
-        self.qkv = nn.ModuleList(_linear_layer(w.flatten(0, 1), b.flatten()) for w, b in layers)
-        depthwise, self.pointwise = [], nn.ModuleList()
-        for group in groups:
-            conv, pointwise, norm_of_group, _ = group.children()
-            assert isinstance(conv, nn.Conv2d)
-            depthwise.append(conv.weight)
-            self.pointwise.append(_linear_with_norm(pointwise, norm_of_group))
+        rows = zip(weight.to(like), bias.to(like), strict=True)
+        self.qkv = nn.ModuleList(_linear_layer(w.flatten(0, 1), b.flatten()) for w, b in rows)
+        pointwise = torch.cat([layer.weight for layer in aggregators.pointwise]).flatten(1).double() * scale[C:, None]
+        folded = zip(pointwise.to(like).split(C), shift[C:].to(like).split(C), strict=True)
+        self.pointwise = nn.ModuleList(_linear_layer(w, b) for w, b in folded)
+        depthwise = [layer.weight for layer in aggregators.depthwise]
         self.depthwise = nn.ParameterList(w.repeat(3, 1, 1, 1) for w in depthwise)  # (3C, 1, k, k), the same for Q, K and V
-        position = attention.position.kernels()
-        widened = [F.pad(w, ((7 - w.shape[-1]) // 2,) * 4) for w, _ in position]
         self.position = nn.Conv2d(4 * C, 4 * C, 7, padding=3, groups=4 * C, device="meta")
-        self.position.weight = nn.Parameter(torch.cat(widened))
-        self.position.bias = nn.Parameter(torch.cat([b for _, b in position]))
+        self.position.weight, self.position.bias = (nn.Parameter(part) for part in attention.position.joined())
         if self.with_kernels:  # made here, as making them takes operations in each forward pass
             self.register_buffer("taps", kernels.join_taps(depthwise))
-            self.register_buffer("position_taps", kernels.join_taps([w for w, _ in position]))
-        self.factor = attention.scale
-        self.register_buffer("scale", scale_within_heads(attention.scale, C, like))
+            self.register_buffer(
+                "position_taps",
+                kernels.join_taps(
+                    [
+                        w[..., (7 - k) // 2 : (7 + k) // 2, (7 - k) // 2 : (7 + k) // 2]
+                        for w, k in zip(self.position.weight.split(C), kernels.SIZES, strict=True)
+                    ]
+                ),
+            )
+        self.scale = attention.scale
+        self.register_buffer("mask", _within_heads(C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
         self.non_attention = attention.non_attention
         self.proj = _linear_layer(attention.proj.weight, attention.proj.bias)
@@ -187,7 +193,7 @@ class FusedAttention(Fused):
         C, N = D // 5, H * W
         if self.eps is not None:
             x = F.layer_norm(x, (D,), None, None, self.eps)
-        if self.with_kernels and _takes_kernels(x):
+        if self.with_kernels and kernels.served(x) and not torch.is_grad_enabled():
             return self._forward_kernels(x)
         single, *groups, last = self.segments(x)
         proxies = [single.reshape(B, N, 3, C)]
@@ -201,8 +207,7 @@ class FusedAttention(Fused):
         position = self.position(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(B, N, 4 * C)
         mixed = []
         for (q, k, v), encoded in zip(qkv, position.split(C, dim=2), strict=True):
-            context = (k.softmax(dim=1).transpose(1, 2) @ v) * self.scale  # (B, C, C)
-            mixed.append(torch.addcmul(q @ context, q, encoded))  # (B, N, C)
+            mixed.append(attend(q, k, v, encoded, self.scale, self.mask))  # (B, N, C)
         local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, C, H, W)
         mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
         return linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
@@ -219,7 +224,7 @@ class FusedAttention(Fused):
             proxies.append(F.hardswish(pointwise(group), inplace=True))
         local = self.non_attention(last.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C)
         bias: Any = self.position.bias
-        mixed: Tensor = self.proj(kernels.attend(proxies, local, self.position_taps, bias.view(4, C), self.factor))
+        mixed: Tensor = self.proj(kernels.attend(proxies, local, self.position_taps, bias.view(4, C), self.scale))
         return mixed  # (B, H, W, D)
 
 
@@ -255,7 +260,7 @@ class FusedGroupMixAttention(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
-        _check_map(x, self.attn.dim)
+        check_map(x, self.attn.dim)
         return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -271,8 +276,9 @@ _FUSED: dict[type[nn.Module], Any] = {
 # What a module that is folded may consist of: an adapter or another norm in its place would be lost.
 _OWN = {
     *_FUSED,
-    *(network.NonAttention, network.ConvRelativePosition, network.Mlp, network._Lean),
-    *(Depthwise, nn.Conv2d, Linear, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
+    *(network.NonAttention, network.GroupAggregators, network.ConvRelativePosition, network.Mlp),
+    *(layers.BatchNorm2d, layers.LayerNorm2d, layers.Hardswish, layers.GELU, layers.Depthwise, layers.Linear, layers.Blocks),
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
     *(nn.Hardswish, nn.GELU, nn.Identity, timm.layers.DropPath, nn.Sequential, nn.ModuleList),
 }
 

@@ -29,7 +29,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    LayerNorm2d,
     calculate_drop_path_rates,
     trunc_normal_,
 )
@@ -41,48 +40,16 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..ops import dispatch as modes
-from ..ops import recompute
-from ..ops import triton_kernels as kernels
-from ..ops.onednn import Depthwise, Linear, depthwise
+from ..ops.attention import attend
+from .layers import GELU, BatchNorm2d, Blocks, Depthwise, Hardswish, LayerNorm2d, Linear, check_images, check_map
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
-
-@torch.fx.wrap
-def _check_images(x: Tensor, in_chans: int) -> None:
-    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:
-        raise ValueError(
-            f"got an input of shape {list(x.shape)}, expected (batch, {in_chans}, height, width) with height and width "
-            "of at least 32: resize or pad the images, or create the model with another in_chans"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"got an input of type {x.dtype}, expected floating point: convert the images and normalise them")
+torch.fx.wrap("check_images")
+torch.fx.wrap("check_map")
 
 
-@torch.fx.wrap
-def _check_map(x: Tensor, dim: int) -> None:
-    if x.dim() != 4 or x.shape[1] != dim:
-        raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
-
-
-class _Lean(nn.Sequential):
-    """Modules in turn that end in a norm and an activation, whose results no training step keeps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run them."""
-        if torch.jit.is_scripting():
-            for module in self:
-                x = module(x)
-        else:
-            *convolutions, norm, act = self
-            for convolution in convolutions:
-                x = convolution(x)
-            x = recompute.run([norm, act], x)
-        return x
-
-
-class SeparableConv(_Lean):
+class SeparableConv(nn.Sequential):
     """Depthwise k x k and pointwise convolution, BN, Hardswish. (B, D_in, H, W) -> (B, D_out, ceil(H/s), ceil(W/s))."""
 
     def __init__(
@@ -93,13 +60,13 @@ class SeparableConv(_Lean):
             OrderedDict(
                 depthwise=Depthwise(in_dim, kernel_size, stride, **dd),
                 pointwise=nn.Conv2d(in_dim, out_dim, 1, bias=False, **dd),
-                norm=nn.BatchNorm2d(out_dim, **dd),
-                act=nn.Hardswish(),
+                norm=BatchNorm2d(out_dim, **dd),
+                act=Hardswish(),
             )
         )
 
 
-class NonAttention(_Lean):
+class NonAttention(nn.Sequential):
     """The branch without attention: mixes the last segments of Q, K and V locally. (B, 3C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
@@ -109,13 +76,36 @@ class NonAttention(_Lean):
                 depthwise=Depthwise(3 * dim, 3, **dd),
                 pointwise=nn.Conv2d(3 * dim, dim, 1, bias=False, **dd),
                 norm=LayerNorm2d(dim, eps=1e-5, **dd),
-                act=nn.Hardswish(),
+                act=Hardswish(),
             )
         )
 
 
+class GroupAggregators(nn.Module):
+    """Turn segments 0 to 3 into group proxies (Sec. 3): single tokens, and groups of 3 x 3, 5 x 5 and 7 x 7.
+
+    A group is aggregated by a depthwise k x k and a pointwise convolution; one BN and one Hardswish follow for all of them.
+    """
+
+    def __init__(self, segment_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.depthwise = nn.ModuleList([Depthwise(segment_dim, k, **dd) for k in (3, 5, 7)])
+        self.pointwise = nn.ModuleList([nn.Conv2d(segment_dim, segment_dim, 1, bias=False, **dd) for _ in range(3)])
+        self.norm = BatchNorm2d(4 * segment_dim, **dd)
+        self.act = Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Four segments side by side (B, 4C, H, W) -> their proxies, likewise."""
+        segments = x.chunk(4, dim=1)  # 4 x (B, C, H, W)
+        proxies = [segments[0]]
+        for i, (depthwise, pointwise) in enumerate(zip(self.depthwise, self.pointwise)):  # noqa: B905 (TorchScript)
+            proxies.append(pointwise(depthwise(segments[i + 1])))
+        return self.act(self.norm(torch.cat(proxies, dim=1)))
+
+
 class ConvRelativePosition(nn.Module):
-    """Kernels of the convolutional relative position encoding (CoaT, arXiv 2104.06399).
+    """Convolution of V for the relative position encoding (CoaT, arXiv 2104.06399). (B, 8E, H, W) -> same.
 
     Of the 8 heads, 2 have a 3 x 3 kernel per channel, 3 a 5 x 5 and 3 a 7 x 7. Segments hold 2 heads each, so the third
     segment has one head of 5 x 5 and one of 7 x 7.
@@ -124,60 +114,22 @@ class ConvRelativePosition(nn.Module):
     def __init__(self, head_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        two, three = 2 * head_dim, 3 * head_dim
-        self.head_dim = head_dim
-        self.conv3 = nn.Conv2d(two, two, 3, padding=1, groups=two, **dd)
-        self.conv5 = nn.Conv2d(three, three, 5, padding=2, groups=three, **dd)
-        self.conv7 = nn.Conv2d(three, three, 7, padding=3, groups=three, **dd)
+        self.splits = [2 * head_dim, 3 * head_dim, 3 * head_dim]
+        two, three, _ = self.splits
+        self.conv3 = Depthwise(two, 3, bias=True, **dd)
+        self.conv5 = Depthwise(three, 5, bias=True, **dd)
+        self.conv7 = Depthwise(three, 7, bias=True, **dd)
 
-    def kernels(self) -> list[tuple[Tensor, Tensor]]:
-        """Return weight (C, 1, k, k) and bias (C) for each of the four segments."""
-        one, two = self.head_dim, 2 * self.head_dim
-        bias3, bias5, bias7 = self.conv3.bias, self.conv5.bias, self.conv7.bias
-        assert bias3 is not None and bias5 is not None and bias7 is not None  # for TorchScript
-        mixed = torch.cat([F.pad(self.conv5.weight[two:], (1, 1, 1, 1)), self.conv7.weight[:one]])  # (C, 1, 7, 7)
-        return [
-            (self.conv3.weight, bias3),
-            (self.conv5.weight[:two], bias5[:two]),
-            (mixed, torch.cat([bias5[two:], bias7[:one]])),
-            (self.conv7.weight[one:], bias7[one:]),
-        ]
+    def forward(self, v: Tensor) -> Tensor:
+        """Return (B, 8E, H, W)."""
+        v3, v5, v7 = v.split(self.splits, dim=1)
+        return torch.cat([self.conv3(v3), self.conv5(v5), self.conv7(v7)], dim=1)
 
-
-@torch.fx.wrap
-def scale_within_heads(scale: float, segment_dim: int, like: Tensor) -> Tensor:
-    """Return (C, C) with `scale` within each of the two heads of a segment and 0 between them.
-
-    One matrix product serves both heads then: what crosses them is multiplied by zero.
-    """
-    head = torch.arange(segment_dim, device=like.device) // (segment_dim // 2)
-    return (head[:, None] == head).to(like.dtype) * scale
-
-
-@torch.fx.wrap
-def factorised_attention(qkv: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    """Attention of the two heads of one segment, with position encoding (Sec. 3): scale Q softmax(K)^T V + Q * conv(V).
-
-    Args:
-        qkv: Q, K and V stacked along the batch (3B, C, H, W). The softmax of K is taken over the tokens.
-        weight: Depthwise kernels of the position encoding (C, 1, k, k).
-        bias: Its bias (C).
-        scale: Factor of the attention, not of the position encoding: (C, C), see `scale_within_heads`.
-
-    Returns:
-        (B, N, C).
-    """
-    B = qkv.shape[0] // 3
-    q, k, v = qkv.split([B, B, B])  # 3 x (B, C, H, W)
-    position = depthwise(v, weight, bias).flatten(2).transpose(1, 2)  # (B, N, C)
-    q, k, v = q.flatten(2).transpose(1, 2), k.flatten(2).transpose(1, 2), v.flatten(2).transpose(1, 2)  # 3 x (B, N, C)
-    context = (k.softmax(dim=1).transpose(1, 2) @ v) * scale  # (B, C, C)
-    return torch.addcmul(q @ context, q, position)
-
-
-@torch.jit.unused
-def _takes_kernels(x: Tensor) -> bool:
-    return kernels.WANTED and modes.is_at_once_or_compiled() and kernels.served(x) and x.numel() > 0
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Return the kernels of all heads, with zeros around the smaller ones (8E, 1, 7, 7), and the biases (8E)."""
+        convs: list[Any] = [self.conv3, self.conv5, self.conv7]
+        weights = [F.pad(conv.weight, ((7 - conv.kernel_size[0]) // 2,) * 4) for conv in convs]
+        return torch.cat(weights), torch.cat([conv.bias for conv in convs])
 
 
 class GroupMixAttention(nn.Module):
@@ -199,89 +151,47 @@ class GroupMixAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
-        segment_dim = dim // 5
         self.head_dim = dim // 10
         self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
         self.qkv = Linear(dim, 3 * dim, **dd)
-        # Segment 0 keeps single tokens. One aggregator serves Q, K and V.
-        single = OrderedDict(norm=nn.BatchNorm2d(segment_dim, **dd), act=nn.Hardswish())
-        self.aggregators = nn.ModuleList(
-            [_Lean(single), *(SeparableConv(segment_dim, segment_dim, k, **dd) for k in (3, 5, 7))]
-        )
-        self.non_attention = NonAttention(segment_dim, **dd)
+        self.aggregators = GroupAggregators(dim // 5, **dd)
+        self.non_attention = NonAttention(dim // 5, **dd)
         self.position = ConvRelativePosition(self.head_dim, **dd)
         self.proj = Linear(dim, dim, **dd)
 
-    def group_proxies(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return Q, K, V of the four attention segments and the input of the non-attention branch.
+    def group_proxies(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the group proxies of Q, K and V, and the input of the branch without attention.
 
         Args:
             x: Feature map (B, D, H, W).
 
         Returns:
-            Four tensors (3B, C, H, W), for single tokens and groups of 3 x 3, 5 x 5 and 7 x 7, with Q, K and V stacked
-            along the batch, so that in training each BN sees the joint statistics of all three; and one (B, 3C, H, W).
+            Q, K and V stacked along the batch (3B, 4C, H, W), so that one aggregator serves all three and in training a BN
+            sees their joint statistics; channels are 8 heads, two for single tokens and two for each group size. And
+            (B, 3C, H, W).
         """
         B, D, H, W = x.shape
         qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5)
-        segments = qkv.permute(4, 3, 0, 1, 2, 5).unbind(0)  # 5 x (3, B, H, W, C)
-        proxies = []
-        for i, aggregator in enumerate(self.aggregators):
-            # Of a single image `flatten` makes no copy, and convolutions would leave the layout.
-            segment = segments[i].flatten(0, 1).contiguous().permute(0, 3, 1, 2)  # (3B, C, H, W)
-            proxies.append(aggregator(segment))
-        local = segments[4].permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)  # (B, 3C, H, W)
-        return proxies, local
+        groups, local = qkv.split([4, 1], dim=4)  # (B, H, W, 3, 4, C) and (B, H, W, 3, 1, C)
+        groups = groups.permute(3, 0, 1, 2, 4, 5).contiguous().view(3 * B, H, W, -1).permute(0, 3, 1, 2)  # (3B, 4C, H, W)
+        local = local.reshape(B, H, W, -1).permute(0, 3, 1, 2)  # (B, 3C, H, W)
+        return self.aggregators(groups), local
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Read the channels as heads: (B, nE, H, W) -> (B, n, N, E)."""
+        return x.flatten(2).unflatten(1, (-1, self.head_dim)).transpose(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend. `x` and the result are (B, D, H, W)."""
-        _check_map(x, self.dim)
-        if not torch.jit.is_scripting() and _takes_kernels(x) and self._suits_kernels():
-            return self._forward_kernels(x)
+        check_map(x, self.dim)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
-        scale = scale_within_heads(self.scale, D // 5, proxies[0])
-        mixed = []
-        for qkv, (weight, bias) in zip(proxies, self.position.kernels()):  # noqa: B905 (TorchScript has no strict=)
-            mixed.append(factorised_attention(qkv, weight, bias, scale))  # (B, N, C)
-        local = self.non_attention(local)  # (B, C, H, W)
-        mixed.append(local.flatten(2).transpose(1, 2))
-        return self.proj(torch.cat(mixed, dim=2)).view(B, H, W, D).permute(0, 3, 1, 2)  # (B, D, H, W)
-
-    @torch.jit.unused
-    def _suits_kernels(self) -> bool:
-        """Tell whether it is narrow enough, and no adapter or hook is on what the kernels would run past."""
-        if self.dim > 5 * kernels.WIDEST:
-            return False
-        aggregators: Any = self.aggregators
-        for aggregator in aggregators[1:]:
-            for module, kind in ((aggregator, SeparableConv), (aggregator[0], Depthwise)):
-                hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-                if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
-                    return False
-        return True
-
-    @torch.jit.unused
-    def _forward_kernels(self, x: Tensor) -> Tensor:
-        """Do the same with the fused kernels, which take the four segments together."""
-        B, D, H, W = x.shape
-        C = D // 5
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
-        single, groups, local = qkv.split((1, 3, 1), dim=4)  # of split, unlike of slices, the gradient is one copy
-        aggregators: Any = self.aggregators
-        norm_and_act, *separable = aggregators
-        taps = kernels.join_taps([s.depthwise.weight for s in separable])
-        grouped = kernels.aggregate_groups(groups.permute(4, 3, 0, 1, 2, 5), taps)  # (3, 3, B, H, W, C)
-        stacked = single.squeeze(4).permute(3, 0, 1, 2, 4).flatten(0, 1).contiguous()  # see `group_proxies`
-        proxies = [norm_and_act(stacked.permute(0, 3, 1, 2))]  # (3B, C, H, W)
-        for (_, pointwise, norm, act), group in zip(separable, grouped.flatten(1, 2), strict=True):
-            proxies.append(recompute.run([norm, act], pointwise(group.permute(0, 3, 1, 2))))  # (3B, C, H, W)
-        local = self.non_attention(local.flatten(3).permute(0, 3, 1, 2))  # (B, C, H, W)
-        position, biases = zip(*self.position.kernels(), strict=True)
-        maps = [proxy.permute(0, 2, 3, 1).unflatten(0, (3, B)) for proxy in proxies]  # 4 x (3, B, H, W, C)
-        position_taps, bias = kernels.join_taps(position), torch.stack(biases)
-        mixed = kernels.attend(maps, local.permute(0, 2, 3, 1), position_taps, bias, self.scale)  # (B, H, W, D)
-        return self.proj(mixed).permute(0, 3, 1, 2)  # (B, D, H, W)
+        q, k, v = proxies.chunk(3)  # 3 x (B, 8E, H, W)
+        position = self.position(v)  # (B, 8E, H, W)
+        attended = attend(self.heads(q), self.heads(k), self.heads(v), self.heads(position), self.scale)  # (B, 8, N, E)
+        local = self.heads(self.non_attention(local))  # (B, 2, N, E)
+        mixed = torch.cat([attended.transpose(1, 2), local.transpose(1, 2)], dim=2)  # (B, N, 10, E)
+        return self.proj(mixed.view(B, H, W, D)).permute(0, 3, 1, 2)  # (B, D, H, W)
 
 
 class Mlp(nn.Module):
@@ -290,17 +200,14 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
-        x = self.fc1(x.permute(0, 2, 3, 1))  # (B, H, W, hidden)
-        if torch.jit.is_scripting():
-            x = self.act(x)
-        else:
-            x = recompute.run([self.act], x)
-        return self.fc2(x).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, D)
+        x = self.fc2(self.act(self.fc1(x)))
+        return x.permute(0, 3, 1, 2)  # (B, D, H, W)
 
 
 class Block(nn.Module):
@@ -309,7 +216,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.cpe = Depthwise(dim, 3, bias=True, **dd)
         self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
         self.attn = GroupMixAttention(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -320,12 +227,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
         x = x + self.cpe(x)
-        if torch.jit.is_scripting():
-            x = x + self.drop_path1(self.attn(self.norm1(x)))
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        else:
-            x = x + self.drop_path1(self.attn(recompute.run([self.norm1], x)))
-            x = x + self.drop_path2(self.mlp(recompute.run([self.norm2], x)))
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
 
 
@@ -341,15 +244,15 @@ class Stem(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
-        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
-        self.act1 = nn.Hardswish()
+        self.norm1 = BatchNorm2d(dim // 2, **dd)
+        self.act1 = Hardswish()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.act2 = nn.Hardswish()
+        self.norm2 = BatchNorm2d(dim, **dd)
+        self.act2 = Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, ceil(H/4), ceil(W/4))."""
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.act1(self.norm1(self.conv1(x)))
         return self.act2(self.norm2(self.conv2(x)))
@@ -370,27 +273,13 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
         self.patch_embed = SeparableConv(in_dim, dim, 3, stride, **dd)
-        self.blocks = nn.Sequential(*(Block(dim, mlp_ratio, rate, **dd) for rate in drop_path))
+        self.blocks = Blocks(*(Block(dim, mlp_ratio, rate, **dd) for rate in drop_path))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, ceil(H/s), ceil(W/s))."""
-        if torch.jit.is_scripting():
-            x = self._forward(x)
-        else:
-            with recompute.scope():
-                x = self._forward(x)
-        return x
-
-    def _forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = recompute.checkpoint([block], x)
-            else:
-                x = block(x)
-        return x
+        return self.blocks(x)
 
 
 class GroupMixFormer(nn.Module):
@@ -484,7 +373,7 @@ class GroupMixFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+            stage.blocks.grad_checkpointing = enable  # type: ignore[union-attr, assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -593,22 +482,42 @@ _RELEASED_NAMES = (
 )
 
 
+def _join_segments(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the norms of the four segments, which the release and the first version of this package store one by one."""
+    joined: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        convolution = re.fullmatch(r"(|.*\.)aggregators\.([123])\.(depthwise|pointwise)\.weight", name)
+        norm = re.fullmatch(r"(|.*\.)aggregators\.([0123])\.norm\.(\w+)", name)
+        if convolution:
+            prefix, segment, kind = convolution.groups()
+            joined[f"{prefix}aggregators.{kind}.{int(segment) - 1}.weight"] = tensor
+        elif norm:
+            prefix, segment, kind = norm.groups()
+            parts = [state_dict.get(f"{prefix}aggregators.{i}.norm.{kind}") for i in range(4)]
+            if segment == "0" and all(part is not None for part in parts):
+                whole = tensor if kind == "num_batches_tracked" else torch.cat(parts)  # type: ignore[arg-type]
+                joined[f"{prefix}aggregators.norm.{kind}"] = whole
+        else:
+            joined[name] = tensor
+    return joined
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Rename the parameters of a released checkpoint; leave a checkpoint of this package as it is.
+    """Rename the parameters of a released checkpoint, or of one of version 0.1; leave those of today as they are.
 
     Args:
         state_dict: Tensors by name. A released training checkpoint's ``{"model": state_dict, ...}`` is unpacked.
         model: Not needed; timm passes it.
     """
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
-    if "conv_stem.proj1.weight" not in state_dict:
-        return state_dict
-    renamed = {}
-    for name, tensor in state_dict.items():
-        for pattern, ours in _RELEASED_NAMES:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = tensor
-    return renamed
+    if "conv_stem.proj1.weight" in state_dict:
+        renamed = {}
+        for name, tensor in state_dict.items():
+            for pattern, ours in _RELEASED_NAMES:
+                name = re.sub(pattern, ours, name)
+            renamed[name] = tensor
+        state_dict = renamed
+    return _join_segments(state_dict)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dispatch as modes
+from . import dispatch
 
-__all__ = ["Depthwise", "Linear", "depthwise", "linear"]
+__all__ = ["depthwise", "linear"]
 
-_IS_THERE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-_HAS_BFLOAT16 = _IS_THERE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+BFLOAT16_AVAILABLE = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Multiply-adds from which oneDNN's product is the faster one: its call takes longer.
 _LARGE = 2**21
 _ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "hardswish": F.hardswish}
@@ -47,7 +47,7 @@ def _operations(shape: Sequence[int], *_: Any, out_shape: Sequence[int], **__: A
     return 2 * math.prod(shape) * out_shape[-1]
 
 
-if _IS_THERE:
+if AVAILABLE:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_operations)
 
 
@@ -70,17 +70,17 @@ class _Linear(torch.autograd.Function):
 
 
 def _has_faster_product(x: Tensor, weight: Tensor, has_gradient: bool) -> bool:
-    at_once = modes.is_at_once()
+    eager = dispatch.is_eager()
     return (
-        _IS_THERE
+        AVAILABLE
         and isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _HAS_BFLOAT16 and at_once and not has_gradient))
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and BFLOAT16_AVAILABLE and eager and not has_gradient))
         and type(weight) in (Tensor, nn.Parameter)  # not quantised or spread over devices
         and not torch.is_autocast_enabled("cpu")
-        and (at_once or (modes.is_at_once_or_compiled() and not has_gradient))
-        and x.numel() * weight.shape[0] >= _LARGE  # at last, or it becomes a limit of an exported program
+        and (eager or (dispatch.is_eager_or_compiled() and not has_gradient))
+        and x.numel() * weight.shape[0] >= _LARGE  # last, or it becomes a limit of an exported program
     )
 
 
@@ -105,18 +105,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     if has_gradient:
         return _ACTIVATIONS[activation](_Linear.apply(x, weight, bias))
     return _product(x, weight, bias, activation)
-
-
-class Linear(nn.Linear):
-    """A linear layer. (..., D_in) -> (..., D_out)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return (..., D_out)."""
-        if torch.jit.is_scripting():
-            x = F.linear(input, self.weight, self.bias)
-        else:
-            x = linear(input, self.weight, self.bias)
-        return x
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -154,10 +142,9 @@ def _type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-@torch.jit.unused
 def _has_faster_gradient(x: Tensor, weight: Tensor) -> bool:
     return (
-        _IS_THERE
+        AVAILABLE
         and isinstance(x, Tensor)  # no proxy of torch.fx
         and x.device.type == "cpu"
         and x.dtype != torch.float64
@@ -166,11 +153,10 @@ def _has_faster_gradient(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= 2**15
         and torch.is_grad_enabled()
         and weight.requires_grad
-        and modes.is_at_once()
+        and dispatch.is_eager()
     )
 
 
-@torch.jit.unused
 def _with_fast_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kind = _type(x)  # autocast does not reach into what follows
     result: Tensor = _Depthwise.apply(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
@@ -188,19 +174,6 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (B, C, H, W).
     """
-    if not torch.jit.is_scripting() and _has_faster_gradient(x, weight):
+    if _has_faster_gradient(x, weight):
         return _with_fast_gradient(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-
-
-class Depthwise(nn.Conv2d):
-    """A depthwise convolution k x k, k odd, without bias. (B, C, H, W) -> (B, C, ceil(H/s), ceil(W/s))."""
-
-    def __init__(self, dim: int, kernel_size: int, stride: int = 1, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return (B, C, ceil(H/s), ceil(W/s))."""
-        if self.stride == (1, 1):
-            return depthwise(input, self.weight)
-        return self._conv_forward(input, self.weight, self.bias)

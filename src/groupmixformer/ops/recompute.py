@@ -1,13 +1,14 @@
-"""Training in less memory: results that cost little are not kept for the backward pass, but made again.
+"""Training in less memory: results that cost little are not kept for the backward pass, but computed again there.
 
-Two means. `checkpoint` keeps the input of a whole block and runs the block again. `run` is for norms and activations: within a
-`scope` their results are kept by nobody, neither by the module itself nor by the layer that reads them, and the backward pass
-makes them again of what went in. No convolution and no matrix product runs twice then.
+Two means. `checkpoint` keeps the input of a whole block and runs the block again. `forget` is for norms and activations: within
+a `scope`, neither they nor the layers that read their results keep these, and the backward pass computes them again from what
+went in. No convolution and no matrix product runs twice then.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,22 +16,15 @@ import timm.models
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import dispatch as modes
+from . import dispatch
 
-__all__ = ["checkpoint", "run", "scope"]
-
-
-def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
+__all__ = ["checkpoint", "forget", "scope"]
 
 
 @contextlib.contextmanager
-def _statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -43,43 +37,39 @@ def _statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
                 norm.num_batches_tracked -= 1
 
 
-def checkpoint(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Run `modules` in turn and keep `x` alone; recomputing them moves no running statistics again."""
+def checkpoint(module: nn.Module, x: Tensor) -> Tensor:
+    """Run a module and keep `x` alone; running it again does not move running statistics again."""
     if torch.compiler.is_compiling():  # the compiler recomputes no update of a buffer, and takes no context
-        return timm.models.checkpoint(_run, modules, x)
-    return timm.models.checkpoint(
-        _run, modules, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(modules))
-    )
+        return timm.models.checkpoint(module, x)
+    contexts = (nullcontext(), _statistics_kept(module))
+    return timm.models.checkpoint(module, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class _Forgotten:
-    """Results of modules in turn, made when they are first asked for."""
+    """The result of a function, computed when it is first asked for; its input may be forgotten too."""
 
-    def __init__(self, modules: Sequence[nn.Module], x: Tensor) -> None:
-        self.modules, self.x = modules, x.detach()
-        self.results: list[Tensor] = []
-        device = x.device.type
+    def __init__(self, function: Callable[[Tensor], Tensor], x: "Tensor | _Forgotten", device: str) -> None:
+        self.function, self.x = function, x
+        self.computed: Tensor | None = None
         self.autocast: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(device):
             self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
-    def __getitem__(self, index: int) -> Tensor:
-        if not self.results:
-            with torch.no_grad(), self.autocast, _statistics_kept(self.modules):
-                x = self.x
-                for module in self.modules:
-                    x = module(x)
-                    self.results.append(x)
-        return self.results[index]
+    def result(self) -> Tensor:
+        if self.computed is None:
+            x = self.x.result() if isinstance(self.x, _Forgotten) else self.x
+            with torch.no_grad(), self.autocast:
+                self.computed = self.function(x)
+        return self.computed
 
 
 class _Scope(saved_tensors_hooks):
-    """Looks at each tensor that is to be kept for the backward pass, and lets go of those that `run` has made."""
+    """Looks at each tensor that is to be kept for the backward pass, and lets go of those that are forgotten."""
 
     def __init__(self) -> None:
         super().__init__(self._pack, self._unpack)
-        # By the address of a storage, which stays its own as long as a weak reference is held.
-        self.made: dict[int, tuple[StorageWeakRef, int, _Forgotten, int]] = {}
+        # By the address of its memory, which stays its own as long as the tensor lives.
+        self.results: dict[int, tuple[weakref.ref[Tensor], int, _Forgotten]] = {}
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -88,28 +78,29 @@ class _Scope(saved_tensors_hooks):
     def __exit__(self, *args: object) -> None:
         _active.scope = None
         super().__exit__(*args)
-        self.made.clear()  # from here on only the backward pass holds what is to be made again
+        self.results.clear()  # from here on only the backward pass refers to what is to be computed again
 
-    def run(self, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-        forgotten = _Forgotten(modules, x)
-        for index, module in enumerate(modules):
-            x = module(x)
-            reference = StorageWeakRef(x.untyped_storage())
-            self.made[reference.cdata] = reference, x._version, forgotten, index
-        return x
+    def find(self, tensor: Tensor) -> _Forgotten | None:
+        found = self.results.get(tensor.untyped_storage().data_ptr())
+        # What a hook has changed in place is no longer what was computed.
+        return found[2] if found and found[0]() is not None and tensor._version == found[1] else None
+
+    def forget(self, result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        source = self.find(x) if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous() else None
+        forgotten = _Forgotten(function, x.detach() if source is None else source, x.device.type)
+        self.results[result.untyped_storage().data_ptr()] = weakref.ref(result), result._version, forgotten
 
     def _pack(self, tensor: Tensor) -> tuple[Any, ...]:
-        found = self.made.get(tensor.untyped_storage()._cdata)
-        if found is None or tensor._version != found[1]:  # what a hook has changed in place is no longer what was made
+        forgotten = self.find(tensor)
+        if forgotten is None:
             return tensor, tensor._version
-        *_, forgotten, index = found
-        return forgotten, index, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return forgotten, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     @staticmethod
     def _unpack(packed: tuple[Any, ...]) -> Tensor:
         if isinstance(packed[0], _Forgotten):
-            forgotten, index, *view = packed
-            return forgotten[index].as_strided(*view)
+            forgotten, *view = packed
+            return forgotten.result().as_strided(*view)
         tensor: Tensor = packed[0]
         if tensor._version != packed[1]:  # PyTorch looks only at what it keeps itself
             raise RuntimeError(
@@ -127,28 +118,20 @@ _active = _Active()
 
 
 def scope() -> AbstractContextManager[None]:
-    """Return the context within which `run` keeps nothing of large tensors.
+    """Return the context within which `forget` has an effect.
 
-    It does nothing where there is no gradient to come, where a compiler chooses for itself, and under `torch.func`. Nor within
+    It has none where there is no gradient to come, where a compiler chooses for itself, and under `torch.func`. Nor within
     other hooks on saved tensors, such as those of `checkpoint`, which decide then.
     """
-    if (
-        not modes.is_at_once()
-        or not torch.is_grad_enabled()
-        or _active.scope is not None
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    ):
+    if not dispatch.is_eager() or not torch.is_grad_enabled() or _active.scope is not None or dispatch.has_saved_tensor_hooks():
         return nullcontext()
     return _Scope()
 
 
-def run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Run `modules`, which cost little, in turn; of a large `x` in a `scope` the backward pass keeps `x` alone."""
+def forget(result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Tell that `result` is what a cheap function gives for `x`: of a large one in a `scope`, `x` alone is kept."""
     if torch.compiler.is_compiling() or _active.scope is None or not isinstance(x, Tensor):  # a proxy of torch.fx
-        return _run(modules, x)
-    # The bookkeeping takes tens of microseconds, behind which a large tensor hides. Synchronised BN would talk to the other
-    # processes twice.
-    large = x.numel() >= (2**15 if x.device.type == "cpu" else 2**21)
-    if large and x.requires_grad and not any(isinstance(module, nn.SyncBatchNorm) for module in modules):
-        return _active.scope.run(modules, x)
-    return _run(modules, x)
+        return
+    # The bookkeeping takes tens of microseconds, behind which a large tensor hides.
+    if x.numel() >= (2**15 if x.device.type == "cpu" else 2**21) and x.device.type != "meta" and x.requires_grad:
+        _active.scope.forget(result, function, x)

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from groupmixformer.ops import dispatch as modes
+from groupmixformer.ops import dispatch
 
 SEEN = []
 
 
 class Asking(torch.nn.Module):
-    """Notes what the modes are while it runs."""
+    """Notes what is said while it runs."""
 
     def forward(self, x):
-        SEEN.append((modes.is_at_once(), modes.is_at_once_or_compiled()))
+        SEEN.append((dispatch.is_eager(), dispatch.is_eager_or_compiled()))
         return 2 * x
 
 
@@ -59,9 +59,15 @@ def transform(module, x):
         (transform, (False, False)),
     ],
 )
-def test_modes(way, expected):
+def test_ways_to_run(way, expected):
     SEEN.clear()
     way(Asking(), torch.randn(2))
     assert set(SEEN) == {expected}
     call(Asking(), torch.randn(2))
     assert SEEN[-1] == (True, True)
+
+
+def test_hooks_on_saved_tensors_are_seen():
+    assert not dispatch.has_saved_tensor_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert dispatch.has_saved_tensor_hooks()

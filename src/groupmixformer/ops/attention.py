@@ -1,0 +1,6 @@
+"""The door to the operations of Group-Mix Attention."""
+
+from .reference import attend
+
+
+__all__ = ["attend"]
