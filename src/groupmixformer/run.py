@@ -336,6 +336,7 @@ class Run:
         """
         from .deploy.export import Exported, export, real_image
 
+        check_options(self.folder, [name for name, value in (("features", features), ("int8", int8)) if value])
         if int8:
             return self._export_int8(format, out, int8, calibrate, data, progress)
         found, image = self.definition.exportable(self.folder, format, features), real_image(self.folder)
@@ -353,7 +354,6 @@ class Run:
         from .deploy.quantize import from_data, from_folder, quantize
         from .tasks.classification.data import eval_loader, eval_transform, open_images
 
-        check_options(self.folder, ["int8"])
         found = self.definition.exportable(self.folder, format)
         predictor = self.predictor("cpu")
         skipped: list[str] = []

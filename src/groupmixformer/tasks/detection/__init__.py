@@ -42,18 +42,10 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 ```
 """
 
-    def load(self, run: RunFolder) -> Any:
-        """Return the detector."""
-        from .model import load_detector
-
-        return load_detector(run)[0]
-
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the detector, which ONNX alone can carry."""
         from .model import load_detector
 
-        if features:
-            raise ValueError(f"{run.source}: holds a detector, expected a classifier to export feature maps of")
         if format != "onnx":
             raise ValueError(f"{run.source}: {format} cannot carry a detector: export it with --format onnx")
         detector, stored = load_detector(run)

@@ -39,18 +39,10 @@ labels = segment(model, model.prepare(image), (image.height, image.width)).argma
 ```
 """
 
-    def load(self, run: RunFolder) -> Any:
-        """Return the segmenter."""
-        from .model import load_segmenter
-
-        return load_segmenter(run)[0]
-
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the segmenter, if the format can carry its decoder."""
         from .model import load_segmenter
 
-        if features:
-            raise ValueError(f"{run.source}: holds a segmenter, expected a classifier to export feature maps of")
         segmenter, stored = load_segmenter(run)
         pools = any(getattr(module, "output_size", 1) not in (1, (1, 1)) for module in segmenter.modules())
         if format == "openvino" or (format == "onnx" and pools):  # UPerNet averages over grids of fixed size
