@@ -58,10 +58,8 @@ class ClassificationPredictor(Predictor):
     """A classifier.
 
     Args:
-        run: Folder of a run, or what `load_model` reads.
-        device: To run on.
+        run, device, dtype: As `Predictor` takes them.
         image_size: Side of the images; the model's own by default.
-        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
         top: Number of classes to name.
         test_size: Take size and crop that the model stores for tests, if any.
         crop: crop_pct, crop_mode or interpolation by timm's names, where they are not the model's own.

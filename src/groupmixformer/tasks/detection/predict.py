@@ -24,10 +24,8 @@ class DetectionPredictor(Predictor):
     """A detector: boxes, and masks if it is Mask R-CNN.
 
     Args:
-        run: Folder of a run.
-        device: To run on.
+        run, device, dtype: As `Predictor` takes them.
         image_size: Shorter side of the images; the model's own by default.
-        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
         score_threshold: Least score of an object that is drawn and listed.
     """
 

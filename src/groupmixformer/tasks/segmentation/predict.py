@@ -24,10 +24,8 @@ class SegmentationPredictor(Predictor):
     """A segmenter: a class for every pixel.
 
     Args:
-        run: Folder of a run.
-        device: To run on.
+        run, device, dtype: As `Predictor` takes them.
         image_size: Shorter side of the images; the model's own by default.
-        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
         sliding_window: Look through windows of the training size, which overlap by a third, instead of at the whole image.
         scales: Factors by which an image is resized; the probabilities are averaged.
         flip: Average with the mirrored image.
