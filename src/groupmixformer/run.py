@@ -145,6 +145,11 @@ class Run:
         """
         return self.definition.load(self.folder).to(resolve_device(device))
 
+    def _check(self, options: Iterable[str], known: Sequence[str], method: str) -> None:
+        check_options(self.folder, options)
+        if others := sorted(set(options) - set(known)):
+            raise ValueError(f"{others[0]} is no option of {method}, expected some of {', '.join(known) or 'none'}")
+
     def _once(self, kind: str, how: str, make: Callable[[], Made]) -> Made:
         if self._open.get(kind, ("", None))[0] != how:
             self._open[kind] = (how, make())
@@ -166,7 +171,7 @@ class Run:
         Raises:
             ValueError: If an option is for another task, or the run cannot be read.
         """
-        check_options(self.folder, options)
+        self._check(options, self.definition.predictor_options, "predict")
         task, where, dtype = self.definition, resolve_device(device), PRECISIONS[precision]
         return self._once(
             "predictor",
@@ -185,7 +190,7 @@ class Run:
         Raises:
             ValueError: If an option is for another task, the class does not exist, or the run cannot be read.
         """
-        check_options(self.folder, options)
+        self._check(options, self.definition.explainer_options, "explain")
         task, where = self.definition, resolve_device(device)
         return self._once(
             "explainer",
