@@ -15,7 +15,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ..models.checkpoint import architecture, load_model, model_name
-from ..models.groupmixformer import GroupMixFormer
+from ..models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from ..run_folder import RunFolder
 from ..training.old_names import rename
 
@@ -210,7 +210,7 @@ def start_from(network: BackboneModel, checkpoint: str | None, task: str) -> lis
     """
     if not checkpoint or (run := RunFolder.of(checkpoint)).holds_classifier:
         return []
-    _, weights = run.read_network(task)
+    weights = checkpoint_filter_fn(run.read_network(task)[1])
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     network.load_state_dict(fitting, strict=False)
@@ -237,7 +237,7 @@ def load_network(folder: str | Path | RunFolder, task: str, make: Callable[..., 
     try:
         network = rename(config["network"], "network")
         model = make(Backbone(**network.pop("backbone")), **network)
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint_filter_fn(weights))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{run.path}: cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval(), config
