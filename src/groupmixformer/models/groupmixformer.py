@@ -373,7 +373,7 @@ class GroupMixFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.blocks.grad_checkpointing = enable  # type: ignore[union-attr, assignment]
+            stage.blocks.grad_checkpointing = enable  # type: ignore[union-attr]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
