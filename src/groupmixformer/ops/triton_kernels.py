@@ -177,9 +177,10 @@ def _context_kernel(
         weight = tl.where((n < N)[:, None], weight, float("-inf"))
         higher = tl.maximum(maximum, tl.max(weight, 0))
         weight, shrink = tl.exp(weight - higher[None, :]), tl.exp(maximum - higher)
+        total *= shrink[:, None]
         norm = norm * shrink + tl.sum(weight, 0)
-        total = tl.dot(tl.trans(weight), value, total * shrink[:, None], input_precision=PRECISION)
         maximum = higher
+        total = tl.dot(tl.trans(weight), value, total, input_precision=PRECISION)
     if WHOLE:
         total = total / norm[:, None]
     index = run * tl.num_programs(0) + g
