@@ -1,5 +1,6 @@
 """The network against golden values, against a literal reading of the paper, and within timm."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from timm.layers import set_scriptable
 from timm.optim import create_optimizer_v2
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -600,3 +602,52 @@ def test_import_is_light():
     command = f"import sys, groupmixformer; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+def test_gradients_of_each_sample_by_torch_func(randomise):
+    model = randomise(GroupMixFormer(embed_dims=(10, 20), depths=(1, 1), mlp_ratios=(2, 2), num_classes=3)).double().eval()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    images = torch.randn(3, 3, 33, 40).double()
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        expected = torch.func.grad(loss)(parameters, image)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient[i], expected[name])
+
+
+def adapt(linear):
+    """A low-rank adapter in a linear layer's place, as peft puts it there."""
+
+    class LoRA(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.down = linear, nn.Linear(linear.in_features, 2, bias=False)
+            self.up = nn.Linear(2, linear.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    return LoRA().to(linear.weight)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_and_hooks_take_part(randomise, training):
+    model = randomise(GroupMixFormer(embed_dims=(10, 20), depths=(1, 1), mlp_ratios=(2, 2), num_classes=3)).double()
+    images = torch.randn(2, 3, 64, 64).double()
+    plain, called = copy.deepcopy(model.train(training))(images), set()
+    for name, module in list(model.named_modules()):
+        if name.endswith(("qkv", "proj", "fc1", "fc2")):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, adapt(module))
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: called.add(name))
+    adapted = model.train(training)(images)
+    assert (adapted - plain).norm() > 1e-3 * plain.norm()
+    containers = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    assert called == {name for name, _ in model.named_modules()} - containers
+    adapted.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for n, parameter in model.named_parameters() if "up." in n)

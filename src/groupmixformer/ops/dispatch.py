@@ -1,6 +1,7 @@
 """Which implementation of an operation may run: how PyTorch runs what is called, and whether Triton's kernels serve a device.
 
-The private calls of PyTorch that tell are here, each with what is assumed where a version of it lacks them.
+The private calls of PyTorch that tell are here. Where a version of PyTorch lacks one, the answer is the one that leaves
+everything to PyTorch's own operators.
 """
 
 import importlib.util
@@ -35,12 +36,15 @@ _known_devices: dict[torch.device, bool] = {}
 
 def is_eager_or_compiled() -> bool:
     """Tell whether operators of our own may run: not in graphs for other programs, nor for derivatives of another kind."""
-    # Of torch.compiler.is_exporting() itself older compilers think that it is always true.
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+    try:
+        # Of torch.compiler.is_exporting() itself older compilers think that it is always true.
+        if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+            return False
+        if torch.compiler.is_compiling():  # a compiler cannot be asked about torch.func
+            return True
+        return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+    except AttributeError:
         return False
-    if torch.compiler.is_compiling():  # a compiler cannot be asked about torch.func
-        return True
-    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
 
 
 def is_eager() -> bool:
@@ -50,7 +54,10 @@ def is_eager() -> bool:
 
 def has_saved_tensor_hooks() -> bool:
     """Tell whether hooks such as those of `torch.utils.checkpoint` decide what is kept for the backward pass."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    except AttributeError:
+        return True
 
 
 def version_of(x: Tensor) -> int:
