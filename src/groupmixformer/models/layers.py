@@ -153,7 +153,7 @@ class Blocks(nn.Sequential):
             for block in self:
                 x = block(x)
         else:
-            with recompute.scope():
+            with recompute.scope(x):
                 for block in self:
                     x = recompute.checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x

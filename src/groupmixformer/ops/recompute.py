@@ -118,13 +118,25 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def scope() -> AbstractContextManager[None]:
-    """Return the context within which `forget` has an effect.
+def _is_large(x: Tensor) -> bool:
+    # The bookkeeping takes tens of microseconds, behind which a large tensor hides.
+    return x.device.type != "meta" and x.numel() >= (2**15 if x.device.type == "cpu" else 2**21)
 
-    It has none where there is no gradient to come, where a compiler chooses for itself, and under `torch.func`. Nor within
-    other hooks on saved tensors, such as those of `checkpoint`, which decide then.
+
+def scope(x: Tensor) -> AbstractContextManager[None]:
+    """Return the context within which `forget` has an effect, for modules that read `x`.
+
+    It has none where maps are small, where there is no gradient to come, where a compiler chooses for itself, and under
+    `torch.func`. Nor within other hooks on saved tensors, such as those of `checkpoint`, which decide then.
     """
-    if not dispatch.is_eager() or not torch.is_grad_enabled() or _active.scope is not None or dispatch.has_saved_tensor_hooks():
+    if (
+        not dispatch.is_eager()
+        or not torch.is_grad_enabled()
+        or not isinstance(x, Tensor)  # a proxy of torch.fx
+        or not _is_large(x)
+        or _active.scope is not None
+        or dispatch.has_saved_tensor_hooks()
+    ):
         return nullcontext()
     return _Scope()
 
@@ -133,6 +145,5 @@ def forget(result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> N
     """Tell that `result` is what a cheap function gives for `x`: of a large one in a `scope`, `x` alone is kept."""
     if torch.compiler.is_compiling() or _active.scope is None or not isinstance(x, Tensor):  # a proxy of torch.fx
         return
-    # The bookkeeping takes tens of microseconds, behind which a large tensor hides.
-    if x.numel() >= (2**15 if x.device.type == "cpu" else 2**21) and x.device.type != "meta" and x.requires_grad:
+    if _is_large(x) and x.requires_grad:
         _active.scope.forget(result, function, x)
