@@ -8,8 +8,9 @@ be at hand for minutes, so comparisons come by importance, each is written when 
 run again, and none starts when the minutes are over: run it again to go on.
 
 birder runs under autocast, as the release trains; speed-ups are over it. Inference has bfloat16 weights and comes with its
-error: the relative difference of the logits from the same weights in float64. "plain" does without the kernels of kernels.py;
-"reduce-overhead" has CUDA graphs; "by block" compiles each block by itself, of which those of a stage share the result.
+error: the relative difference of the logits from the same weights in float64. "plain" does without the kernels, which the fused
+form alone has; "reduce-overhead" has CUDA graphs; "by block" compiles each block by itself, of which those of a stage share the
+result.
 
 Compiling takes minutes: with --jobs several comparisons compile at a time.
 """
@@ -37,7 +38,7 @@ import groupmixformer
 from groupmixformer.bench.side_by_side import conditions, create_network
 from groupmixformer.bench.timing import Runner, Settings, matrix_speed
 from groupmixformer.files import write_file
-from groupmixformer.ops import triton_kernels as kernels
+from groupmixformer.ops import dispatch
 
 BLOCKS = "by block"
 
@@ -50,15 +51,25 @@ class Autocast(Runner):
         self.settings, self.autocast = settings, True
 
 
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    before, dispatch.ENABLED = dispatch.ENABLED, False
+    try:
+        yield
+    finally:
+        dispatch.ENABLED = before
+
+
 class Plain(Checked):
-    """Does without the fused kernels."""
+    """Is fused, compiled and run without the kernels."""
+
+    def __init__(self, network: nn.Module, settings: Settings) -> None:
+        with without_kernels():
+            super().__init__(network, settings)
 
     def forward(self, inputs: Any) -> Any:
-        before, kernels.WANTED = kernels.WANTED, False
-        try:
+        with without_kernels():
             return super().forward(inputs)
-        finally:
-            kernels.WANTED = before
 
 
 class ByBlock(Checked):
@@ -68,10 +79,6 @@ class ByBlock(Checked):
         super().__init__(network, settings)
         for block in (block for stage in self.network.stages for block in stage.blocks):
             block.compile(dynamic=False)
-
-
-class PlainByBlock(Plain, ByBlock):
-    """Both."""
 
 
 def release(variant: str, settings: Settings) -> Runner:
@@ -93,10 +100,9 @@ def forms_of(variant: str, settings: Settings, modes: tuple[str, ...], plain: bo
     for mode in modes:
         forms[mode if settings.train else f"fused, {mode}"] = best if mode == BLOCKS else replace(best, compile=mode)
     for form, its in forms.items():
-        blocks = BLOCKS in form
-        builds[f"{name}, {form}"] = partial(ours, variant, its, kind=ByBlock if blocks else Checked)
-        if plain:
-            builds[f"{name}, {form}, plain"] = partial(ours, variant, its, kind=PlainByBlock if blocks else Plain)
+        builds[f"{name}, {form}"] = partial(ours, variant, its, kind=ByBlock if BLOCKS in form else Checked)
+        if plain and its.fuse:
+            builds[f"{name}, {form}, plain"] = partial(ours, variant, its, kind=Plain)
     for other in peers:
         builds[f"{other}, eager"] = partial(peer, other, settings)
         for mode in (mode for mode in modes if mode != BLOCKS):
@@ -120,10 +126,10 @@ def comparisons(device: str, rounds: int) -> Iterator[tuple[str, Settings, Calla
 
     compiled, graphs, tuned = ("default",), ("reduce-overhead",), ("max-autotune",)
     yield one("small", False, 224, 128, graphs, plain=True)
-    yield one("small", True, 224, 128, (BLOCKS,), plain=True)
+    yield one("small", True, 224, 128, (BLOCKS,))
     for batch in (128, 1):
         yield one("small", False, 224, batch, plain=True, peers=PEERS)
-    yield one("small", True, 224, 128, plain=True, peers=PEERS)
+    yield one("small", True, 224, 128, peers=PEERS)
     yield one("small", False, 224, 1, graphs, plain=True)
     for train in (False, True):
         for variant in ("mobile", "tiny", "base"):

@@ -1,12 +1,11 @@
-"""The fused kernels beside their plain twins, eager and under torch.compile, alternating in one run on a GPU.
+"""The Triton kernels beside the reference in plain PyTorch, eager and under torch.compile, alternating in one run on a GPU.
 
 python benchmarks/kernels.py [--repeats 30]   # needs an NVIDIA GPU; writes benchmarks/results/kernels-DATE.json
 python benchmarks/kernels.py --models small --types bfloat16   # a quarter of it, where the GPU is lent for minutes
 
 Each operation runs, from a CUDA graph, on the feature maps of every stage of small at 224 with batch 128 and of base at 384
-with batch 32, in bf16 and fp32, forward and forward with backward. The floor is the time in which the GPU copies what the
-operation must read and write once: inputs and result, and in the backward pass the result's gradient, the inputs again and
-their gradients. The difference of each result and gradient from the eager twin's is recorded beside the speed, at its worst.
+with batch 32, in bf16 and fp32. The floor is the time in which the GPU copies what the operation must read and write once. The
+difference of each result from the eager reference's is recorded beside the speed.
 """
 
 import argparse
@@ -17,13 +16,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 import groupmixformer
 from groupmixformer.files import write_file
-from groupmixformer.ops import triton_kernels as kernels
+from groupmixformer.ops import attention, dispatch, reference
 
 Tensors = list[Tensor]
 SETTINGS = {
@@ -36,17 +38,20 @@ def operations(B: int, side: int, D: int, dtype: torch.dtype) -> dict[str, tuple
     """Inputs of each operation, and how a function with its signature is called on them."""
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+        return torch.randn(shape, device="cuda", dtype=dtype)
 
     C = D // 5
+    group_weights, position_weights = (
+        attention.join_kernels([draw(C, 1, k, k) for k in sizes]) for sizes in (attention.GROUP_SIZES, attention.POSITION_SIZES)
+    )
     proxies = [draw(3, B, side, side, C, dtype=dtype) for _ in range(4)]
     return {
         "aggregate_groups": (
-            [draw(B, side, side, 3, 3, C, dtype=dtype), draw(83, C)],
-            lambda f, qkv, taps: f(qkv.permute(4, 3, 0, 1, 2, 5), taps),
+            [draw(B, side, side, 3, 3, C, dtype=dtype), group_weights],
+            lambda f, qkv, weights: f(qkv.permute(3, 4, 0, 1, 2, 5), weights),
         ),
-        "attend": (
-            [*proxies, draw(B, side, side, C, dtype=dtype), draw(132, C), draw(4, C)],
+        "attend_segments": (
+            [*proxies, draw(B, side, side, C, dtype=dtype), position_weights, draw(4, C)],
             lambda f, *inputs: f(inputs[:4], *inputs[4:], (D / 8) ** -0.5),
         ),
     }
@@ -83,60 +88,39 @@ def copy_speed() -> float:
     return 2 * source.numel() / statistics.median(times)
 
 
-def difference(got: Tensors, expected: Tensors) -> float:
-    pairs = zip(got, expected, strict=True)
-    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
+def difference(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def measure(name: str, inputs: Tensors, call: Callable[..., Tensor], repeats: int, speed: float) -> list[dict[str, object]]:
-    """Rows for forward, and for forward with backward."""
-    twin = getattr(kernels, f"plain_{name}")
+@torch.no_grad()
+def measure(name: str, inputs: Tensors, call: Callable[..., Tensor], repeats: int, speed: float) -> dict[str, Any]:
+    """The row of an operation."""
+
+    def of(module: ModuleType, *tensors: Tensor) -> Tensor:
+        return call(getattr(module, name), *tensors)
+
     torch.compiler.reset()
-    variants = {
-        "kernel": getattr(kernels, name),
-        "twin": twin,
-        "compiled twin": torch.compile(lambda *tensors: call(twin, *tensors)),
+    variants: dict[str, Callable[[], Tensor]] = {
+        "kernel": partial(of, attention, *inputs),
+        "reference": partial(of, reference, *inputs),
+        "compiled reference": partial(torch.compile(partial(of, reference)), *inputs),
     }
-
-    def forward(variant: str) -> Tensor:
-        function = variants[variant]
-        return function(*inputs) if variant == "compiled twin" else call(function, *inputs)
-
-    weights = torch.randn_like(forward("twin"))
-
-    def step(variant: str) -> Tensors:
-        return list(torch.autograd.grad(forward(variant), inputs, weights))
-
-    def inference(variant: str) -> Tensors:
-        with torch.no_grad():
-            return [forward(variant)]
-
-    read = sum(tensor.nbytes for tensor in inputs)
-    rows = []
-    for mode, run, volume in (
-        ("forward", inference, read + weights.nbytes),
-        ("forward and backward", step, 3 * read + 2 * weights.nbytes),
-    ):
-        expected = run("twin")
-        errors = {variant: difference(run(variant), expected) for variant in variants}
-        graphs = {variant: recorded(partial(run, variant)) for variant in variants}
-        times: dict[str, list[float]] = {variant: [] for variant in variants}
-        for repeat in range(repeats + 3):  # the first three warm up
-            for variant, graph in graphs.items():
-                elapsed = milliseconds(graph)
-                if repeat >= 3:
-                    times[variant].append(elapsed)
-        rows.append(
-            {
-                "operation": name,
-                "mode": mode,
-                "floor_ms": volume / speed,
-                "ms": {variant: statistics.median(values) for variant, values in times.items()},
-                "ms_spread": {variant: (min(values), max(values)) for variant, values in times.items()},
-                "difference": errors,
-            }
-        )
-    return rows
+    expected = variants["reference"]()
+    errors = {variant: difference(run(), expected) for variant, run in variants.items()}
+    graphs = {variant: recorded(run) for variant, run in variants.items()}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    for repeat in range(repeats + 3):  # the first three warm up
+        for variant, graph in graphs.items():
+            elapsed = milliseconds(graph)
+            if repeat >= 3:
+                times[variant].append(elapsed)
+    return {
+        "operation": name,
+        "floor_ms": (sum(tensor.nbytes for tensor in inputs) + expected.nbytes) / speed,
+        "ms": {variant: statistics.median(values) for variant, values in times.items()},
+        "ms_spread": {variant: (min(values), max(values)) for variant, values in times.items()},
+        "difference": errors,
+    }
 
 
 def main() -> None:
@@ -147,14 +131,16 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
-    if not (torch.cuda.is_available() and kernels.served(torch.empty(0, device="cuda"))):
+    with torch.no_grad():
+        available = torch.cuda.is_available() and dispatch.kernels_available(torch.empty(0, device="cuda"))
+    if not available:
         sys.exit("benchmarks/kernels.py needs an NVIDIA GPU and Triton; there is none here")
     torch.manual_seed(0)
     speed = copy_speed()
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    versions = {"torch": torch.__version__, "triton": kernels.triton.__version__, "groupmixformer": groupmixformer.__version__}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "groupmixformer": groupmixformer.__version__}
     machine = torch.cuda.get_device_name()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     result = {"date": today, "machine": machine, "copy_GB_per_s": speed / 1e6, "versions": versions, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     for setting, (batch, size, dims) in SETTINGS.items():
@@ -163,11 +149,11 @@ def main() -> None:
         for i, D in ((i, dims[i]) for i in args.stages):
             for dtype in (getattr(torch, name) for name in args.types):
                 for name, (inputs, call) in operations(batch, size // 4 // 2**i, D, dtype).items():
-                    for row in measure(name, inputs, call, args.repeats, speed):
-                        rows.append({"setting": setting, "stage": i, "dtype": str(dtype).removeprefix("torch."), **row})
-                        ms = "  ".join(f"{variant} {value:8.3f}" for variant, value in row["ms"].items())
-                        print(f"{setting}  stage {i}  {dtype}  {name}, {row['mode']}: {ms}  floor {row['floor_ms']:8.3f} ms")
-                        write_file(args.out / f"kernels-{today}.json", (json.dumps(result, indent=2) + "\n").encode())
+                    row = measure(name, inputs, call, args.repeats, speed)
+                    rows.append({"setting": setting, "stage": i, "dtype": str(dtype).removeprefix("torch."), **row})
+                    ms = "  ".join(f"{variant} {value:8.3f}" for variant, value in row["ms"].items())
+                    print(f"{setting}  stage {i}  {dtype}  {name}: {ms}  floor {row['floor_ms']:8.3f} ms")
+                    write_file(args.out / f"kernels-{today}.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

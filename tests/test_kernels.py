@@ -1,4 +1,4 @@
-"""The fused kernels: their plain twins are the network's function, their operators suit compilers, and they build for GPUs.
+"""The operations that have kernels: their definitions are the network's function, and the kernels build for GPUs.
 
 What the kernels compute is tested in `run_kernels.py`, in a process of its own.
 """
@@ -12,14 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_kernels import OPERATIONS, assert_near, leaves, operate, results
-from torch import nn
+from run_kernels import OPERATIONS, inputs_of, operate
 
 from groupmixformer import GroupMixAttention
-from groupmixformer.models.groupmixformer import factorised_attention, scale_within_heads
-from groupmixformer.ops import triton_kernels as kernels
+from groupmixformer.ops import attention as ops
+from groupmixformer.ops import dispatch
 
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton, which there is for Linux")
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="needs Triton, which there is for Linux")
 
 
 def run_kernels(marked, interpret, processes="0", named=""):
@@ -33,7 +32,7 @@ def run_kernels(marked, interpret, processes="0", named=""):
 
 @needs_triton
 def test_a_small_case_under_the_interpreter():
-    """Results and gradients of both operations; the default run has the time for this one."""
+    """Results of both operations; the default run has the time for this one."""
     run_kernels("not slow", "1", named="test_float32 and small")
 
 
@@ -69,111 +68,58 @@ class Driver:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_no_kernel_is_asked_for():
-    assert not kernels._runs_on(torch.device("cuda", 0))
+    assert not dispatch._runs_on(torch.device("cuda", 0))
 
 
 @needs_triton
 def test_without_a_c_compiler_plain_pytorch_takes_over(monkeypatch):
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(kernels, "_known", {})
+    import triton.runtime
+
+    device, driver = torch.device("cuda", 0), Driver(RuntimeError("Failed to find C compiler"))
+    monkeypatch.setattr(dispatch, "_known_devices", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    error = RuntimeError("Failed to find C compiler")
-    monkeypatch.setattr(
-        kernels, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=Driver(error))))
-    )
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     with pytest.warns(UserWarning, match=r"Failed to find C compiler\).*install a C compiler"):
-        assert not kernels._runs_on(device)
-    assert not kernels._runs_on(device)  # said once
-    monkeypatch.setattr(kernels, "_known", {})
-    kernels.triton.runtime.driver.active.error = None
-    assert kernels._runs_on(device)
-    monkeypatch.setattr(kernels, "_known", {})
+        assert not dispatch._runs_on(device)
+    assert not dispatch._runs_on(device)  # said once
+    dispatch._known_devices.clear()
+    driver.error = None
+    assert dispatch._runs_on(device)
+    dispatch._known_devices.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not kernels._runs_on(device)
+    assert not dispatch._runs_on(device)
 
 
-# The twins
+@pytest.mark.slow
+def test_importing_the_package_does_not_load_the_kernels():
+    code = "import sys, groupmixformer; sys.exit('groupmixformer.ops.triton_kernels' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_twins_are_the_function_of_the_network(randomise):
+# The definitions, which the door takes on this device and in float64
+
+
+def test_the_operations_are_the_function_of_the_network(randomise):
     B, H, W, C = 2, 5, 7, 8
     attention = randomise(GroupMixAttention(5 * C)).double()
     qkv = torch.randn(B, H, W, 3, 5, C, dtype=torch.float64)
-    depthwise = [aggregator.depthwise for aggregator in attention.aggregators[1:]]
+    depthwise = attention.aggregators.depthwise
     segments = qkv[..., 1:4, :].permute(4, 3, 0, 1, 2, 5)  # (3, 3, B, H, W, C)
-    grouped = kernels.plain_aggregate_groups(segments, kernels.join_taps([conv.weight for conv in depthwise]))
+    grouped = ops.aggregate_groups(segments, ops.join_kernels([conv.weight for conv in depthwise]))
     for i, conv in enumerate(depthwise):
         stacked = qkv[..., i + 1, :].permute(3, 0, 4, 1, 2).flatten(0, 1)  # (3B, C, H, W)
         torch.testing.assert_close(grouped[i].flatten(0, 1).permute(0, 3, 1, 2), conv(stacked), rtol=1e-12, atol=1e-12)
     proxies, local = torch.randn(4, 3, B, H, W, C, dtype=torch.float64), torch.randn(B, H, W, C, dtype=torch.float64)
-    weights, biases = zip(*attention.position.kernels(), strict=True)
-    taps, bias = kernels.join_taps(weights), torch.stack(biases)
-    mixed = kernels.plain_attend(proxies.unbind(0), local, taps, bias, attention.scale).flatten(1, 2)  # (B, N, 5C)
-    *parts, last = mixed.split(C, dim=2)
-    for i, part in enumerate(parts):
-        maps = proxies[i].flatten(0, 1).permute(0, 3, 1, 2)  # (3B, C, H, W)
-        scale = scale_within_heads(attention.scale, C, maps)
-        expected = factorised_attention(maps, weights[i], biases[i], scale)
-        torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(last, local.flatten(1, 2))
-
-
-# The operators, which on this device and in float64 take plain PyTorch
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operators_are_their_twins(name):
-    tensors = leaves(name, 2, 3, 5, 6, torch.float64)
-    assert_near(results(name, tensors), results(name, tensors, plain=True), 1e-12)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients(name):
-    tensors = [tensor.requires_grad_() for tensor in leaves(name, 1, 2, 3, 4, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *inputs: operate(name, inputs), tensors, fast_mode=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_operators_are_registered_in_full(dtype):
-    qkv, *weights = leaves("aggregate_groups", 1, 3, 2, 4, dtype)
-    *proxies, local = (x.detach() for x in leaves("attend", 1, 3, 2, 4, dtype)[:5])
-    taps, bias = (torch.randn(shape, dtype=weights[0].dtype) for shape in [(132, 4), (4, 4)])
-    calls = [
-        (kernels._aggregate_groups, (qkv[..., 1:4, :].permute(4, 3, 0, 1, 2, 5), kernels.join_taps(weights))),
-        (kernels._attend, (*(x.unflatten(0, (3, 1)) for x in proxies), local, taps, bias, 0.3)),
-    ]
-    for operator, inputs in calls:
-        inputs = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
-        torch.library.opcheck(operator, inputs)
-
-
-class Attend(nn.Module):
-    """The operations one after the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.groups = nn.ParameterList(torch.randn(8, 1, k, k) for k in (3, 5, 7))
-        self.weights = nn.ParameterList(torch.randn(8, 1, k, k) for k in (3, 5, 7, 7))
-        self.biases = nn.ParameterList(torch.randn(8) for _ in range(4))
-
-    def forward(self, qkv):
-        single, groups, local = qkv.permute(4, 3, 0, 1, 2, 5).split((1, 3, 1))
-        grouped = kernels.aggregate_groups(groups, kernels.join_taps(list(self.groups)))
-        taps, bias = kernels.join_taps(list(self.weights)), torch.stack(list(self.biases))
-        return kernels.attend(torch.cat([single, grouped]).unbind(0), local[0, 0], taps, bias, 0.3)
-
-
-def test_compiled_and_exported():
-    module, qkv = Attend(), torch.randn(2, 3, 5, 3, 5, 8)
-    expected = module(qkv)
-    gradients = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
-    got = torch.compile(module, fullgraph=True, backend="aot_eager")(qkv)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), list(module.parameters())), gradients)
-    exported = torch.export.export(module, (qkv,))
-    assert "groupmixformer.attend" in str(exported.graph)
-    torch.testing.assert_close(exported.module()(qkv), expected)
+    weights, bias = attention.position.joined()
+    parts = zip(weights.split(C), ops.POSITION_SIZES, strict=True)
+    inner = [weight[..., 3 - k // 2 : 4 + k // 2, 3 - k // 2 : 4 + k // 2] for weight, k in parts]
+    mixed = ops.attend_segments(proxies.unbind(0), local, ops.join_kernels(inner), bias.view(4, C), attention.scale)
+    q, k, v = proxies.permute(1, 2, 0, 5, 3, 4).flatten(2, 3)  # 3 x (B, 4C, H, W)
+    q, k, v, position = (attention.heads(x) for x in (q, k, v, attention.position(v)))  # (B, 8, N, E)
+    expected = ops.attend(q, k, v, position, attention.scale).transpose(1, 2).reshape(B, H, W, 4 * C)
+    torch.testing.assert_close(mixed[..., : 4 * C], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(mixed[..., 4 * C :], local)
 
 
 # Building for GPUs that are not here
@@ -191,6 +137,8 @@ class Recorder:
 
 def built(kernel, inputs, constants, arch):
     """Compile a launch as Triton would: integers of 1 are constants, aligned addresses and multiples of 16 are known."""
+    import triton
+
     constants = dict(constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     signature, aligned = {}, {}
@@ -205,15 +153,16 @@ def built(kernel, inputs, constants, arch):
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             aligned[(i,)] = [["tt.divisibility", 16]]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    triton = kernels.triton
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
 
 
 def stack_bytes(cubin, path):
     """Bytes a thread spills from its registers."""
+    import triton
+
     path.write_bytes(cubin)
-    tool = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
@@ -237,13 +186,16 @@ slow = pytest.mark.slow
 )
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the compiler's place")
 def test_kernels_build_for_gpus(monkeypatch, tmp_path, arch, dtype, C):
+    from groupmixformer.ops import triton_kernels as kernels
+
     launches = []
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
-    monkeypatch.setattr(kernels, "served", lambda x: True)
     for name in OPERATIONS:
-        results(name, leaves(name, 2, 12, 14, C, dtype))
-    assert len({kernel.__name__ for kernel, _, _ in launches}) == 6
+        operate(name, inputs_of(name, 2, 12, 14, C, dtype), kernels)
+        if arch == 90 and C == 16:
+            operate(name, inputs_of(name, 1, 1, 1, C, dtype), kernels)  # strides of 1
+    assert len({kernel.__name__ for kernel, _, _ in launches}) == 4
     for kernel, inputs, constants in launches:
         binary = built(kernel, inputs, constants, arch)
         assert binary.metadata.shared < 99 * 1024, kernel.__name__  # what the smallest of these GPUs gives a block

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..ops import triton_kernels as kernels
-from ..ops.attention import attend
+from ..ops import attention as ops
+from ..ops import dispatch
 from ..ops.onednn import linear
 from . import groupmixformer as network
 from . import layers
@@ -133,8 +133,8 @@ class FusedAttention(Fused):
     """Group-Mix Attention with the LayerNorm before it, if any. (B, H, W, D) -> (B, H, W, D)."""
 
     mask: Tensor  # (C, C): 1 within a head, 0 between the two
-    taps: Tensor  # of the aggregators and
-    position_taps: Tensor  # of the position encoding, as the kernels take them
+    kernel_weights: Tensor  # (T, C): of the aggregators and
+    position_weights: Tensor  # of the position encoding, as `ops` takes them
 
     def __init__(self, attention: GroupMixAttention, norm: nn.LayerNorm | None = None) -> None:
         super().__init__()
@@ -148,29 +148,27 @@ class FusedAttention(Fused):
         weight, bias = weight.view(3, 5, C, D).transpose(0, 1).clone(), bias.view(3, 5, C).transpose(0, 1).clone()
         weight[0] *= scale[:C, None]
         bias[0] = bias[0] * scale[:C] + shift[:C]
-        self.with_kernels = kernels.served(like) and C <= kernels.WIDEST
+        self.with_kernels = dispatch.kernels_available(like) and C <= dispatch.MAX_SEGMENT_DIM
         if self.with_kernels:
             weight, bias = weight.reshape(1, 15, C, D), bias.reshape(1, 15, C)
         rows = zip(weight.to(like), bias.to(like), strict=True)
         self.qkv = nn.ModuleList(_linear_layer(w.flatten(0, 1), b.flatten()) for w, b in rows)
-        pointwise = torch.cat([layer.weight for layer in aggregators.pointwise]).flatten(1).double() * scale[C:, None]
+        pointwise_layers: list[Any] = [*aggregators.pointwise]
+        pointwise = torch.cat([layer.weight for layer in pointwise_layers]).flatten(1).double() * scale[C:, None]
         folded = zip(pointwise.to(like).split(C), shift[C:].to(like).split(C), strict=True)
         self.pointwise = nn.ModuleList(_linear_layer(w, b) for w, b in folded)
-        depthwise = [layer.weight for layer in aggregators.depthwise]
+        depthwise_layers: list[Any] = [*aggregators.depthwise]
+        depthwise = [layer.weight for layer in depthwise_layers]
         self.depthwise = nn.ParameterList(w.repeat(3, 1, 1, 1) for w in depthwise)  # (3C, 1, k, k), the same for Q, K and V
         self.position = nn.Conv2d(4 * C, 4 * C, 7, padding=3, groups=4 * C, device="meta")
         self.position.weight, self.position.bias = (nn.Parameter(part) for part in attention.position.joined())
         if self.with_kernels:  # made here, as making them takes operations in each forward pass
-            self.register_buffer("taps", kernels.join_taps(depthwise))
-            self.register_buffer(
-                "position_taps",
-                kernels.join_taps(
-                    [
-                        w[..., (7 - k) // 2 : (7 + k) // 2, (7 - k) // 2 : (7 + k) // 2]
-                        for w, k in zip(self.position.weight.split(C), kernels.SIZES, strict=True)
-                    ]
-                ),
-            )
+            self.register_buffer("kernel_weights", ops.join_kernels(depthwise))
+            position = [
+                weight[..., (7 - k) // 2 : (7 + k) // 2, (7 - k) // 2 : (7 + k) // 2]  # without the zeros around
+                for weight, k in zip(self.position.weight.split(C), ops.POSITION_SIZES, strict=True)
+            ]
+            self.register_buffer("position_weights", ops.join_kernels(position))
         self.scale = attention.scale
         self.register_buffer("mask", _within_heads(C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
@@ -193,7 +191,7 @@ class FusedAttention(Fused):
         C, N = D // 5, H * W
         if self.eps is not None:
             x = F.layer_norm(x, (D,), None, None, self.eps)
-        if self.with_kernels and kernels.served(x) and not torch.is_grad_enabled():
+        if self.with_kernels and dispatch.kernels_available(x):
             return self._forward_kernels(x)
         single, *groups, last = self.segments(x)
         proxies = [single.reshape(B, N, 3, C)]
@@ -207,24 +205,24 @@ class FusedAttention(Fused):
         position = self.position(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(B, N, 4 * C)
         mixed = []
         for (q, k, v), encoded in zip(qkv, position.split(C, dim=2), strict=True):
-            mixed.append(attend(q, k, v, encoded, self.scale, self.mask))  # (B, N, C)
+            mixed.append(ops.attend(q, k, v, encoded, self.scale, self.mask))  # (B, N, C)
         local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, C, H, W)
         mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
         return linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
 
-    @torch.jit.unused
     def _forward_kernels(self, x: Tensor) -> Tensor:
-        """Do the same with the fused kernels, after the LayerNorm."""
+        """Do the same after the LayerNorm with the operations that have kernels."""
         (B, H, W, _), C = x.shape, self.dim // 5
         qkv = self.qkv[0](x).view(B, H, W, 5, 3, C)
         single, *_, last = qkv.unbind(3)  # (B, H, W, 3, C)
-        grouped = kernels.aggregate_groups(qkv.permute(3, 4, 0, 1, 2, 5)[1:4], self.taps)  # (3, 3, B, H, W, C)
+        grouped = ops.aggregate_groups(qkv.permute(3, 4, 0, 1, 2, 5)[1:4], self.kernel_weights)  # (3, 3, B, H, W, C)
         proxies = [F.hardswish(single.permute(3, 0, 1, 2, 4)).contiguous()]  # (3, B, H, W, C)
         for group, pointwise in zip(grouped, self.pointwise, strict=True):
             proxies.append(F.hardswish(pointwise(group), inplace=True))
         local = self.non_attention(last.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C)
-        bias: Any = self.position.bias
-        mixed: Tensor = self.proj(kernels.attend(proxies, local, self.position_taps, bias.view(4, C), self.scale))
+        assert self.position.bias is not None
+        bias = self.position.bias.view(4, C)
+        mixed: Tensor = self.proj(ops.attend_segments(proxies, local, self.position_weights, bias, self.scale))
         return mixed  # (B, H, W, D)
 
 

@@ -373,7 +373,7 @@ class GroupMixFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.blocks.grad_checkpointing = enable  # type: ignore[union-attr, assignment]
+            stage.blocks.grad_checkpointing = enable  # type: ignore[union-attr]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -482,24 +482,19 @@ _RELEASED_NAMES = (
 )
 
 
+def joined_name(name: str) -> str:
+    """Return today's name of a tensor; version 0.1 stored the aggregators of the four segments one by one, as the release."""
+    name = re.sub(r"(^|\.)aggregators\.[0-3]\.norm\.", r"\1aggregators.norm.", name)
+    convolution = re.fullmatch(r"(|.*\.)aggregators\.([123])\.(depthwise|pointwise)\.weight", name)
+    return name if convolution is None else f"{convolution[1]}aggregators.{convolution[3]}.{int(convolution[2]) - 1}.weight"
+
+
 def _join_segments(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the norms of the four segments, which the release and the first version of this package store one by one."""
-    joined: dict[str, Tensor] = {}
+    """Join the norms of the four segments, in their order."""
+    parts: dict[str, list[Tensor]] = {}
     for name, tensor in state_dict.items():
-        convolution = re.fullmatch(r"(|.*\.)aggregators\.([123])\.(depthwise|pointwise)\.weight", name)
-        norm = re.fullmatch(r"(|.*\.)aggregators\.([0123])\.norm\.(\w+)", name)
-        if convolution:
-            prefix, segment, kind = convolution.groups()
-            joined[f"{prefix}aggregators.{kind}.{int(segment) - 1}.weight"] = tensor
-        elif norm:
-            prefix, segment, kind = norm.groups()
-            parts = [state_dict.get(f"{prefix}aggregators.{i}.norm.{kind}") for i in range(4)]
-            if segment == "0" and all(part is not None for part in parts):
-                whole = tensor if kind == "num_batches_tracked" else torch.cat(parts)  # type: ignore[arg-type]
-                joined[f"{prefix}aggregators.norm.{kind}"] = whole
-        else:
-            joined[name] = tensor
-    return joined
+        parts.setdefault(joined_name(name), []).append(tensor)
+    return {name: torch.cat(tensors) if len(tensors) > 1 and tensors[0].dim() else tensors[0] for name, tensors in parts.items()}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:

@@ -83,17 +83,17 @@ class _Scope(saved_tensors_hooks):
     def find(self, tensor: Tensor) -> _Forgotten | None:
         found = self.results.get(tensor.untyped_storage().data_ptr())
         # What a hook has changed in place is no longer what was computed.
-        return found[2] if found and found[0]() is not None and tensor._version == found[1] else None
+        return found[2] if found and found[0]() is not None and dispatch.version_of(tensor) == found[1] else None
 
     def forget(self, result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         source = self.find(x) if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous() else None
         forgotten = _Forgotten(function, x.detach() if source is None else source, x.device.type)
-        self.results[result.untyped_storage().data_ptr()] = weakref.ref(result), result._version, forgotten
+        self.results[result.untyped_storage().data_ptr()] = weakref.ref(result), dispatch.version_of(result), forgotten
 
     def _pack(self, tensor: Tensor) -> tuple[Any, ...]:
         forgotten = self.find(tensor)
         if forgotten is None:
-            return tensor, tensor._version
+            return tensor, dispatch.version_of(tensor)
         return forgotten, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     @staticmethod
@@ -102,10 +102,11 @@ class _Scope(saved_tensors_hooks):
             forgotten, *view = packed
             return forgotten.result().as_strided(*view)
         tensor: Tensor = packed[0]
-        if tensor._version != packed[1]:  # PyTorch looks only at what it keeps itself
+        version = dispatch.version_of(tensor)
+        if version != packed[1]:  # PyTorch looks only at what it keeps itself
             raise RuntimeError(
                 f"a tensor {list(tensor.shape)} needed for the gradient was modified in place: it is at version "
-                f"{tensor._version}, expected {packed[1]}. Take the gradient before the optimizer's step or another change"
+                f"{version}, expected {packed[1]}. Take the gradient before the optimizer's step or another change"
             )
         return tensor
 

@@ -1,12 +1,20 @@
 """What the operations of Group-Mix Attention compute, in plain PyTorch: their definition, on every device.
 
-Letters: B batch, N tokens, E width of a head.
+Letters: B batch, H x W feature map, N = H * W tokens, C width of a segment, E = C / 2 width of a head, S segments, J = 3 for
+Q, K and V, T entries of a channel's depthwise kernels, of all segments together.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend"]
+__all__ = ["GROUP_SIZES", "POSITION_SIZES", "aggregate_groups", "attend", "attend_segments", "join_kernels"]
+
+# k of the depthwise kernels: of the segments that are aggregated, and of the position encoding of the four that attend.
+GROUP_SIZES = (3, 5, 7)
+POSITION_SIZES = (3, 5, 7, 7)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -29,3 +37,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float, mask
     if mask is not None:
         context = context * mask
     return torch.addcmul(q @ context, q, position)
+
+
+def join_kernels(weights: Sequence[Tensor]) -> Tensor:
+    """Join the depthwise kernels of segments, S x (C, 1, k, k), into (T, C), of which Triton's kernels read a row at a time."""
+    return torch.cat([weight.flatten(1).t() for weight in weights])
+
+
+def _convolve(segments: Tensor, kernel_weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Convolve each segment with depthwise kernels (T, C) of its own size. (S, J, B, H, W, C) -> same."""
+    results = []
+    parts = kernel_weights.to(segments.dtype).split([k * k for k in sizes])
+    for x, part, k in zip(segments, parts, sizes, strict=True):
+        maps = x.flatten(0, 1).permute(0, 3, 1, 2)  # (JB, C, H, W)
+        results.append(F.conv2d(maps, part.t().reshape(-1, 1, k, k), padding=k // 2, groups=maps.shape[1]))
+    return torch.stack(results).permute(0, 1, 3, 4, 2).reshape(segments.shape)
+
+
+def aggregate_groups(segments: Tensor, kernel_weights: Tensor) -> Tensor:
+    """Do what `ops.attention.aggregate_groups` does."""
+    return _convolve(segments, kernel_weights, GROUP_SIZES)
+
+
+def attend_segments(
+    proxies: Sequence[Tensor], local: Tensor, position_weights: Tensor, position_bias: Tensor, scale: float
+) -> Tensor:
+    """Do what `ops.attention.attend_segments` does."""
+    qkv = torch.stack(list(proxies), dim=1)  # (3, 4, B, H, W, C)
+    position = _convolve(qkv[2][:, None], position_weights, POSITION_SIZES)[:, 0]  # (4, B, H, W, C)
+    position = position + position_bias.to(position.dtype)[:, None, None, None]
+    q, k, v, encoded = (x.flatten(2, 3).unflatten(3, (2, -1)).transpose(2, 3) for x in (*qkv, position))  # (4, B, 2, N, E)
+    attended = attend(q, k, v, encoded, scale).transpose(2, 3).reshape(position.shape)  # (4, B, H, W, C)
+    return torch.cat([*attended, local.to(attended.dtype)], dim=3)
