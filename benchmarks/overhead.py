@@ -101,12 +101,11 @@ def main() -> None:
         for what in ("forward", "step"):
             rows[name][what]["meta_ms"] = statistics.median(times[name, what])
             rows[name][what]["of_birder"] = rows[name][what]["meta_ms"] / statistics.median(times[base, what])
-    print(
-        f"{'':32}{'forward: operations':>20}{'kernels':>9}{'meta ms':>9}{'ratio':>7}{'step: operations':>18}{'kernels':>9}{'ms':>8}{'ratio':>7}"
-    )
+    head = f"{'operations':>16}{'kernels':>9}{'meta ms':>9}{'ratio':>9}"
+    print(f"{'':32}{'in a forward pass':>43}{'in a training step':>43}\n{'':32}{head}{head}")
     for name, row in rows.items():
         parts = (
-            f"{r['operations']:>22,}{r['kernels']:>9,}{r['meta_ms']:>9.0f}{r['of_birder']:>9.2f}"
+            f"{r['operations']:>16,}{r['kernels']:>9,}{r['meta_ms']:>9.0f}{r['of_birder']:>9.2f}"
             for r in (row["forward"], row["step"])
         )
         print(f"{name:32}" + "".join(parts))

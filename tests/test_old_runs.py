@@ -68,7 +68,9 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_as_it_would_have_then(tmp_p
     rows = read_metrics(run)
     assert rows[:4] == before
     for row, expected in zip(rows, EXPECTED["metrics"], strict=True):
-        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+        # Sums in another order than then: of 360 images, one may change its class.
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value, **({"abs": 1.01 / 360} if name == "val_top1" else {"rel": 3e-3})), name
     # The state of the callbacks was found under their old names: the time adds up, and the patience was in use.
     assert rows[4]["seconds"] > before[3]["seconds"]
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

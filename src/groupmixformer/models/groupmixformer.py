@@ -494,7 +494,8 @@ def _join_segments(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in state_dict.items():
         parts.setdefault(joined_name(name), []).append(tensor)
-    return {name: torch.cat(tensors) if len(tensors) > 1 and tensors[0].dim() else tensors[0] for name, tensors in parts.items()}
+    counts = [name for name in parts if name.endswith("num_batches_tracked")]
+    return {name: tensors[0] if name in counts or len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from ..data.samples import Samples
 from ..data.seeding import seed_all
-from ..models.groupmixformer import GroupMixFormer
+from ..models.groupmixformer import GroupMixFormer, joined_name
 from . import old_names
 from .loaders import DataModule
 from .recipe import Recipe
@@ -267,6 +267,11 @@ class Task(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counts; the schedule follows from the step and the recipe, which may have more epochs now."""
         old_names.rename_state(checkpoint)
+        if any(joined_name(name) != name for name in checkpoint["state_dict"]):
+            (optimizer,), _ = self.configure_optimizers()
+            names = {parameter: name for name, parameter in self.named_parameters()}
+            groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+            old_names.join_segments(checkpoint, groups)
         checkpoint["lr_schedulers"] = []
         counts = checkpoint["counts"]
         self.skipped = counts["skipped"]

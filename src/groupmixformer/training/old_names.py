@@ -1,7 +1,12 @@
 """Names before 0.1.0 was released, so that recipes, options and run folders of then still load."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+
+from ..models.groupmixformer import checkpoint_filter_fn, joined_name
 
 # By section: fields of a recipe, and `network`, the arguments of a detector or segmenter in config.json.
 FIELDS: dict[str, dict[str, str]] = {
@@ -73,3 +78,37 @@ def rename_state(checkpoint: dict[str, Any]) -> None:
             name, brace, arguments = key.partition("{")
             if name in STATE:
                 states[STATE[name] + brace + arguments] = states.pop(key)
+
+
+def join_segments(checkpoint: dict[str, Any], groups: Sequence[Sequence[str]]) -> None:
+    """Join in place what an older checkpoint of training holds of each segment, in the optimizer's state too.
+
+    Args:
+        checkpoint: Lightning's.
+        groups: Names of today's parameters, by the optimizer's groups.
+
+    Raises:
+        ValueError: If the optimizer's state does not belong to these parameters.
+    """
+    before = list(checkpoint["state_dict"])
+    checkpoint["state_dict"] = checkpoint_filter_fn(checkpoint["state_dict"])
+    for optimizer in checkpoint["optimizer_states"]:
+        state: dict[int, dict[str, Any]] = {}
+        number = itertools.count()
+        for names, group in zip(groups, optimizer["param_groups"], strict=True):
+            parts: dict[str, list[Any]] = {name: [] for name in names}
+            # An optimizer numbers parameters in their order, group by group.
+            joined = [name for name in map(joined_name, before) if name in parts]
+            if len(joined) != len(group["params"]):
+                raise ValueError(
+                    "the optimizer's state is not of this model's parameters: continue with the version that began"
+                )
+            for old, name in zip(group["params"], joined, strict=True):
+                parts[name].append(optimizer["state"].get(old, {}))
+            group["params"] = list(itertools.islice(number, len(names)))
+            for new, (first, *others) in zip(group["params"], parts.values(), strict=True):
+                state[new] = {
+                    key: torch.cat([value, *(other[key] for other in others)]) if others and value.dim() else value
+                    for key, value in first.items()
+                }
+        optimizer["state"] = {new: values for new, values in state.items() if values}
