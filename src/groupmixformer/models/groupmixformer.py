@@ -483,7 +483,7 @@ _RELEASED_NAMES = (
 
 
 def joined_name(name: str) -> str:
-    """Return today's name of a tensor; version 0.1 stored the aggregators of the four segments one by one, as the release."""
+    """Return the name of a tensor that was stored, as the release does, with the aggregators of the four segments apart."""
     name = re.sub(r"(^|\.)aggregators\.[0-3]\.norm\.", r"\1aggregators.norm.", name)
     convolution = re.fullmatch(r"(|.*\.)aggregators\.([123])\.(depthwise|pointwise)\.weight", name)
     return name if convolution is None else f"{convolution[1]}aggregators.{convolution[3]}.{int(convolution[2]) - 1}.weight"
@@ -499,7 +499,7 @@ def _join_segments(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Rename the parameters of a released checkpoint, or of one of version 0.1; leave those of today as they are.
+    """Rename the parameters of a released checkpoint, or of an early one of this package; leave others as they are.
 
     Args:
         state_dict: Tensors by name. A released training checkpoint's ``{"model": state_dict, ...}`` is unpacked.
