@@ -294,7 +294,8 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
     """Of several that look alike, it lights up the chosen one: on the last stage, what the region and the pyramid reach."""
     image, found = objects
     explainer = Run.open(folder / "detector").explainer(CPU)
-    for number in (0, 1, 9):
+    seen = 0
+    for number in range(12):
         explainer.wanted = number
         chosen = explainer.choose(image, explainer.view(image), 3, None)
         about, box = chosen.about, found["boxes"][number]
@@ -303,9 +304,14 @@ def test_the_relevance_of_an_object_is_around_it(folder, objects):
         assert about["probability"] == pytest.approx(found["scores"][number], rel=1e-4)
         np.testing.assert_allclose(about["box"], box, atol=1e-2)
         np.testing.assert_allclose(chosen.box, box, atol=1e-2)
-        assert chosen.relevance.shape == (256, 320) and chosen.relevance.max() == 1
+        assert chosen.relevance.shape == (256, 320)
+        if not chosen.relevance.any():  # with random weights nothing may speak for an object
+            continue
+        seen += 1
+        assert chosen.relevance.max() == 1
         places = np.argwhere(chosen.relevance)[:, ::-1]  # x, y
         assert (places.min(axis=0) >= box[:2] - 70).all() and (places.max(axis=0) <= box[2:] + 70).all()
+    assert seen >= 3
 
 
 @pytest.mark.slow

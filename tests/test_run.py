@@ -105,8 +105,13 @@ def test_a_trained_run(photos, tmp_path, image):
     measured = run.evaluate(batch_size=4)
     assert measured.result["top1"] == pytest.approx(run.metrics[0]["val_top1"]) and measured.result["batch_size"] == 4
     assert measured.result["images"] == run.evaluate(str(photos / "val"), device="cpu", image_size=48).result["images"]
-    assert run.export("pt2", tmp_path / "run.pt2")["errors"] and (tmp_path / "run.pt2").is_file()
     assert sorted(path.name for path in run.folder.examples.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_is_exported(runs, tmp_path):
+    result = Run.open(runs / "classification").export("pt2", tmp_path / "run.pt2")
+    assert result["errors"] and (tmp_path / "run.pt2").is_file()
 
 
 def test_options_of_a_task(runs, image):
@@ -159,7 +164,7 @@ def test_a_hub_is_asked_once(runs, image, monkeypatch, counted, task):
     assert asked == [("me/trees", "v2")] and len(counted) == 1
 
 
-@pytest.mark.parametrize("command", ["predict", "eval", "explain", "export"])
+@pytest.mark.parametrize("command", ["predict", "eval", "explain", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_command_asks_a_hub_once_and_parses_each_file_once(runs, image, monkeypatch, tmp_path, command):
     """Not only config.json, and wherever it may be parsed."""
     asked, read = [], []
