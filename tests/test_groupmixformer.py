@@ -619,3 +619,8 @@ def test_adapters_and_hooks_take_part(randomise, training):
     assert called == {name for name, _ in model.named_modules()} - containers
     adapted.sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for n, parameter in model.named_parameters() if "up." in n)
+
+
+def test_no_images():
+    model = GroupMixFormer(embed_dims=(10, 20), depths=(1, 1), mlp_ratios=(1, 1), num_classes=3).eval()
+    assert model(torch.zeros(0, 3, 32, 40)).shape == fuse(model)(torch.zeros(0, 3, 32, 40)).shape == (0, 3)

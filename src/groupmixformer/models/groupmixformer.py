@@ -11,10 +11,12 @@ The function is that of the authors' release, weight for weight. What differs:
 - Sizes come from the tensors, so any H, W >= 32 works. The release assumes H and W to be multiples of 32.
 - Tokens lie in memory as (B, H, W, D) from stem to head, which PyTorch calls channels_last: convolutions and linear layers
   read the same tensor, and `permute` below is a view. The release copies between two layouts several times a block.
-- Modules have the paper's or timm's names. `checkpoint_filter_fn` renames the release's parameters, one to one.
+- The four segments that attend are computed side by side: one norm, activation and attention for all of them. The release goes
+  through them in turn.
+- Modules have the paper's or timm's names. `checkpoint_filter_fn` renames the release's parameters and joins those norms.
 
-Letters: B batch, H x W feature map, N = H * W tokens, D width of a stage, C = D / 5 width of a segment.
-Every module takes and returns (B, D, H, W).
+Letters: B batch, H x W feature map, N = H * W tokens, D width of a stage, C = D / 5 of a segment, E = D / 10 of a head.
+Every module takes and returns (B, D, H, W). `layers.py` has the leaves, `ops/` what computes them fast.
 """
 
 import re
@@ -171,10 +173,11 @@ class GroupMixAttention(nn.Module):
             (B, 3C, H, W).
         """
         B, D, H, W = x.shape
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, D // 5)
+        C = D // 5
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
         groups, local = qkv.split([4, 1], dim=4)  # (B, H, W, 3, 4, C) and (B, H, W, 3, 1, C)
-        groups = groups.permute(3, 0, 1, 2, 4, 5).contiguous().view(3 * B, H, W, -1).permute(0, 3, 1, 2)  # (3B, 4C, H, W)
-        local = local.reshape(B, H, W, -1).permute(0, 3, 1, 2)  # (B, 3C, H, W)
+        groups = groups.permute(3, 0, 1, 2, 4, 5).contiguous().view(3 * B, H, W, 4 * C).permute(0, 3, 1, 2)  # (3B, 4C, H, W)
+        local = local.reshape(B, H, W, 3 * C).permute(0, 3, 1, 2)  # (B, 3C, H, W)
         return self.aggregators(groups), local
 
     def heads(self, x: Tensor) -> Tensor:
