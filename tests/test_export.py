@@ -360,7 +360,7 @@ def test_detectors(architecture, randomise, tmp_path, capsys):
             expected = detector([image])[0]
         found = [torch.from_numpy(output) for output in session.run(None, {"image": image.numpy()})]
         names = [item.name for item in session.get_outputs()]
-        apart = unlike(found, [expected[name] for name in names], 0.05, network["objects"])
+        apart = unlike(found, [expected[name] for name in names], 0.05, network["max_detections"])
         assert len(apart) > 10 and (apart <= 1e-3).float().mean() >= 0.9
 
 

@@ -115,7 +115,7 @@ def test_golden_values_compiled(golden, monkeypatch, compiled, large):
 @pytest.mark.parametrize(
     ("case", "large"),
     [
-        pytest.param(0, onednn._LARGE, id="first size-by size"),
+        pytest.param(0, onednn._LARGE, id="first size-by size", marks=pytest.mark.exhaustive),
         pytest.param(0, 0, id="first size-oneDNN", marks=[needs_onednn, pytest.mark.exhaustive]),
         pytest.param(1, onednn._LARGE, id="second size-by size", marks=pytest.mark.exhaustive),
         pytest.param(1, 0, id="second size-oneDNN", marks=[needs_onednn, pytest.mark.exhaustive]),
