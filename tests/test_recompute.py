@@ -140,6 +140,19 @@ def test_a_result_changed_in_place_is_kept(net, x, keeping):
     assert all(map(torch.equal, found, changed()))
 
 
+def test_a_part_of_a_forgotten_result_goes_on(net, keeping):
+    x = torch.randn(3, 16, 48, 48).requires_grad_()
+
+    def through_a_part():
+        with recompute.scope(x):
+            y = net.act(net.norm(net.first(x))).transpose(2, 3)[1:]
+            return torch.autograd.grad(net.last(net.act(y)).square().sum(), [x, *net.parameters()])
+
+    found = through_a_part()
+    keeping()
+    assert all(map(torch.equal, found, through_a_part()))
+
+
 def test_small_maps_are_kept(net):
     gradients(net, torch.randn(1, 16, 8, 8).requires_grad_())
     assert net.runs == 1

@@ -46,18 +46,22 @@ def checkpoint(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Forgotten:
-    """The result of a function, computed when it is first asked for; its input may be forgotten too."""
+    """The result of a function, computed when it is first asked for; its input may be a view of a forgotten result too."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: "Tensor | _Forgotten", device: str) -> None:
-        self.function, self.x = function, x
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, source: "_Forgotten | None") -> None:
+        self.function, self.source = function, source
+        self.x = x.detach() if source is None else None
+        self.view = x.size(), x.stride(), x.storage_offset()
         self.computed: Tensor | None = None
         self.autocast: AbstractContextManager[Any] = nullcontext()
+        device = x.device.type
         if torch.amp.is_autocast_available(device):
             self.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def result(self) -> Tensor:
         if self.computed is None:
-            x = self.x.result() if isinstance(self.x, _Forgotten) else self.x
+            x = self.x if self.source is None else self.source.result().as_strided(*self.view)
+            assert x is not None
             with torch.no_grad(), self.autocast:
                 self.computed = self.function(x)
         return self.computed
@@ -86,8 +90,7 @@ class _Scope(saved_tensors_hooks):
         return found[2] if found and found[0]() is not None and dispatch.version_of(tensor) == found[1] else None
 
     def forget(self, result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        source = self.find(x) if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous() else None
-        forgotten = _Forgotten(function, x.detach() if source is None else source, x.device.type)
+        forgotten = _Forgotten(function, x, self.find(x))
         self.results[result.untyped_storage().data_ptr()] = weakref.ref(result), dispatch.version_of(result), forgotten
 
     def _pack(self, tensor: Tensor) -> tuple[Any, ...]:
