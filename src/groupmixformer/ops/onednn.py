@@ -1,7 +1,7 @@
 """Layers that a CPU computes faster than PyTorch has it do, by asking oneDNN in another way. Elsewhere they are PyTorch's.
 
 - Products of linear layers in float32 PyTorch leaves to MKL; in inference large ones of oneDNN are faster where this was
-  measured, and take the activation along, which the fused form makes use of. In training the gain was under 4 % of a step.
+  measured, and take the activation along, which the fused form makes use of. In training the gain was 4 % of a step.
 - Gradients of depthwise kernels: oneDNN has a fast one for kernels that are up to three columns wide; wider ones take its
   general path, which is several times slower. The columns of a gradient do not depend on each other, so that of a wide kernel
   is put together from those of narrow ones, over shifted maps.
