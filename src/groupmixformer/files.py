@@ -1,12 +1,16 @@
-"""Atomic writes: a file is whole or not there, and an earlier one stays until the new one is complete."""
+"""Files: written atomically (whole or not there, and an earlier one stays until then), and read with their types checked."""
 
 import csv
 import io
+import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+REQUIRED: Any = object()  # default of a field that must be there
 
 
 def _remove(path: Path) -> None:
@@ -79,3 +83,167 @@ def write_prediction(out: Path, image: Path, files: Mapping[str, bytes], taken: 
         write_file(out / f"{stem}{ending}", content)
         taken.add(folder / f"{stem}{ending}")
     return [str(out / f"{stem}{ending}") for ending in files]
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return strict JSON, which any parser reads: numbers that are not finite become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {name: finite(item) for name, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not such a text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save it in this encoding") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not JSON, with the line and the column.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
+
+
+class Fields:
+    """A JSON object from a user's file, whose fields are read with their types checked.
+
+    Args:
+        values: What was read.
+        where: The file, and the record in it, for messages: ``train.json: annotations[3]``.
+
+    Raises:
+        ValueError: If it is no object; from each method, if the field is missing or not what is expected. The message names the
+            file, the field, what came and what is expected.
+    """
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: is {_shown(values)}, expected an object with fields")
+        self.values, self.where = values, where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def take(self, name: str, expected: str, fits: Callable[[Any], bool], default: Any = REQUIRED) -> Any:
+        """Return a field that `fits`; `default`, if there is one, where it is missing or null."""
+        value = self.values.get(name)
+        if value is None and default is not REQUIRED:
+            return default
+        if name not in self.values:
+            raise ValueError(f"{self.where}: has no {name}, expected {expected}")
+        if not fits(value):
+            raise ValueError(f"{self.where}: {name} is {_shown(value)}, expected {expected}")
+        return value
+
+    def text(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return a text."""
+        return self.take(name, "a text", lambda value: isinstance(value, str), default)
+
+    def choice(self, name: str, options: Collection[str], default: Any = REQUIRED) -> Any:
+        """Return one of the texts `options`."""
+        expected = f"one of {', '.join(options)}"
+        return self.take(name, expected, lambda value: isinstance(value, str) and value in options, default)
+
+    def integer(self, name: str, low: int | None = None, high: int | None = None, default: Any = REQUIRED) -> Any:
+        """Return an integer from `low` to `high`, both included; 3.0 is one, "3" and true are none."""
+        value = self.take(name, f"an integer{_span(low, high)}", lambda value: _is_integer(value, low, high), default)
+        return value if value is default else int(value)
+
+    def number(self, name: str, low: float | None = None, high: float | None = None, default: Any = REQUIRED) -> Any:
+        """Return a finite number from `low` to `high`, both included."""
+        value = self.take(name, f"a finite number{_span(low, high)}", lambda value: _is_number(value, low, high), default)
+        return value if value is default else float(value)
+
+    def flag(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return true or false, also written 1 or 0; never a text."""
+        value = self.take(name, "true, false, 1 or 0", lambda value: not isinstance(value, str) and value in (0, 1), default)
+        return value if value is default else bool(value)
+
+    def items(self, name: str, expected: str = "a list", default: Any = REQUIRED) -> Any:
+        """Return a list of anything."""
+        return self.take(name, expected, lambda value: isinstance(value, list), default)
+
+    def texts(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return a list of texts."""
+        return self._list(name, "texts", lambda item: isinstance(item, str), None, default)
+
+    def integers(
+        self, name: str, length: int | None = None, low: int | None = None, high: int | None = None, default: Any = REQUIRED
+    ) -> Any:
+        """Return a list of integers from `low` to `high`."""
+        return self._list(name, f"integers{_span(low, high)}", lambda item: _is_integer(item, low, high), length, default)
+
+    def numbers(
+        self, name: str, length: int | None = None, low: float | None = None, high: float | None = None, default: Any = REQUIRED
+    ) -> Any:
+        """Return a list of finite numbers from `low` to `high`."""
+        return self._list(name, f"finite numbers{_span(low, high)}", lambda item: _is_number(item, low, high), length, default)
+
+    def object(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return the fields of an object in this one."""
+        value = self.take(name, "an object with fields", lambda value: isinstance(value, dict), default)
+        return value if value is default else Fields(value, f"{self.where}: {name}")
+
+    def objects(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return the fields of each object of a list."""
+        value = self.items(name, "a list of objects", default)
+        return value if value is default else [Fields(item, f"{self.where}: {name}[{i}]") for i, item in enumerate(value)]
+
+    def _list(self, name: str, of: str, fits: Callable[[Any], bool], length: int | None, default: Any) -> Any:
+        def all_fit(value: Any) -> bool:
+            return isinstance(value, list) and length in (None, len(value)) and all(map(fits, value))
+
+        return self.take(name, f"a list of {'' if length is None else f'{length} '}{of}", all_fit, default)
+
+
+def _is_integer(value: Any, low: int | None, high: int | None) -> bool:
+    return _is_number(value, low, high) and value == int(value)
+
+
+def _is_number(value: Any, low: float | None, high: float | None) -> bool:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return fits and (low is None or value >= low) and (high is None or value <= high)
+
+
+def _span(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return ""
+    return (
+        f" from {low} to {high}"
+        if low is not None and high is not None
+        else f" of at least {low}"
+        if high is None
+        else f" of at most {high}"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: as in JSON, and cut."""
+    text = (
+        repr(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else json.dumps(value, default=str, ensure_ascii=False)
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."

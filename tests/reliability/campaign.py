@@ -1,0 +1,89 @@
+"""What every campaign shares: attempts by number, their outcomes counted, failures kept with what makes them again.
+
+A campaign is a file of this folder that can be run by hand at full length:
+
+    python tests/reliability/images.py --count 1000 --seed 0 --out images.json
+
+and whose test in it runs a few attempts. An attempt is a function of a random generator, seeded by (seed, number), that returns the
+name of its outcome. What may happen: right (used, and the result is what it should be), refused (a ValueError or OSError of one
+line), noted (used in part, and said so). Anything else fails the campaign.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ALLOWED = ("right", "refused", "noted")
+MOST_SECONDS = 60.0  # of an attempt
+
+
+def refusal(error: Exception) -> str:
+    """Return "refused" for an error as users should see it; else say what is wrong with it."""
+    if isinstance(error, ValueError | OSError) and str(error) and "\n" not in str(error):
+        return "refused"
+    return f"{type(error).__name__}: {str(error)[:200]!r}"
+
+
+def run(attempt: Callable[[np.random.Generator], str], count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:
+    """Make attempts and count their outcomes.
+
+    Returns:
+        counts: Number of each outcome.
+        failures: Number, outcome and where it was raised, of those that are not allowed.
+        slowest: Seconds of the slowest attempt.
+    """
+    counts: Counter[str] = Counter()
+    failures, slowest = [], 0.0
+    for number in range(first, first + count):
+        start, where = time.perf_counter(), ""
+        try:
+            outcome = attempt(np.random.default_rng([seed, number]))
+        except Exception as error:
+            outcome = refusal(error)
+            where = "".join(traceback.format_tb(error.__traceback__)[-2:])
+        seconds = time.perf_counter() - start
+        slowest = max(slowest, seconds)
+        if seconds > MOST_SECONDS:
+            outcome = f"took {seconds:.0f} s"
+        counts[outcome if outcome in ALLOWED else "failed"] += 1
+        if outcome not in ALLOWED:
+            failures.append({"number": number, "outcome": outcome, "where": where})
+    return {"counts": dict(counts), "failures": failures, "slowest": round(slowest, 2)}
+
+
+def main(campaigns: dict[str, tuple[Callable[[np.random.Generator], str], int]]) -> None:
+    """Run campaigns by name, each an attempt and its usual number of them, from the command line; exit by 1 if one failed."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(campaigns), help=f"which of {', '.join(campaigns)}")
+    parser.add_argument("--count", type=int, help="attempts at each (default: its usual number)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first attempt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    results = {}
+    for name in args.names:
+        attempt, usual = campaigns[name]
+        results[name] = run(attempt, args.count or usual, args.seed, args.first)
+        print(name, results[name]["counts"], f"slowest {results[name]['slowest']} s", flush=True)
+        for failure in results[name]["failures"][:5]:
+            print(f"  {failure['number']}: {failure['outcome']}\n{failure['where']}")
+    if args.out:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        stamp = {
+            "command": f"python {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
+            "date": f"{date.today()}",
+            "machine": machine,
+        }
+        args.out.write_text(json.dumps({**stamp, "results": results}, indent=1))
+    sys.exit(any(result["failures"] for result in results.values()))
