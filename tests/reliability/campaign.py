@@ -1,12 +1,12 @@
 """What every campaign shares: attempts by number, their outcomes counted, failures kept with what makes them again.
 
-A campaign is a file of this folder that can be run by hand at full length:
+A campaign is a file of this folder: a test that makes a few attempts, and a command that makes as many as wanted:
 
-    python tests/reliability/images.py --count 1000 --seed 0 --out images.json
+    python tests/reliability/test_damaged_images.py --count 1000 --seed 0 --out images.json
 
-and whose test in it runs a few attempts. An attempt is a function of a random generator, seeded by (seed, number), that returns the
-name of its outcome. What may happen: right (used, and the result is what it should be), refused (a ValueError or OSError of one
-line), noted (used in part, and said so). Anything else fails the campaign.
+An attempt is a function of a random generator, seeded by (seed, number), that returns the name of its outcome. What may happen:
+right (used, and the result is what it should be), refused (a ValueError or OSError of one line), noted (used in part, and said
+so). Anything else fails the campaign.
 """
 
 import argparse
