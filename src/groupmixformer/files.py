@@ -5,12 +5,26 @@ import io
 import json
 import math
 import shutil
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 REQUIRED: Any = object()  # default of a field that must be there
+JOINERS = "\u200c\u200d"  # inside words of some scripts, and inside emoji
+
+
+def printable(text: str) -> str:
+    """Return a text in one line that does nothing to a terminal or a page: what is no visible character becomes an escape.
+
+    These are line breaks, control characters, such as those that colour a terminal, marks that reverse the direction of what
+    follows, and bytes of file names that are no text.
+    """
+    return "".join(
+        c if c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def _remove(path: Path) -> None:
@@ -47,9 +61,9 @@ def atomic_write(*paths: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file of these bytes, or of this text in UTF-8."""
+    """Write a file of these bytes, or of this text in UTF-8; bytes of file names that are no text become escapes."""
     with atomic_write(path) as folder:
-        (folder / path.name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (folder / path.name).write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -37,7 +37,7 @@ def open_image(image: ImageLike) -> tuple[Image.Image, str]:
         ValueError: If it cannot be read.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image)), str(image)
+        return read_image(Path(image).expanduser()), str(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             shape = f"{image.dtype} of shape {image.shape}"

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import atomic_write, write_file
+from .files import atomic_write, to_json, write_file
 
 CONFIG = "config.json"  # architecture, task, class names, input of the model
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
@@ -37,7 +37,7 @@ def one_line(error: Exception) -> str:
 def _local(path: str | Path) -> Path:
     """Return where a checkpoint lies; one on a hub, ``hf-hub:user/name`` as timm has it, is fetched into the cache of files."""
     if not str(path).startswith("hf-hub:"):
-        return Path(path)
+        return Path(path).expanduser()
     from huggingface_hub import snapshot_download
 
     repo_id, _, revision = str(path).removeprefix("hf-hub:").partition("@")
@@ -170,7 +170,7 @@ def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[s
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
     with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
         safetensors.torch.save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2))
+        (temporary / CONFIG).write_text(to_json(config, 2))
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -192,4 +192,4 @@ def write_versions(folder: Path) -> None:
         "platform": platform.platform(),
         "device": f"{machine}, {torch.get_num_threads()} threads",
     }
-    write_file(folder / VERSIONS, json.dumps(versions, indent=2))
+    write_file(folder / VERSIONS, to_json(versions, 2))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..files import read_json, to_json
 from ..models.checkpoint import model_name
 from ..tasks.registry import find_task
 from .published import published_top1
@@ -56,14 +57,14 @@ def read_earlier(path: Path, settings: Settings) -> dict[str, float]:
         ValueError: If it is none, or was measured with other settings, on another machine or with another torch.
     """
     try:
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path)
         versions = {"torch": earlier["versions"]["torch"]}
         then = {**earlier["settings"], "machine": earlier["machine"], "clock": earlier["clock"], **versions}
         milliseconds = {row["model"]: float(row["milliseconds"]) for row in earlier["rows"]}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a result of gmf bench --json") from error
     here = conditions(settings)
-    settings_now = json.loads(json.dumps(asdict(settings)))  # with lists for tuples, as in the file
+    settings_now = json.loads(to_json(asdict(settings)))  # with lists for tuples, as in the file
     now = {**settings_now, "machine": here["machine"], "clock": here["clock"], "torch": here["versions"]["torch"]}
     differences = [
         f"{key} {then.get(key, 'unknown')} there and {now.get(key, 'unknown')} here"

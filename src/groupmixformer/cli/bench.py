@@ -1,6 +1,5 @@
 """Commands about models and machines: bench, models and doctor."""
 
-import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from .common import (
     Works,
     Writes,
     command,
+    note,
     progress,
     requirements_of_extras,
     show,
@@ -112,7 +112,7 @@ def bench(
     if plot:
         write_figure(accuracy_against_speed([row for row in result["rows"] if row["model"] in plotted], headline(result)), plot)
         if left := [name for name in names if name not in plotted]:
-            print(f"gmf bench: not in the plot, as no accuracy at this size is known: {', '.join(left)}", file=sys.stderr)
+            note(f"not in the plot, as no accuracy at this size is known: {', '.join(left)}")
     if csv:
         csv.parent.mkdir(parents=True, exist_ok=True)
         write_rows(csv, result["rows"])

@@ -1,13 +1,17 @@
 """What the commands of gmf share: how a command and its options are declared, results on stdout, progress on stderr."""
 
-import json
+import logging
 import math
+import os
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from ..files import printable, to_json
 
 if TYPE_CHECKING:  # importing it takes a second
     from ..run import Run
@@ -103,8 +107,12 @@ def _scales(text: str) -> tuple[float, ...]:
     return scales
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _figure(text: str) -> Path:
-    path = Path(text)
+    path = _path(text)
     if path.suffix.lower() not in (".png", ".svg", ".pdf") or path.is_dir():
         raise ArgumentTypeError(f"got {text}, expected the name of a .png, .svg or .pdf file")
     return path
@@ -130,15 +138,17 @@ Side = Annotated[int, Option(_number(32), "N")]
 Share = Annotated[float, Option(_share, "X")]
 Scales = Annotated[tuple[float, ...], Option(_scales, "X,X...")]
 Pixel = Annotated[tuple[int, int], Option(_pixel, "Y,X")]
-File = Annotated[Path, Option(Path, "FILE")]
-Folder = Annotated[Path, Option(Path, "DIR")]
+# A shell expands ~ only at the beginning of a word, and not in --out=~/runs.
+PathText = Annotated[str, Option(os.path.expanduser)]
+File = Annotated[Path, Option(_path, "FILE")]
+Folder = Annotated[Path, Option(_path, "DIR")]
 Figure = Annotated[Path, Option(_figure, "FILE")]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # Options of several commands.
-RunPath = Annotated[Reads[str], Option(help="folder of a run or of gmf convert, checkpoint file, or hf-hub:user/name")]
-Images = Annotated[Reads[Sequence[str]], Option(help="files, folders or quoted globs")]
-Root = Annotated[Reads[str], Option(metavar="DIR", help="where timm's data sets lie")]
+RunPath = Annotated[Reads[PathText], Option(help="folder of a run or of gmf convert, checkpoint file, or hf-hub:user/name")]
+Images = Annotated[Reads[Sequence[PathText]], Option(help="files, folders or quoted globs")]
+Root = Annotated[Reads[PathText], Option(metavar="DIR", help="where timm's data sets lie")]
 Device = Annotated[Works[str], Option(help="auto, cpu, cuda, ...")]
 Host = Annotated[Works[str], Option(help="address to listen on; by default this machine alone")]
 Port = Annotated[Works[NonNegative], Option(help="0 takes one that is free")]
@@ -161,9 +171,38 @@ OLD_NAMES = {
 }
 
 
-def show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print a result: one JSON object, or `text`."""
-    print(json.dumps(result) if as_json else text, flush=True)
+class Notes(logging.Handler):
+    """While it is entered, prints what the package warns of, such as images that were left out, and keeps it for `--json`.
+
+    Args:
+        command: Stands before each line.
+    """
+
+    def __init__(self, command: str) -> None:
+        super().__init__(logging.WARNING)
+        self.command, self.texts = command, list[str]()
+
+    def __enter__(self) -> None:
+        LOGGER.addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        LOGGER.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a note."""
+        self.texts.append(record.getMessage())
+        print(f"gmf {self.command}: {printable(self.texts[-1])}", file=sys.stderr, flush=True)
+
+
+LOGGER = logging.getLogger("groupmixformer")
+note = LOGGER.warning
+
+
+def show(result: dict[str, Any], as_json: bool, text: str, with_notes: bool = True) -> None:
+    """Print a result: one JSON object, with the notes that were taken, or `text`, whose lines are made printable."""
+    taken = [text for handler in LOGGER.handlers if isinstance(handler, Notes) for text in handler.texts]
+    result |= {"notes": taken} if with_notes else {}
+    print(to_json(result) if as_json else "\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:

@@ -10,6 +10,7 @@ from .common import (
     Json,
     NonNegative,
     Option,
+    PathText,
     Positive,
     Reads,
     RunPath,
@@ -17,6 +18,7 @@ from .common import (
     Works,
     Writes,
     command,
+    note,
     open_run,
     progress,
     show,
@@ -25,17 +27,17 @@ from .common import (
 Format = Literal["onnx", "pt2", "aoti", "openvino"]
 Way = Literal["static", "weights", "dynamic"]
 CORES = os.cpu_count() or 1
-OutFolder = Annotated[Writes[str], Option(metavar="DIR", help="folder to write")]
+OutFolder = Annotated[Writes[PathText], Option(metavar="DIR", help="folder to write")]
 
 
 @command("export", "gmf export runs/quickstart --format onnx --out digits.onnx", "export", "openvino", "quantization", *EXTRAS)
 def export(
     run: RunPath,
     *,
-    data: Reads[str | None] = None,
-    calibrate: Annotated[Reads[str | None], Option(metavar="DIR")] = None,
+    data: Reads[PathText | None] = None,
+    calibrate: Annotated[Reads[PathText | None], Option(metavar="DIR")] = None,
     format: Writes[Format],
-    out: Annotated[Writes[str], Option(metavar="FILE")],
+    out: Annotated[Writes[PathText], Option(metavar="FILE")],
     features: Writes[bool] = False,
     int8: Writes[Way | None] = None,
     json: Json = False,
@@ -77,7 +79,7 @@ def export(
     )
     if int8:
         for problem in result["skipped"]:
-            print(f"gmf export: skipped {problem}", file=sys.stderr)
+            note(f"skipped {problem}")
         text = f"{out}: {target.title}, int8 {int8}"
         if calibration := result["calibration"]:
             text += f", calibrated on {calibration['images']} images of {calibration['data']}"
@@ -94,9 +96,9 @@ def export(
 
 @command("convert", "gmf convert groupmixformer_small.pth --out small", "train")
 def convert(
-    file: Reads[str],
+    file: Reads[PathText],
     *,
-    class_names: Annotated[Reads[str | None], Option(metavar="FILE")] = None,
+    class_names: Annotated[Reads[PathText | None], Option(metavar="FILE")] = None,
     image_size: Writes[Positive | None] = None,
     out: OutFolder,
     json: Json = False,
@@ -108,10 +110,11 @@ def convert(
         class_names: text file with a class name a line
         image_size: image size to store, such as 384 for large trained at 384
     """
+    from ..files import read_text
     from ..models.checkpoint import load_checkpoint, save_checkpoint
 
     model: Any = load_checkpoint(file)
-    names = Path(class_names).read_text().splitlines() if class_names else []
+    names = read_text(Path(class_names)).splitlines() if class_names else []
     if names and len(names) != model.num_classes:
         raise ValueError(f"{class_names}: holds {len(names)} lines, expected one for each of {model.num_classes} classes")
     config = {"input_size": (model.in_chans, image_size, image_size)} if image_size else {}
@@ -133,7 +136,7 @@ def push(
     license: Writes[str] = "unknown",
     private: Writes[bool] = False,
     revision: Writes[str | None] = None,
-    dry_run: Annotated[Writes[str | None], Option(metavar="DIR")] = None,
+    dry_run: Annotated[Writes[PathText | None], Option(metavar="DIR")] = None,
     json: Json = False,
 ) -> None:
     """Upload a model to the Hugging Face Hub, with a card.
@@ -148,7 +151,7 @@ def push(
     from ..deploy.hub import push_to_hub, write_folder
 
     if license == "unknown":
-        print("gmf push: the card says that the licence is not known: name that of the weights with --license", file=sys.stderr)
+        note("the card says that the licence is not known: name that of the weights with --license")
     result = {"run": run, "repo_id": repo_id, "license": license}
     if dry_run:
         files = write_folder(run, dry_run, repo_id, license)
@@ -161,7 +164,7 @@ def push(
 
 @command("shards", "gmf shards photos --out shards", "data")
 def shards(
-    folder: Reads[str],
+    folder: Reads[PathText],
     *,
     seed: Works[NonNegative] = 0,
     workers: Works[Positive] = CORES,
@@ -187,7 +190,7 @@ def shards(
     settings: dict[str, Any] = {"per_shard": images_per_shard, "seed": seed, "workers": workers, "progress": progress}
     result = write_shards(Path(folder), splits, images.class_names, Path(out), **settings)
     for line in result["skipped"]:
-        print(f"gmf shards: left out {line}", file=sys.stderr)
+        note(f"left out {line}")
     text = (
         f"{out}: {result['train']:,} images for training and {result['validation']:,} for validation in "
         f"{result['shards']:,} shards of {len(images.class_names)} classes, {result['bytes'] / 1e9:.2f} GB, "

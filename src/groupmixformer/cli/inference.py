@@ -18,6 +18,7 @@ from .common import (
     Looks,
     NonNegative,
     Option,
+    PathText,
     Pixel,
     Port,
     Positive,
@@ -33,6 +34,7 @@ from .common import (
     Works,
     Writes,
     command,
+    note,
     open_run,
     progress,
     show,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 def evaluate(
     run: RunPath,
     *,
-    data: Reads[str | None] = None,
+    data: Reads[PathText | None] = None,
     root: Root = "data",
     split: Reads[str] = "val",
     workers: Reads[NonNegative] = 0,
@@ -93,9 +95,9 @@ def evaluate(
     measured = opened.evaluate(data, device, image_size, precision, workers, progress, **options)
     stored = opened.config.get("pretrained_cfg", {})
     if test_size and not any(stored.get(key) for key in ("test_input_size", "test_crop_pct")):
-        print(f"gmf eval: {run} stores no size or crop for tests: its usual ones are used", file=sys.stderr)
+        note(f"{run} stores no size or crop for tests: its usual ones are used")
     for problem in measured.skipped:
-        print(f"gmf eval: skipped {problem}", file=sys.stderr)
+        note(f"skipped {problem}")
     if plot:
         figure = measured.figure()
         assert figure is not None
@@ -123,7 +125,7 @@ def _each(
         For JSON the images with what was found, and those that were skipped; a line for each; COCO's results.
     """
     from ..data.images import find_images, read_image
-    from ..files import write_prediction
+    from ..files import printable, write_prediction
 
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
@@ -136,15 +138,15 @@ def _each(
             image = read_image(path)
         except ValueError as error:
             skipped.append(str(path))
-            print(f"gmf {command}: skipped {error}", file=sys.stderr)
+            note(f"skipped {error}")
             continue
         found = look(image, str(path))
         rows.append({"image": str(path), **found.result})
-        lines.append(f"{path}: {found.text}")
+        lines.append(printable(f"{path}: {found.text}"))
         results += found.results
         if found.files:
             rows[-1]["files"] = write_prediction(out, path, found.files, taken)
-            lines[-1] += f"  ({', '.join(rows[-1]['files'])})"
+            lines[-1] += printable(f"  ({', '.join(rows[-1]['files'])})")
     if not rows:
         raise ValueError(f"none of {len(paths)} images could be read")
     return {"images": rows, "skipped": skipped}, lines, results
@@ -274,7 +276,7 @@ def serve(
 
 @command("demo", "gmf demo runs/quickstart", "demo", *EXTRAS)
 def demo(
-    runs: Reads[Sequence[str]],
+    runs: Reads[Sequence[PathText]],
     *,
     device: Device = "auto",
     host: Host = "127.0.0.1",

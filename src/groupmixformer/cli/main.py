@@ -3,6 +3,7 @@
 import argparse
 import collections.abc
 import inspect
+import io
 import os
 import re
 import sys
@@ -11,7 +12,8 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from .common import COMMANDS, GIVEN, GROUPS, OLD_NAMES, Command, Option, UsageError, requirements_of_extras
+from ..files import printable
+from .common import COMMANDS, GIVEN, GROUPS, OLD_NAMES, Command, Notes, Option, UsageError, requirements_of_extras
 from .train import train_help
 
 # Importing registers the commands, in the order of the help.
@@ -41,7 +43,7 @@ class Parser(argparse.ArgumentParser):
             near = get_close_matches(word.replace("_", "-"), [str(option) for option in known], n=1, cutoff=0.5)
             message = f"unknown {'option' if given[1] else 'value'} {word}"
             message += f": did you mean {near[0]}?" if near else f": see {self.prog} --help"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 class _PrintCompletion(argparse.Action):
@@ -193,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack characters of a class or a file
+            stream.reconfigure(errors="backslashreplace")
     try:
         if argv[:1] == ["train"] and {"-h", "--help"} & set(argv):
             name = "train"
@@ -200,11 +205,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_subparsers(make_parser())["train"].format_help() + train_help(bool(recipes)), end="")
             return 0
         name, arguments, options = parse(argv)
-        COMMANDS[name].function(*arguments, **options)
+        with Notes(name):
+            COMMANDS[name].function(*arguments, **options)
     except SystemExit as stop:
         return int(stop.code or 0)
     except UsageError as error:
-        print(f"gmf: error: {error}", file=sys.stderr)
+        print(f"gmf: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gmf: interrupted", file=sys.stderr)
@@ -224,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         known = isinstance(error, ValueError | OSError)
         hint = "" if known else f" ({type(error).__name__}; GMF_TRACEBACK=1 shows where)"
-        print(f"gmf: error: {' '.join(text.split())}{hint}", file=sys.stderr)
+        print(f"gmf: error: {printable(' '.join(text.split()))}{hint}", file=sys.stderr)
         return 1
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .common import EXTRAS, Json, Option, Positive, Reads, UsageError, Works, Writes, command, progress, show
+from .common import EXTRAS, Json, Option, PathText, Positive, Reads, UsageError, Works, Writes, command, progress, show
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
@@ -63,10 +63,10 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
 @command("quickstart", "gmf quickstart --out runs/first", "train", "data")
 def quickstart(
     *,
-    data: Reads[str] = "digits",
+    data: Reads[PathText] = "digits",
     model: Works[str] = "mobile",
     epochs: Works[Positive | None] = None,
-    out: Annotated[Writes[str | None], Option(metavar="DIR")] = None,
+    out: Annotated[Writes[PathText | None], Option(metavar="DIR")] = None,
     json: Json = False,
 ) -> None:
     """Train, evaluate, report, and name the next commands.
@@ -109,7 +109,7 @@ def train(
         from ..training.recipe import fields_of, to_yaml
 
         resolved = _read_recipe(recipe, fields)
-        show(fields_of(resolved), json, to_yaml(resolved).rstrip())
+        show(fields_of(resolved), json, to_yaml(resolved).rstrip(), with_notes=False)  # a recipe has no such field
         return
     result, text = _train(recipe, fields, resume)
     show(result, json, text)

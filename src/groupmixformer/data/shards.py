@@ -1,6 +1,5 @@
 """Writes a data set as WebDataset shards, which stream from a disk or a URL."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write
+from ..files import atomic_write, to_json
 from .images import decode
 
 Files = Sequence[tuple[str, int]]  # images and their classes
@@ -68,7 +67,7 @@ def write_shards(
                     skipped.append(str(error))
                     continue
                 suffix = Path(path).suffix[1:].lower().replace("jpeg", "jpg")  # timm looks for jpg, png and webp
-                notes = json.dumps({"filename": os.path.relpath(path, folder), "label": label})
+                notes = to_json({"filename": os.path.relpath(path, folder), "label": label})
                 shard.write({"__key__": f"{number:08d}", suffix: content, "cls": str(label).encode(), "json": notes.encode()})
         return split, name, len(files) - len(skipped), skipped
 
@@ -90,6 +89,6 @@ def write_shards(
                 "shard_lengths": [length for _, length in written],
             }
         size = sum(path.stat().st_size for path in part.glob("*.tar"))
-        (part / "_info.json").write_text(json.dumps(info, indent=1))
+        (part / "_info.json").write_text(to_json(info, 1))
     counts = {split: info["splits"][split]["num_samples"] for split in splits}
     return {**counts, "shards": len(jobs), "bytes": size, "skipped": [line for *_, lines in done for line in lines]}

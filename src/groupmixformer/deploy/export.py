@@ -6,7 +6,6 @@ real images of several sizes. Only then does it get its name.
 
 import importlib
 import importlib.metadata
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from torchvision.transforms import v2
 
 from ..data.images import find_images, read_image
-from ..files import atomic_write
+from ..files import atomic_write, to_json
 from ..models.fuse import fuse
 from ..run_folder import RunFolder
 
@@ -284,12 +283,12 @@ def export(
         importlib.import_module(package)
     channels = input_size[0]
     metadata = {
-        "classes": json.dumps(list(classes)),
-        "mean": json.dumps(list(mean)),
-        "std": json.dumps(list(std)),
-        "input_size": json.dumps(list(input_size)),
+        "classes": to_json(list(classes)),
+        "mean": to_json(list(mean)),
+        "std": to_json(list(std)),
+        "input_size": to_json(list(input_size)),
         "layout": "images: float32, contiguous, (batch, channels, height, width), RGB, from 0 to 1, minus mean, divided by std",
-        "outputs": json.dumps(list(names)),
+        "outputs": to_json(list(names)),
         "version": importlib.metadata.version(NAME),
     }
     with atomic_write(*files_of(path, target)) as folder, quietly():

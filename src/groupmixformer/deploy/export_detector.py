@@ -1,6 +1,5 @@
 """A detector as an ONNX file, run and compared with the model before it gets its name, as other networks are."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 from torchvision.transforms.v2 import functional as F
 
-from ..files import atomic_write
+from ..files import atomic_write, to_json
 from ..models.fuse import fuse
 from .export import NAME, first_line, quietly
 
@@ -127,9 +126,9 @@ def export_detector(
     finder: Any = getattr(inner, "roi_heads", inner)
     limits = (finder.score_thresh, finder.detections_per_img)
     metadata = {
-        "classes": json.dumps(list(class_names)),
+        "classes": to_json(list(class_names)),
         "layout": "image: float32, (3, height, width), RGB, from 0 to 1",
-        "outputs": json.dumps(network.names),
+        "outputs": to_json(network.names),
         "version": version(NAME),
     }
     pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)

@@ -7,7 +7,6 @@ is written all the same, and what is lost is said.
 import contextlib
 import importlib
 import io
-import json
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..bench.timing import Settings, machine, seconds_of, set_threads
 from ..data.images import find_images, read_image
-from ..files import atomic_write
+from ..files import atomic_write, to_json
 from ..models.fuse import fuse
 from ..tasks.classification.data import ImageSamples, eval_transform
 from ..tasks.classification.metrics import evaluate_classifier
@@ -301,7 +300,7 @@ def quantize(
         metadata = export(network, format, exact, image, **about, progress=progress)["metadata"]
         name = Path(calibrated_on).resolve().name if Path(calibrated_on).exists() else calibrated_on  # not whose disk it is on
         source = {"data": name, "images": len(calibration)} if calibration is not None else None
-        metadata = metadata | {"int8": json.dumps({"way": way, "calibration": source})}
+        metadata = metadata | {"int8": to_json({"way": way, "calibration": source})}
         progress(f"writing 8-bit integers: {way}")
         with quietly(), contextlib.redirect_stdout(io.StringIO()):  # where nncf draws its bars
             try:

@@ -22,7 +22,7 @@ import torch
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor
 
-from ..files import atomic_write
+from ..files import atomic_write, to_json
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
@@ -297,7 +297,7 @@ def save_checkpoint(
             written = temporary / CONFIG
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
-            written.write_text(json.dumps(config, indent=2))
+            written.write_text(to_json(config, 2))
     finally:
         hook.remove()
         if original is None:

@@ -145,7 +145,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
         if first:
             _print_settings(task, world_size, device)
             for note in task.notes:
-                print(note, file=sys.stderr)
+                logging.getLogger(__name__).warning(note)
         last = recipe.last_checkpoint
         start = str(last) if resume and last.exists() else None
         try:

@@ -1,7 +1,6 @@
 """A trained detector, ready to look at images, to be measured and to explain what it finds."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ...files import write_file
+from ...files import to_json, write_file
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_objects
 from ..explainer import BackboneExplainer, Target
@@ -142,7 +141,7 @@ class DetectionPredictor(Predictor):
 
 def write_coco_results(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
     """Write COCO's results of all images as results.json; return the file."""
-    write_file(out / "results.json", json.dumps(results))
+    write_file(out / "results.json", to_json(results))
     return str(out / "results.json")
 
 
