@@ -24,13 +24,12 @@ import PIL
 import timm
 import torch
 from PIL import Image, features
-from timm.data import create_dataset
 
 import groupmixformer
 from groupmixformer.data.images import decode
 from groupmixformer.data.shards import write_shards
 from groupmixformer.data.streaming import open_stream
-from groupmixformer.tasks.classification.data import ImageSamples, classification_transform
+from groupmixformer.tasks.classification.data import FolderImages, ImageSamples, classification_transform
 from groupmixformer.training.recipe import Augmentation
 
 # Of the paper's ImageNet training; colour jitter is not used beside RandAugment.
@@ -62,9 +61,9 @@ def stages(files: list[Path], root: Path) -> dict[str, Callable[[], Iterable[Any
         link = root / "folder" / f"class{index % 2}" / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.resolve())
-    folder = create_dataset("", str(root / "folder"), search_split=False)
+    folder = FolderImages(root / "folder")
     transform = classification_transform(PUBLISHED, CONFIG)
-    images, samples = ImageSamples(folder, transform), folder.reader.samples
+    images, samples = ImageSamples(folder, transform), folder.samples
     splits = {"train": samples, "validation": samples[:1]}
     write_shards(root, splits, ["class0", "class1"], root / "shards", 50, 0, 1, lambda done, *_: done)
     stream = open_stream("wds/shards", str(root), "train", transform)

@@ -331,18 +331,18 @@ LENGTHS = [6, 6, 6, 6, 6, 6, 6, 5]
         ),
         (
             lambda folder: edit_info(folder, shard_lengths=LENGTHS[:7]),
-            r"_info\.json: filenames, shard_lengths and num_samples of",
+            r"_info\.json: splits: train: filenames, shard_lengths and num_samples do not",
         ),
         (
             lambda folder: edit_info(folder, num_samples=48),
-            r"_info\.json: filenames, shard_lengths and num_samples of train do",
+            r"_info\.json: splits: train: filenames, shard_lengths and num_samples do not",
         ),
-        (lambda folder: edit_info(folder, shard_lengths=None), r"_info\.json: damaged: "),
-        (lambda folder: edit_info(folder, filenames=[1] * 8), r"_info\.json: damaged: "),
+        (lambda folder: edit_info(folder, shard_lengths=None), r": shard_lengths is null, expected a list of integers"),
+        (lambda folder: edit_info(folder, filenames=[1] * 8), r": filenames is \[1, .*\], expected a list of texts"),
         (lambda folder: edit_info(folder, splits={}), r": has no split train, only "),
         (lambda folder: (folder / "_info.json").write_text('{"splits": {}}'), r"_info\.json: has no class_names"),
         (lambda folder: (folder / "_info.json").write_text("{"), r"_info\.json: cannot be read: "),
-        (lambda folder: (folder / "_info.json").write_text("[1]"), r"_info\.json: cannot be read: "),
+        (lambda folder: (folder / "_info.json").write_text("[1]"), r"_info\.json: is \[1\], expected an object"),
         (lambda folder: (folder / "_info.json").unlink(), r"^wds/: no _info\.json, which gmf shards writes, in /"),
     ],
 )

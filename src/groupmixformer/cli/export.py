@@ -186,7 +186,7 @@ def shards(
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
     images = open_images(folder)
-    splits = {"train": images.train_source.reader.samples, "validation": images.held_out_source.reader.samples}
+    splits = {"train": images.train_source.samples, "validation": images.held_out_source.samples}
     settings: dict[str, Any] = {"per_shard": images_per_shard, "seed": seed, "workers": workers, "progress": progress}
     result = write_shards(Path(folder), splits, images.class_names, Path(out), **settings)
     for line in result["skipped"]:

@@ -1,6 +1,7 @@
 """Commands that use a trained model: eval, predict, explain, serve and demo."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -124,18 +125,25 @@ def _each(
     Returns:
         For JSON the images with what was found, and those that were skipped; a line for each; COCO's results.
     """
-    from ..data.images import find_images, read_image
+    from ..data.images import describe_left_out, find_images, noted, read_image
+    from ..data.samples import Doubts, note_problems
     from ..files import printable, write_prediction
 
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
     results: list[dict[str, Any]] = []
-    paths = find_images(images)
+    left_out: Counter[str] = Counter()
+    paths = find_images(images, left_out)
+    for line in describe_left_out(left_out):
+        note(line)
+    doubts: list[str] = []
     taken = {path.resolve() for path in paths}
     for path in progress(paths, command, len(paths)):
         try:
-            image = read_image(path)
+            with noted() as notes:
+                image = read_image(path)
+            doubts += note_problems(notes)
         except ValueError as error:
             skipped.append(str(path))
             note(f"skipped {error}")
@@ -147,6 +155,7 @@ def _each(
         if found.files:
             rows[-1]["files"] = write_prediction(out, path, found.files, taken)
             lines[-1] += printable(f"  ({', '.join(rows[-1]['files'])})")
+    Doubts().take(doubts)
     if not rows:
         raise ValueError(f"none of {len(paths)} images could be read")
     return {"images": rows, "skipped": skipped}, lines, results

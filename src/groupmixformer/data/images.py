@@ -1,23 +1,65 @@
-"""Images: found by paths and globs, read, and converted to RGB from any of Pillow's modes."""
+"""Images: found by paths and globs, read upright, and converted to RGB from any of Pillow's modes."""
 
 import io
+import logging
 import math
+import os
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from .levels import FLAT, LEAST_LEVELS, is_deep, levels, to_8_bits
 
-# Uploads, from people who are not trusted: only the formats above, as Pillow starts another program to read some others. The
-# longer side is limited because an extreme image becomes huge when its shorter side is resized to the model's input size.
-UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-UPLOAD_RATIO = 50  # longer side over shorter side, at most
+# Files that are taken for images by their endings; those of other endings are opened to see whether they are some.
+IMAGE_SUFFIXES = {
+    *(
+        ".avif",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+    ),
+    *(".tga", ".tif", ".tiff", ".webp"),
+}
+# Usual companions of images, which are not opened.
+OTHER_SUFFIXES = {
+    *(".cls", ".csv", ".db", ".doc", ".docx", ".gz", ".html", ".ini", ".json", ".log", ".md", ".npy", ".npz", ".pdf", ".pt"),
+    *(".pth", ".py", ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip"),
+}
+# What operating systems and tools leave, besides names that begin with a dot; lower case.
+LEFTOVERS = {"$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "thumbs.db"}
+HIDDEN = "hidden or of the system"
+
+# Formats of Pillow that are never read: it starts another program for them (EPS: Ghostscript) or asks the system (WMF), leaves
+# them to other packages (BUFR, GRIB, HDF5, MPEG), takes an image of any format out of them (FPX, IPTC, MIC), or unpacks them
+# without a limit (FITS). Those that it cannot tell by their first bytes, such as TGA, are read under their own endings alone.
+UNREAD_FORMATS = {"BUFR", "EPS", "FITS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "WMF"}
+# Uploads, from people who are not trusted.
+UPLOAD_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+UPLOAD_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+# Limits, because a small file may hold an image that takes all memory, and because an extreme one becomes huge when its shorter
+# side is resized to the model's input size.
+LIMITS = {"GROUPMIXFORMER_MAX_PIXELS": 64_000_000, "GROUPMIXFORMER_MAX_RATIO": 50}
 
 # What makes an image upright, by its orientation in EXIF.
 TURNS = {
@@ -35,22 +77,111 @@ ORIENTED_BY = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 Size = tuple[int, int]  # width, height
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
+# Names of images with what is to be said of their conversion, where someone collects them.
+_NOTED: ContextVar[list[tuple[str, str]] | None] = ContextVar("_NOTED", default=None)
+LOGGER = logging.getLogger("groupmixformer")
+
+
+@contextmanager
+def noted() -> Iterator[list[tuple[str, str]]]:
+    """Collect what is to be said of images that are read: pairs of a name and a text; without it, each is logged."""
+    lines: list[tuple[str, str]] = []
+    token = _NOTED.set(lines)
+    try:
+        yield lines
+    finally:
+        _NOTED.reset(token)
+
+
+def _note(name: str, texts: Iterable[str]) -> None:
+    for text in texts:
+        lines = _NOTED.get()
+        if lines is None:
+            LOGGER.warning("%s: %s", name or "image", text)
+        else:
+            lines.append((name, text))
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or a folder of this name is what operating systems and tools leave."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def list_images(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """List the images below a folder, in order of their paths.
+
+    Args:
+        folder: Links in it are followed, but no folder is entered twice.
+        left_out: Files that are no images are counted here by their endings, those of the system under `HIDDEN`.
+
+    Raises:
+        OSError: If a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        about = Path(place).stat()
+        if (about.st_dev, about.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((about.st_dev, about.st_ino))
+        left_out[HIDDEN] += sum(map(is_leftover, (*folders, *files)))
+        folders[:] = [name for name in folders if not is_leftover(name)]
+        for path in (Path(place, name) for name in files if not is_leftover(name)):
+            if is_image(path, path.suffix.lower()):
+                found.append(path)
+            else:
+                left_out[path.suffix.lower() or "without ending"] += 1
+    left_out += Counter()  # drops zeros
+    return sorted(found)
+
+
+def is_image(file: Path | bytes, suffix: str) -> bool:
+    """Whether a file, or what is in it, is an image: by the ending of its name where that tells, else by its content."""
+    if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES:
+        return suffix in IMAGE_SUFFIXES
+    try:
+        with _opened(file, f"image{suffix}"):
+            return True
+    except ValueError:
+        return False
+
+
+def describe_left_out(left_out: Counter[str]) -> list[str]:
+    """Return a line about the files that were left out, nothing if there are none."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
+    hint = " (pillow-heif reads .heic)" if {".heic", ".heif"} & set(left_out) and not find_spec("pillow_heif") else ""
+    return [f"left out, as they are no images: {kinds}{hint}"] if left_out else []
+
+
+def find_images(paths: Iterable[str], left_out: Counter[str] | None = None) -> list[Path]:
     """Expand files, folders (searched through) and globs into image files, in order and without repeats.
 
     A path that matches nothing is returned as it is, so that reading it raises an error.
+
+    Args:
+        paths: What a user gave. A file is taken whatever it is.
+        left_out: Counts what is left out of folders and globs, as `list_images` does.
+
+    Raises:
+        OSError: If a folder cannot be listed.
     """
     found: dict[Path, None] = {}
+    left_out = Counter() if left_out is None else left_out
     for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            matches: Sequence[Path] = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif any(char in given for char in "*?[") and not path.exists():
-            anchor = Path(path.anchor) if path.is_absolute() else Path()
-            matches = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-        else:
-            matches = [path]
-        found.update(dict.fromkeys(matches or [path]))
+        matches = [Path(given)]
+        if any(char in given for char in "*?[") and not matches[0].exists():
+            anchor = Path(matches[0].anchor)
+            globbed = sorted(anchor.glob(str(matches[0].relative_to(anchor))))
+            left_out[HIDDEN] += (hidden := sum(is_leftover(path.name) for path in globbed))
+            matches = [path for path in globbed if not is_leftover(path.name)] or ([] if hidden else matches)
+        for path in matches:
+            found.update(dict.fromkeys((list_images(path, left_out) or [path]) if path.is_dir() else [path]))
+    left_out += Counter()
     return list(found)
 
 
@@ -63,19 +194,28 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in TURNS else 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
     """Turn an image upright and convert it from any mode to 8-bit RGB: the first frame of an animation; alpha is dropped.
 
-    What is returned has no EXIF any more, so it is not turned again.
+    What is returned has no EXIF any more, so it is not turned again. Doubts about its brightness are noted under its name.
+
+    Raises:
+        ValueError: If the range of its pixels cannot be told.
     """
-    image.load()  # turns a TIFF, and reads what follows the pixels of a PNG
+    deep = is_deep(image)
+    image.load()
+    return _to_rgb(image, name, deep)
+
+
+def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
     turn = TURNS.get(_orientation(image))
+    if deep and image.mode[0] in "IF":
+        image, texts = to_8_bits(image)
+        _note(name, texts)
+    elif deep and 1 < levels(np.asarray(image, dtype=np.uint8)) < LEAST_LEVELS:
+        _note(name, [FLAT])
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        scale = 1 if values.max(initial=0) <= 255 else 257
-        image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     image = image.convert("RGB")
@@ -84,30 +224,75 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
+@cache
+def _formats() -> tuple[list[str], dict[str, str]]:
+    """Return the formats of Pillow that are known by their first bytes, and the others by the endings of their files."""
+    if find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    read = [name for name in Image.ID if name not in UNREAD_FORMATS]
+    signed = [name for name in read if Image.OPEN[name][1] is not None]
+    return signed, {ending: name for ending, name in Image.registered_extensions().items() if name in set(read) - set(signed)}
+
+
+def _limit(variable: str) -> int:
+    """Return a limit: the environment's, or ours."""
+    given = os.environ.get(variable)
+    if given is None:
+        return LIMITS[variable]
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{variable} is {given!r}, expected a whole number from 1")
+    return int(given)
+
+
+def check_size(size: Size, most_pixels: int | None = None) -> None:
+    """Refuse an image that is too large or too long, where it has the limit of an upload, or that of the environment.
+
+    Raises:
+        ValueError: If it is.
+    """
+    pixels, ratio = most_pixels or _limit("GROUPMIXFORMER_MAX_PIXELS"), _limit("GROUPMIXFORMER_MAX_RATIO")
+    if math.prod(size) > pixels or max(size) > ratio * min(size):
+        limits = f"at most {pixels / 1e6:.3g} million and no side over {ratio} times the other"
+        raised = "" if most_pixels else f", or a higher {' or '.join(LIMITS)}"
+        raise ValueError(f"{size[0]} x {size[1]} pixels, expected {limits}{raised}")
+
+
 @contextmanager
 def _opened(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = None) -> Iterator[Image.Image]:
     """Open an image whose pixels are not decoded yet; every error, also while it is used, becomes a ValueError of one line."""
     try:
         with warnings.catch_warnings(), ExitStack() as stack:
-            warnings.simplefilter("ignore")  # of sizes below the limit, of damaged metadata
+            warnings.simplefilter("ignore")  # of sizes below Pillow's limit, of damaged metadata
             if isinstance(file, Path):  # opened here: Pillow would map it, which scrambles a TIFF that lies on its side
                 if file.exists() and not file.is_file():
                     raise ValueError("a folder" if file.is_dir() else "neither a file nor a folder")  # reading might never end
                 file = stack.enter_context(file.open("rb"))
             opened = io.BytesIO(file) if isinstance(file, bytes) else file
-            with Image.open(opened, formats=UPLOAD_FORMATS if most_pixels else None) as image:
-                too_long = max(image.size) > UPLOAD_RATIO * min(image.size)
-                if most_pixels and (too_long or math.prod(image.size) > most_pixels):
-                    limits = f"at most {most_pixels / 1e6:.3g} million and no side over {UPLOAD_RATIO} times the other"
-                    raise ValueError(f"{image.width} x {image.height} pixels, expected {limits}")
+            if most_pixels:
+                formats = UPLOAD_FORMATS
+            else:
+                signed, others = _formats()
+                suffix = Path(name).suffix.lower()
+                formats = [*signed, others[suffix]] if suffix in others else signed
+                if _limit("GROUPMIXFORMER_MAX_PIXELS") > LIMITS["GROUPMIXFORMER_MAX_PIXELS"]:
+                    Image.MAX_IMAGE_PIXELS = None  # whoever raised ours means Pillow's too
+            with Image.open(opened, formats=formats) as image:
+                check_size(image.size, most_pixels)
                 yield image
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file") from None
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a readable image: no known format") from error
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{name}: not a readable image: {lines[0]}") from error
+        heif = Path(name).suffix.lower() in (".heic", ".heif") and not find_spec("pillow_heif")
+        hint = ": pip install pillow-heif" if heif else ""
+        raise ValueError(f"{name}: not a readable image: no known format{hint}") from error
+    except MemoryError as error:
+        raise ValueError(f"{name}: not a readable image: it takes more memory than there is") from error
+    except Exception as error:  # Pillow's plugins trust what they parse: damage makes them raise anything
+        text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise ValueError(f"{name}: not a readable image: {text.splitlines()[0]}") from error
 
 
 def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = None) -> Image.Image:
@@ -115,15 +300,18 @@ def decode(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = 
 
     Args:
         file: An open file, its bytes or its path.
-        name: What to call it in an error.
-        most_pixels: For an upload: limit of its pixels. Its formats are then those of `UPLOAD_FORMATS`, and no side may be over
-            `UPLOAD_RATIO` times the other.
+        name: What to call it in an error; its ending tells formats that have no signature.
+        most_pixels: For an upload: limit of its pixels, in place of the environment's. Its formats are then those of
+            `UPLOAD_FORMATS`, and nothing is noted.
 
     Raises:
-        ValueError: If it cannot be read, is truncated, or has so many pixels (above 179 million) that it may be an attack.
+        ValueError: If it cannot be read, is truncated, or is over a limit.
     """
-    with _opened(file, name, most_pixels) as image:
-        return to_rgb(image)
+    with _opened(file, name, most_pixels) as image, noted() if most_pixels else nullcontext():
+        deep = is_deep(image)
+        image.load()  # turns a TIFF, and reads what follows the pixels of a PNG
+        check_size(image.size, most_pixels)  # an icon holds an image, which may be larger than it says
+        return _to_rgb(image, name, deep)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_write, to_json
-from .images import decode
+from .images import decode, noted
 
 Files = Sequence[tuple[str, int]]  # images and their classes
 
@@ -60,13 +60,15 @@ def write_shards(
         name, skipped = f"{split}-{first // per_shard:06d}.tar", []
         with (part / name).open("wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
             for number, (path, label) in enumerate(files, first):
-                content = Path(path).read_bytes()
                 try:
-                    decode(content, path)
-                except ValueError as error:
+                    with noted():  # the file stays as it is: whoever trains on it is told
+                        decode(Path(path), path)
+                    content = Path(path).read_bytes()
+                except (OSError, ValueError) as error:
                     skipped.append(str(error))
                     continue
-                suffix = Path(path).suffix[1:].lower().replace("jpeg", "jpg")  # timm looks for jpg, png and webp
+                suffix = Path(path).suffix[1:].lower() or "img"
+                suffix = "jpg" if suffix in ("jfif", "jpe", "jpeg") else suffix  # timm looks for jpg, png and webp
                 notes = to_json({"filename": os.path.relpath(path, folder), "label": label})
                 shard.write({"__key__": f"{number:08d}", suffix: content, "cls": str(label).encode(), "json": notes.encode()})
         return split, name, len(files) - len(skipped), skipped

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from .images import IMAGE_SUFFIXES
+from ..files import Fields
+from .images import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_image, is_leftover
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}
 MAX_PARTS = 256  # into which a Hugging Face set without parquet files is divided; their order is shuffled
@@ -93,19 +94,13 @@ class WebDataset:
 
     def __init__(self, name: str, root: str, split: str) -> None:
         place, info = _read_info(name, root)
-        try:
-            self.class_names, splits = list(info["class_names"]), info["splits"]
-            chosen = splits[_choose(splits, split, place)]
-            self.shards = [file if "://" in file else f"{place}/{file}" for file in chosen["filenames"]]
-            self.lengths = [int(length) for length in chosen["shard_lengths"]]
-            self.label = chosen.get("alt_label")  # timm's: the class is this field of the .json, not the .cls
-            fits = len(self.shards) == len(self.lengths) and sum(self.lengths) == chosen["num_samples"]
-        except KeyError as error:
-            raise ValueError(f"{place}/_info.json: has no {error.args[0]}: docs/data.md shows what it must hold") from error
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{place}/_info.json: damaged: {error}") from error
-        if not fits:
-            raise ValueError(f"{place}/_info.json: filenames, shard_lengths and num_samples of {split} do not fit together")
+        self.class_names, splits = info.texts("class_names"), info.object("splits")
+        chosen = splits.object(_choose(splits.values, split, place))
+        self.shards = [file if "://" in file else f"{place}/{file}" for file in chosen.texts("filenames")]
+        self.lengths = chosen.integers("shard_lengths", low=0)
+        self.label = chosen.text("alt_label", default=None)  # timm's: the class is this field of the .json, not the .cls
+        if len(self.shards) != len(self.lengths) or sum(self.lengths) != chosen.integer("num_samples"):
+            raise ValueError(f"{chosen.where}: filenames, shard_lengths and num_samples do not fit together")
         missing = [shard for shard in self.shards if "://" not in shard and not Path(shard).is_file()]
         if missing:
             raise ValueError(f"{missing[0]}: no such shard ({len(missing)} of {len(self.shards)} are missing)")
@@ -115,7 +110,9 @@ class WebDataset:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def wanted(member: str) -> bool:  # other members are skipped; nothing is decoded here, as webdataset would unpickle
-            return Path(member).suffix.lower() in {*IMAGE_SUFFIXES, ".cls", ".json"}
+            suffix, parts = Path(member).suffix.lower(), Path(member).parts
+            known = suffix in (".cls", ".json") or suffix not in OTHER_SUFFIXES
+            return known and not any(is_leftover(part) for part in parts if part not in (".", ".."))
 
         name, done = self.shards[shard], 0
         try:
@@ -128,26 +125,30 @@ class WebDataset:
             raise ValueError(f"{name}: cannot be read after {done} samples: {_first_line(error)}") from error
 
     def _sample(self, shard: str, fields: dict[str, Any]) -> Sample:
+        key = fields["__key__"]
+        endings = {f".{name.rpartition('.')[2].lower()}": value for name, value in fields.items() if not name.startswith("__")}
         try:
-            notes = dict(json.loads(fields.get("json", b"{}")))
-        except (TypeError, ValueError):
+            notes = dict(json.loads(endings.pop(".json", b"{}")))
+        except (RecursionError, TypeError, ValueError):
             notes = {}
-        content = next((value for key, value in fields.items() if f".{key}" in IMAGE_SUFFIXES), None)
-        label = notes.get(self.label) if self.label else fields.get("cls")
-        return content, label, f"{shard}: {notes.get('filename', fields['__key__'])}"
+        label = endings.pop(".cls", None)
+        ordered = sorted(endings, key=lambda ending: ending not in IMAGE_SUFFIXES)
+        content = next((endings[ending] for ending in ordered if is_image(endings[ending], ending)), None)
+        return content, notes.get(self.label) if self.label else label, f"{shard}: {notes.get('filename', key)}"
 
 
-def _read_info(name: str, root: str) -> tuple[str, dict[str, Any]]:
+def _read_info(name: str, root: str) -> tuple[str, Fields]:
     """Find the `_info.json` of shards; return where it lies, and what it holds."""
     places = [name] if "://" in name else [f"{root}/{name}", name, root] if name else [root]
     for place in places:
         try:
             with _opened(f"{place}/_info.json") as file:
-                return place, dict(json.load(file))
+                content = json.load(file)
         except FileNotFoundError:
             continue
-        except Exception as error:
+        except Exception as error:  # of JSON, of network libraries
             raise ValueError(f"{place}/_info.json: cannot be read: {_first_line(error)}") from error
+        return place, Fields(content, f"{place}/_info.json")
     raise ValueError(f"wds/{name}: no _info.json, which gmf shards writes, in {' or '.join(places)}")
 
 

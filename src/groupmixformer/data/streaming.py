@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import decode
+from .images import decode, noted
+from .samples import note_problems
 from .seeding import seed_all
 from .sources import HuggingFace, Sample, Source, WebDataset
 
@@ -103,8 +104,8 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             if stop == length and next(samples, None) is not None:
                 raise ValueError(f"{name}: holds more than {length} samples")
 
-    def _read(self, sample: Sample) -> tuple[Image.Image, int]:
-        """Decode a sample; ValueError if its image or its class cannot be used."""
+    def _read(self, sample: Sample) -> tuple[tuple[Image.Image, int], str]:
+        """Decode a sample, and say what is to be said of it; ValueError if its image or its class cannot be used."""
         content, label, name = sample
         if content is None:
             raise ValueError(f"{name}: holds no image")
@@ -114,7 +115,8 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             index = -1
         if not 0 <= index < len(self.class_names):
             raise ValueError(f"{name}: got class {label!r}, expected 0 to {len(self.class_names) - 1}")
-        return decode(content, name), index
+        with noted() as notes:
+            return (decode(content, name), index), "\n".join(note_problems(notes))
 
     def _transformed(self, image: Image.Image) -> Any:
         return self.transform(image) if self.transform else image
@@ -134,12 +136,14 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             if place < skip - 1:  # the last skipped sample may have to replace the next one
                 continue
             try:
-                last, problem = self._read(sample), ""
+                last, problem = self._read(sample)
             except ValueError as error:
-                problem = str(error)
+                usable, problem = False, str(error)
+            else:
+                usable = True
             if place >= skip:
                 waiting.append((place, problem))
-            if not problem:
+            if usable:
                 yield from flush()
         if waiting and last is None:
             raise ValueError(f"no image can be read: {waiting[0][1]}")
@@ -151,11 +155,11 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         for sample in samples:
             length -= 1
             try:
-                image, label = self._read(sample)
+                (image, label), problem = self._read(sample)
             except ValueError as error:
                 yield blank, -1, str(error)
                 continue
-            yield self._transformed(image), label, ""
+            yield self._transformed(image), label, problem
         for _ in range(length):
             yield blank, -1, ""
 

@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image, ImageDraw
 
-from ..data.images import IMAGE_SUFFIXES, decode
+from ..data.images import UPLOAD_SUFFIXES, decode
 from ..models.attention_maps import overlays, suited_stage
 from ..models.groupmixformer import GroupMixFormer
 from ..visual.figures import GROUPS, ORANGE
@@ -181,7 +181,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
                 run = gr.Dropdown(names, value=names[0], label="Run", elem_id="run")
-                suffixes = sorted(IMAGE_SUFFIXES)
+                suffixes = sorted(UPLOAD_SUFFIXES)
                 file = gr.File(label="Image", file_types=suffixes, height=140, elem_id="file")
                 if examples:
                     gr.Examples([[str(Path(path).resolve())] for path in examples], [file], label="To try")

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torchmetrics import MeanMetric
 
-from ..data.samples import Samples
+from ..data.samples import Doubts, Samples, too_many
 from ..data.seeding import seed_all
 from ..models.groupmixformer import GroupMixFormer, joined_name
 from . import old_names
@@ -84,6 +84,7 @@ class Task(lightning.LightningModule):
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
         self.unreadable: dict[str, None] = {}  # images, with the reason
+        self.doubts = Doubts()  # of images that are read
         self.train_loss = MeanMetric(nan_strategy="ignore")
         self._losses: list[tuple[float, float]] = []  # a run that is resumed inside an epoch reports the whole epoch's loss
         self._statistics: list[torch.Tensor] = []
@@ -214,15 +215,15 @@ class Task(lightning.LightningModule):
             self.notes.append(f"{self.recipe.checkpoint}: does not fit {len(parameters)} parameters, which stay new: {few}")
 
     def note_unreadable(self, problems: Sequence[str]) -> None:
-        """Count unreadable images.
+        """Count unreadable images, and log what else is said of images.
 
         Args:
-            problems: Names and reasons.
+            problems: Names and reasons, as samples have them.
 
         Raises:
             ValueError: If they are more than the recipe's share of the training set.
         """
-        self.unreadable.update(dict.fromkeys(problems))
+        self.unreadable.update(dict.fromkeys(self.doubts.take(problems)))
         self.check_unreadable(list(self.unreadable))
 
     def check_unreadable(self, found: Sequence[str]) -> None:
@@ -231,7 +232,7 @@ class Task(lightning.LightningModule):
         Raises:
             ValueError: If they are.
         """
-        if len(found) > self.recipe.max_unreadable * self.loaders.samples:
+        if too_many(len(found), self.loaders.samples, self.recipe.max_unreadable):
             raise ValueError(
                 f"{len(found)} of {self.loaders.samples} training images cannot be read, more than max_unreadable "
                 f"({self.recipe.max_unreadable:.2%}) allows: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"

@@ -1,5 +1,6 @@
 """Data sets by name, mostly timm's, and the transforms that the model's configuration decides."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
-from timm.data.readers.img_extensions import add_img_extensions
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ...data.images import IMAGE_SUFFIXES, decode, to_rgb
+from ...data.classes import few
+from ...data.images import decode, describe_left_out, is_leftover, list_images, read_image, to_rgb
 from ...data.samples import Samples
 from ...data.sources import HuggingFace, WebDataset
 from ...data.streaming import Stream, open_source
@@ -57,15 +59,14 @@ class ImageSamples(Samples):
         self, source: Any, transform: Callable[[Image.Image], torch.Tensor], class_names: Sequence[str] = (), seed: int = 0
     ) -> None:
         self.source, self.transform, self.class_names, self.seed = source, transform, list(class_names), seed
+        self.notes = list(getattr(source, "notes", ()))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def name(self, index: int) -> str:
         """Name of an image in messages: its file, if it has one."""
-        if isinstance(self.source, ImageDataset):
-            return str(self.source.filename(index, absolute=True))
-        samples = getattr(self.source, "samples", None)  # torchvision's folders
+        samples = getattr(self.source, "samples", None)  # ours, and torchvision's folders
         return str(samples[index][0]) if samples else f"image {index}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -74,14 +75,19 @@ class ImageSamples(Samples):
         Raises:
             ValueError: If it cannot be read.
         """
-        if isinstance(self.source, ImageDataset):
-            file, label, *_ = self.source.reader[index]
-            return decode(file, self.name(index)), int(label)
+        if isinstance(self.source, FolderImages):
+            path, label = self.source.samples[index]
+            return read_image(Path(path)), label
+        file: Any = None
+        image: Any = None
         try:
-            image, label = self.source[index]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if isinstance(self.source, ImageDataset):  # Hugging Face's, by timm
+                file, label, *_ = self.source.reader[index]
+            else:
+                image, label = self.source[index]
+        except Exception as error:  # of any library
             raise ValueError(f"{self.name(index)}: not a readable image: {error}") from error
-        return to_rgb(image), int(label)
+        return decode(file, self.name(index)) if file else to_rgb(image, self.name(index)), int(label)
 
     def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
         """Apply the transform, which draws random numbers."""
@@ -131,35 +137,58 @@ class ImageData:
         return ImageSamples(source, transform, self.class_names, seed)
 
 
-def _class_folders(folder: Path) -> tuple[Any, list[str]]:
-    """Open a folder of one folder of images per class, of which there must be two or more with images in each."""
-    names = {child.name for child in folder.iterdir() if child.is_dir()}
-    empty = sorted(n for n in names if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in (folder / n).rglob("*")))
-    if len(names) < 2 or empty:
-        raise ValueError(
-            f"{folder}: expected two or more folders, one per class, with images in each; got {len(names)} folders"
-            + (f", without images: {', '.join(empty[:3])}" if empty else "")
-        )
-    add_img_extensions(sorted(IMAGE_SUFFIXES))  # timm's own list has three
-    source = create_dataset("", str(folder), search_split=False)
-    found = source.reader.class_to_idx  # in timm's order, which is natural: 2 before 10
-    if set(found) != names:
-        other = min(set(found) ^ names)
-        raise ValueError(f"{folder}: expected images directly in the folders of the classes; found a folder {other} in one")
-    return source, sorted(found, key=found.__getitem__)
+class FolderImages:
+    """A folder of one folder of images per class, of which there must be two or more with images in each.
+
+    Attributes:
+        class_names: Names of the folders, in natural order: 2 before 10.
+        samples: Images and the numbers of their classes, in natural order of the paths.
+        notes: What was left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        children = [child for child in folder.iterdir() if not is_leftover(child.name)]
+        names = sorted((child.name for child in children if child.is_dir()), key=natural_key)
+        left_out: Counter[str] = Counter()
+        found = [list_images(folder / name, left_out) for name in names]
+        self.class_names, self.notes = names, describe_left_out(left_out)
+        if beside := [child.name for child in children if not child.is_dir()]:
+            self.notes.append(f"left out beside the folders of the classes: {few(beside)}")
+        empty = [name for name, paths in zip(names, found, strict=True) if not paths]
+        if len(names) < 2 or empty:
+            raise ValueError(
+                f"{folder}: expected two or more folders, one per class, with images in each; got {len(names)} folders"
+                + (f", without images: {few(empty)}" if empty else "")
+                + "".join(f"; {note}" for note in self.notes)
+            )
+        for name, paths in zip(names, found, strict=True):
+            if deeper := next((path.parent for path in paths if path.parent != folder / name), None):
+                raise ValueError(f"{folder}: expected images directly in the folders of the classes; found {deeper}")
+        labelled = [(str(path), label) for label, paths in enumerate(found) for path in paths]
+        self.samples = sorted(labelled, key=lambda sample: natural_key(sample[0]))
+
+    @property
+    def targets(self) -> list[int]:
+        """The class of each image."""
+        return [label for _, label in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 def _folder(path: Path, need_train: bool) -> ImageData:
     held_out = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
     if not need_train:
-        return ImageData(None, *_class_folders(held_out or path))
+        images = FolderImages(held_out or path)
+        return ImageData(None, images, images.class_names)
     if not (path / "train").is_dir() or held_out is None:
         found = sorted(child.name for child in path.iterdir())[:5]
         raise ValueError(
             f"{path}: expected the folders train/ and val/, each with one folder of images per class; found "
             f"{', '.join(found) or 'nothing'}"
         )
-    (train, names), (test, others) = _class_folders(path / "train"), _class_folders(held_out)
+    train, test = FolderImages(path / "train"), FolderImages(held_out)
+    names, others = train.class_names, test.class_names
     if names != others:
         differing = sorted(set(names) ^ set(others))[:3]
         raise ValueError(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...data.samples import Doubts
+
 BINS = 15  # equal bins of confidence for the calibration error, the usual number since Guo et al. (2017)
 
 
@@ -74,8 +76,8 @@ def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype
     loss, seen, skipped, start = 0.0, 0, 0, time.perf_counter()
     for images, classes, *lines in loader:
         counts = classes >= 0
-        skipped += len(lines[0]) if lines else int((~counts).sum())
         problems += lines[0] if lines else []
+        skipped += 0 if lines else int((~counts).sum())
         positions = seen + counts.nonzero().flatten()
         seen += len(classes)
         if not counts.all():
@@ -100,6 +102,8 @@ def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype
         found["true"].append(classes)
         found["positions"].append(positions)
     whole = time.perf_counter() - start
+    problems = Doubts().take(problems)
+    skipped += len(problems)
     if not seconds:
         raise ValueError(f"no image to evaluate on: {seen} were given and none could be read")
     sizes = [len(part) for part in found["true"]]

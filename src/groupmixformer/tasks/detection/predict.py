@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ...data.samples import Doubts
 from ...files import to_json, write_file
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_objects
@@ -69,15 +70,16 @@ class DetectionPredictor(Predictor):
     def evaluate(self, images: CocoImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
         """Compute COCO's twelve metrics, for boxes and masks."""
         results: list[dict[str, Any]] = []
-        skipped, watch = list(images.skipped), Stopwatch()
+        doubtful, watch = list[str](), Stopwatch()
         seen: set[Any] = set()
         loader = DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate_detection)
         for inputs, ids, problems in progress(loader, "evaluating"):
-            skipped += problems
-            if ids[0] != -1 and not problems:
+            doubtful += problems
+            if ids[0] != -1:
                 with watch:
                     results += to_results(self._find(inputs[0]), ids[0], images.category_ids)
                 seen.add(ids[0])
+        skipped = [*images.skipped, *Doubts().take(doubtful)]
         if not seen:
             raise ValueError(f"no image to evaluate on: {skipped[0]}")
         result: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ...data.samples import Doubts
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_segments
 from ..explainer import BackboneExplainer, Target, class_index
@@ -70,16 +71,17 @@ class SegmentationPredictor(Predictor):
     def evaluate(self, images: SemanticImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
         """Compute mIoU and accuracies from one confusion matrix over all pixels, in the size of the files."""
         confusion: Any = 0
-        skipped, seen, watch = list(images.skipped), 0, Stopwatch()
+        doubtful, seen, watch = list[str](), 0, Stopwatch()
         loader = DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate_segmentation)
         for inputs, (true, *_), problems in progress(loader, "evaluating"):
-            skipped += problems
+            doubtful += problems
             if not true.numel():
                 continue
             with watch:
                 predicted = self._labels(inputs[0], (true.shape[0], true.shape[1]))
             confusion = confusion + confusion_matrix(true, predicted, len(self.class_names))
             seen += 1
+        skipped = [*images.skipped, *Doubts().take(doubtful)]
         if not seen:
             raise ValueError(f"no image to evaluate on: {skipped[0]}")
         metrics = segmentation_metrics(confusion)
