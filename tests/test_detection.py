@@ -646,7 +646,7 @@ def test_data_that_cannot_be_used_is_refused_before_training(shapes, tmp_path, c
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
-def test_what_is_left_out_of_training_is_said(shapes, tmp_path, capsys):
+def test_what_is_left_out_of_training_is_said(shapes, tmp_path, capsys, caplog):
     def flaw(content):
         content["images"][3].update(file_name="gone.png")
         content["annotations"][0].update(bbox=[1, 2, 0, 9])
@@ -656,7 +656,7 @@ def test_what_is_left_out_of_training_is_said(shapes, tmp_path, capsys):
     line = error(capsys, "train", "nuclei", *options(data, tmp_path / "run"))
     assert line == f"gmf: error: 1 of 16 training images cannot be used, more than max_unreadable (0.10%) allows: {gone}"
     fit(data, tmp_path / "run", "--max-unreadable", "0.1", "--detector.architecture", "retinanet")
-    said = capsys.readouterr().err
+    said = caplog.text
     assert f"1 training images left out: {gone}" in said
     box = "object 0 of train-0.png: box [1, 2, 0, 9] is less than a pixel wide or high"
     assert f"1 training objects left out: {box}" in said

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 import signal
@@ -368,3 +369,11 @@ def test_the_command_serves_until_it_is_stopped(run, classes, stop):
             assert process.stderr.read() == ("gmf: interrupted\n" if stop == signal.SIGINT else "")
         finally:
             process.kill()
+
+
+def test_an_answer_without_finite_numbers_is_json_that_any_parser_reads():
+    made = serve.Service(lambda content: content, lambda images: [{"score": float("nan")} for _ in images], Limits())
+    with serving(made) as address:
+        answer = httpx.post(f"{address}/predict", content=image(1), headers=PNG)
+    assert answer.status_code == 200
+    assert json.loads(answer.text, parse_constant=pytest.fail)["score"] is None

@@ -27,6 +27,12 @@ def printable(text: str) -> str:
     )
 
 
+def short(name: str) -> str:
+    """Return a name as figures show it: printable, and cut if it is long."""
+    text = printable(name)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

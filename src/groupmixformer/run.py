@@ -1,5 +1,6 @@
 """A run, as users and commands hold it: opened once, then used to predict, evaluate, explain and export."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .data.images import read_image, to_rgb
-from .run_folder import RunFolder
+from .run_folder import RunFolder, one_line
 from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
 from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device
 
@@ -293,11 +294,12 @@ class Run:
 
     def report(
         self, device: str | torch.device = "auto", workers: int = 0, progress: Progress = _quiet
-    ) -> "tuple[EvalResult, Path, list[Path]]":
+    ) -> "tuple[EvalResult, Path | None, list[Path]]":
         """Measure the model on the held-out part of its own data, and write report.html and a few examples into its folder.
 
         Returns:
-            What was measured, the path of the report, and those of the examples.
+            What was measured, the path of the report, and those of the examples. Without the report where writing it failed,
+            which is logged: the run is whole without it.
 
         Raises:
             ValueError: If it has no recipe.
@@ -306,9 +308,15 @@ class Run:
         data, own = self._data(None)
         images = predictor.open_data(data, **own)
         measured = predictor.evaluate(images, workers, progress)
-        report = predictor.report(self.path, images, measured)
+        report, examples = None, []
+        try:
+            report = predictor.report(self.path, images, measured)
+            examples = predictor.save_examples(self.path, images)
+        except Exception as error:  # a full disk, or what a library makes of unusual data
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            logging.getLogger(__name__).warning(f"{self.path}: the run is complete, but not its report: {reason}")
         self._open.clear()  # a report may take the model to the CPU
-        return measured, report, predictor.save_examples(self.path, images)
+        return measured, report, examples
 
     def export(
         self,

@@ -47,15 +47,14 @@ def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, A
     measured, report, examples = Run.open(folder).report(recipe.device, recipe.workers, progress)
     result = {
         "run": str(folder),
-        "report": str(report),
+        "report": str(report) if report else None,
         "examples": [str(path) for path in examples],
         "seconds": round(seconds, 1),
         **measured.result,
         "skipped": measured.skipped,
     }
-    text = (
-        f"{measured.text}\non {measured.result['images']:,} held-out images after {seconds:.0f} s\n"
-        f"run    {folder}\nreport {report}"
+    text = f"{measured.text}\non {measured.result['images']:,} held-out images after {seconds:.0f} s\nrun    {folder}" + (
+        f"\nreport {report}" if report else ""
     )
     return result, text
 
@@ -87,7 +86,7 @@ def quickstart(
     run, examples = shlex.quote(result["run"]), " ".join(shlex.quote(path) for path in result["examples"])
     own_data = "" if data == recipe else f" --data {shlex.quote(data)}"
     again = f"gmf train {recipe}{own_data} --model {model} --epochs 20 --out {run}-20"
-    result["next"] = [f"gmf predict {run} {examples}", again]
+    result["next"] = [*([f"gmf predict {run} {examples}"] if examples else []), again]
     show(result, json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
 
 

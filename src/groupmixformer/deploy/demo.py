@@ -22,6 +22,7 @@ from ..data.images import UPLOAD_SUFFIXES, decode
 from ..models.attention_maps import overlays, suited_stage
 from ..models.groupmixformer import GroupMixFormer
 from ..visual.figures import GROUPS, ORANGE
+from .model_card import markdown
 
 SIDE = 640  # longer side of an image on the page
 MEGABYTES = 20  # of an uploaded file
@@ -159,7 +160,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
             raise refuse(error) from error
         label = gr.Label(seen.classes, visible=seen.classes is not None)
         drawn = gr.Image(seen.drawn, visible=seen.drawn is not None)
-        return [seen.shown, label, drawn, f"{seen.text}\n\n{seen.milliseconds:.0f} ms", None, None]
+        return [seen.shown, label, drawn, f"{markdown(seen.text)}\n\n{seen.milliseconds:.0f} ms", None, None]
 
     def attend(run: str, file: str | None, stage: int, point: tuple[float, float] | None) -> Any:
         if file is None or point is None:
@@ -190,7 +191,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
             with gr.Column(scale=3, min_width=280):
                 label = gr.Label(label="Classes", elem_id="classes")
                 drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
-                said = gr.Markdown(elem_id="said")
+                said = gr.Markdown(elem_id="said", latex_delimiters=[])
         stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
         size = page.runs[names[0]].config.get("input_size", (3, 224, 224))  # others have no maps to show
         start = suited_stage(size[1:], range(3))

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from ..files import printable, read_text
 from ..run_folder import RunFolder
 from ..tasks.registry import NetworkInfo, TaskSpec, find_task
 
@@ -50,7 +51,7 @@ def _public(value: Any) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    content = yaml.safe_load(read_text(path)) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected fields of a recipe, such as data and epochs")
     return content
@@ -109,9 +110,25 @@ def _metadata(known: CardInfo, repo_id: str, license: str) -> str:
     ).to_yaml()
 
 
+def markdown(text: str) -> str:
+    """Return a text as Markdown that shows it as it is, in one line."""
+    return re.sub(r"([!-&*+./:-@[-`{-~])", r"\\\1", printable(text))
+
+
+def _code(text: str, language: str | None = None) -> str:
+    """Return a text as Markdown's code, in a line, or in a block of a language."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    if language is None:
+        space = " " * text.startswith("`") or " " * text.endswith("`")
+        return f"{ticks}{space}{printable(text)}{space}{ticks}"
+    fence = ticks.ljust(3, "`")
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items()])
+    cells = ([printable(cell).replace("|", r"\|") for cell in row] for row in rows.items())
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
 
 def _results(known: CardInfo) -> str:
@@ -126,7 +143,7 @@ def _results(known: CardInfo) -> str:
             values[name] = f"{value:.2%}"
     images = f"{known.best['val_images']:,.0f} images of " if "val_images" in known.best else ""
     return (
-        f"Measured on {images}{_measured_on(known)}, after epoch {known.best['epoch'] + 1:.0f} of {known.epochs}. "
+        f"Measured on {images}{markdown(_measured_on(known))}, after epoch {known.best['epoch'] + 1:.0f} of {known.epochs}. "
         "That epoch was kept because it is the best on these same images, so the numbers lean high.\n\n"
         f"{_table(('metric', 'value'), values)}\n\n"
         "Nothing else was measured: no other data, no other size of image."
@@ -136,15 +153,15 @@ def _results(known: CardInfo) -> str:
 def _training(known: CardInfo) -> str:
     if not known.recipe:
         return "How it was trained is not known to this card."
-    start = known.recipe.get("checkpoint")
+    start = _code(str(known.recipe["checkpoint"])) if known.recipe.get("checkpoint") else "random weights"
     lines = [
-        f"Trained by `gmf train` on `{known.recipe.get('data')}`, from {f'`{start}`' if start else 'random weights'}. "
+        f"Trained by `gmf train` on {_code(str(known.recipe.get('data')))}, from {start}. "
         "The recipe, which is also in `recipe.yaml`:",
-        f"```yaml\n{yaml.safe_dump(known.recipe, sort_keys=False).rstrip()}\n```",
+        _code(yaml.safe_dump(known.recipe, sort_keys=False).rstrip(), "yaml"),
     ]
     if known.versions:
         packages = ", ".join(f"{name} {version}" for name, version in known.versions.items() if name != "device")
-        lines.append(f"With {packages}, on {known.versions.get('device', 'a machine that is not known')}.")
+        lines.append(f"With {packages}, on {markdown(known.versions.get('device', 'a machine that is not known'))}.")
     return "\n\n".join(lines)
 
 
@@ -157,10 +174,10 @@ def render_card(known: CardInfo, repo_id: str, license: str) -> str:
         license: Of the weights, by the Hub's names; ``unknown`` is told as such.
     """
     network = known.network
-    shown = ", ".join(network.class_names[:20])
+    shown = ", ".join(map(markdown, network.class_names[:20]))
     if len(network.class_names) > 20:
         shown += f", ... ({len(network.class_names):,} in `config.json`)"
-    stated = "not known" if license == "unknown" else license
+    stated = "not known" if license == "unknown" else markdown(license)
     parts = [
         f"---\n{_metadata(known, repo_id, license).rstrip()}\n---",
         f"# {repo_id.rpartition('/')[2]}",

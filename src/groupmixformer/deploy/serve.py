@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ..data.images import decode
+from ..files import to_json
 
 BODY_SECONDS = 30.0  # to send an image in
 GATHER_SECONDS = 0.005  # that an image waits for others which are on their way
@@ -47,6 +48,14 @@ class Limits:
     batch: int = 16
     queue: int = 64
     megabytes: int = 20
+
+
+class StrictResponse(JSONResponse):
+    """JSON in which numbers that are not finite are null, as in all that is written here."""
+
+    def render(self, content: Any) -> bytes:
+        """Write it."""
+        return to_json(content).encode()
 
 
 class Histogram:
@@ -246,7 +255,7 @@ def application(serving: Service, name: str, task: str) -> FastAPI:
         try:
             found = await serving.answer(request)
             milliseconds = round(1000 * (time.perf_counter() - start), 2)
-            response = JSONResponse({**found, "model": name, "task": task, "milliseconds": milliseconds})
+            response: JSONResponse = StrictResponse({**found, "model": name, "task": task, "milliseconds": milliseconds})
         except HTTPException as refused:
             response = JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
         except Exception as error:

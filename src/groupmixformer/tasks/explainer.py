@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..files import short
 from ..models.attention_maps import GROUP_SIZES, attend, by_group_size, relevance, stages_of, suited_stage
 from ..models.groupmixformer import GroupMixFormer
 from .predictor import Point, Predicted, Predictor, View
@@ -27,13 +28,11 @@ class Target:
 
     Attributes:
         about: For a JSON object: class, index and probability at least; empty if nothing was found.
-        title: In two lines.
         relevance: (h, w) on the view's pixels.
         box: In the view: left, top, right, bottom.
     """
 
     about: dict[str, Any]
-    title: str = ""
     relevance: NDArray[np.float32] | None = None
     box: list[float] | None = None
 
@@ -130,20 +129,17 @@ class Explainer(ABC):
                 }
         result["stages"] = list(strengths)
 
-        import matplotlib as mpl
+        from ..visual.figures import drawn
 
-        figure = self._draw(view, queries, points, chosen, strengths)
-        drawn, packed = io.BytesIO(), io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):  # the same file from the same image
-            figure.savefig(drawn, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
+        figure, packed = self._draw(view, queries, points, chosen, strengths, last), io.BytesIO()
         np.savez_compressed(packed, **arrays)
         # The names differ from that of the image, which may lie in the same folder.
-        files = {f"-explained.{form}": drawn.getvalue(), "-explained.npz": packed.getvalue()}
+        files = {f"-explained.{form}": drawn(figure, form, dpi=200), "-explained.npz": packed.getvalue()}
         return Predicted(result, self._text(result), files, [])
 
     @staticmethod
     def _draw(
-        view: View, queries: Sequence[Point], points: Sequence[Point], chosen: Target, strengths: dict[int, Tensor]
+        view: View, queries: Sequence[Point], points: Sequence[Point], chosen: Target, strengths: dict[int, Tensor], last: int
     ) -> "Figure":
         """Draw a row for each query and stage; the first has the relevance."""
         from ..visual.figures import Row, overlay_figure, shown
@@ -156,7 +152,11 @@ class Explainer(ABC):
         ]
         first, *others = rows or [Row(image)]  # without maps, of another backbone, a query shows nothing
         rows = [replace(first, box=chosen.box, relevance=chosen.relevance), *others]
-        return overlay_figure(rows, "query marked" if strengths else "image", chosen.title)
+        title, about = f"relevance, stage {last}", chosen.about
+        if "class" in about:
+            number = f"object {about['object']}, " if "object" in about else ""
+            title += f":\n{number}{short(about['class'])} ({about['probability']:.1%})"
+        return overlay_figure(rows, "query marked" if strengths else "image", title)
 
     @staticmethod
     def _text(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..files import short
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -164,13 +165,14 @@ def class_table(rows: Sequence[Mapping[str, Any]], metric: str, title: str = "")
         metric: Which to show.
         title: What stands over it, if that is not its name.
     """
-    length = max(len(row["class"]) for row in (*rows, {"class": "class"}))
     ordered = sorted(rows, key=lambda row: (percent(row[metric]) == "-", row[metric] or 0))
+    names = [short(row["class"]) for row in ordered]
+    length = max(map(len, ["class", *names]))
     counted = "images" in rows[0]
     lines = [f"{'class':{length}}{'images' * counted:>{8 * counted}}{title or metric:>9}"]
-    for row in ordered:
+    for name, row in zip(names, ordered, strict=True):
         images = f"{row['images']:>8,}" if counted else ""
-        lines.append(f"{row['class']:{length}}{images}{percent(row[metric]):>9}")
+        lines.append(f"{name:{length}}{images}{percent(row[metric]):>9}")
     return "\n".join(lines)
 
 
@@ -305,17 +307,19 @@ class Predictor(ABC):
             if isinstance(value, float)
         }
         table["held-out images"] = f"{measured.result['images']:,}; the epoch shown is the best of the run on these same images"
-        sections = {"Curves": ("curves", curves(folder, column, metric))}
-        if rows := measured.result.get("per_class"):
+        rows = measured.result.get("per_class") or []
+
+        def bars() -> Figure:
             key = next(key for key in (name, *reversed(rows[0])) if key in rows[0])
-            bars = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
-            axis = bars.subplots()
-            axis.barh([row["class"] for row in rows], [100 * max(0, row[key] or 0) for row in rows], color=BLUE)
+            figure = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
+            axis = figure.subplots()
+            axis.barh(range(len(rows)), [100 * max(0, row[key] or 0) for row in rows], color=BLUE)
+            axis.set_yticks(range(len(rows)), [short(row["class"]) for row in rows])
             axis.invert_yaxis()
             axis.set(xlabel=f"{key.replace('_', ' ')} (%)", xlim=(0, 100))
-            sections["Classes"] = ("classes", bars)
-        shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
-        if pairs := self.examples(images, sorted(shown)):
+            return figure
+
+        def predictions() -> Figure:
             figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
             axes = figure.subplots(len(pairs), 2, squeeze=False)
             for row, pair in zip(axes, pairs, strict=True):
@@ -324,5 +328,12 @@ class Predictor(ABC):
                     axis.axis("off")
             axes[0][0].set_title("annotated", fontsize=9)
             axes[0][1].set_title("found", fontsize=9)
-            sections["Held-out images"] = ("predictions", figure)
-        return write_page(folder, f"{metric} {measured.result[name]:.2%} on held-out images", table, sections)
+            return figure
+
+        sections = {"Curves": ("curves", lambda: curves(folder, column, metric))}
+        if rows:
+            sections["Classes"] = ("classes", bars)
+        shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
+        if pairs := self.examples(images, sorted(shown)):
+            sections["Held-out images"] = ("predictions", predictions)
+        return write_page(folder, f"{metric} {percent(measured.result[name])} on held-out images", table, sections)

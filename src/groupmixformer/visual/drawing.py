@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ..files import short
+
 SIDE = 480  # smaller images are enlarged to this shorter side, so that names can be read
 
 
@@ -19,10 +21,12 @@ def palette(number: int) -> list[list[int]]:
     return [[round(255 * part) for part in colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0)] for i in range(number)]
 
 
-def _font_file() -> str:
-    from matplotlib.font_manager import findfont  # which brings the font, and is imported only where something is drawn
+def _write(texts: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the file of the font that has most characters of some lines, and the lines as it can draw them."""
+    from .fonts import best_font, drawable  # which bring matplotlib, and are imported only where something is drawn
 
-    return findfont("DejaVu Sans")
+    font = best_font(texts)
+    return font, [drawable(text, [font]) for text in texts]
 
 
 def _canvas(image: Image.Image) -> tuple[Tensor, float]:
@@ -56,13 +60,15 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
         masks &= masks.cumsum(dim=0) == 1  # torchvision paints overlaps black: the first mask, with the best score, wins
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
-    texts = [
-        names[label - 1] if score is None else f"{names[label - 1]} {score:.0%}"
-        for label, score in zip(labels, scores, strict=True)
-    ]
+    font, texts = _write(
+        [
+            short(names[label - 1]) + ("" if score is None else f" {score:.0%}")
+            for label, score in zip(labels, scores, strict=True)
+        ]
+    )
     side = min(canvas.shape[-2:])
-    font = {"font": _font_file(), "font_size": max(9, side // 45)}
-    drawn = draw_bounding_boxes(canvas, objects["boxes"] * factor, texts, colors, width=max(1, side // 300), **font)
+    style: Any = {"width": max(1, side // 300), "font": font, "font_size": max(9, side // 45)}
+    drawn = draw_bounding_boxes(canvas, objects["boxes"] * factor, texts, colors, **style)
     return F.to_pil_image(drawn)
 
 
@@ -86,8 +92,8 @@ def draw_segments(image: Image.Image, labels: Tensor, names: Sequence[str], colo
         masks = torch.stack([labels == index for index in present])
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=[tuple(colors[index]) for index in present])
     size = max(12, canvas.shape[1] // 32)
-    font = ImageFont.truetype(_font_file(), size)
-    lines = [f"{names[index]}  {int(counts[index]) / labels.numel():.1%}" for index in present]
+    file, lines = _write([f"{short(names[index])}  {int(counts[index]) / labels.numel():.1%}" for index in present])
+    font = ImageFont.truetype(file, size)
     wide = max((round(font.getlength(line)) for line in lines), default=0) + 3 * size
     page = Image.new("RGB", (canvas.shape[2] + wide, max(canvas.shape[1], 2 * size * len(lines))), "white")
     page.paste(F.to_pil_image(canvas), (0, 0))

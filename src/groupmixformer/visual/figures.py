@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..files import write_file
+from .fonts import set_plain
 
 # From Okabe and Ito's palette, which colour-blind people can tell apart; orange is visible on grey and on all of viridis.
 BLUE = "#0072B2"
@@ -92,10 +94,12 @@ def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance"
     return figure
 
 
-def drawn(figure: Figure, form: str = "png") -> bytes:
-    """Return a figure encoded as png, svg or pdf."""
+def drawn(figure: Figure, form: str = "png", dpi: int = 110) -> bytes:
+    """Return a figure encoded as png, svg or pdf: the same bytes for the same figure, and its text as it is, never markup."""
+    set_plain(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, dpi=110)
+    with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):
+        figure.savefig(buffer, format=form, dpi=dpi, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
 
 

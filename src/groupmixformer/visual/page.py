@@ -2,15 +2,15 @@
 
 import base64
 import html
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..files import write_file
-from ..run_folder import RECIPE, REPORT, VERSIONS, read_metrics
+from ..files import printable, read_json, read_text, write_file
+from ..run_folder import RECIPE, REPORT, VERSIONS, one_line, read_metrics
 from .figures import BLUE, ORANGE, drawn
 
 
@@ -30,43 +30,55 @@ def curves(folder: Path, metric: str, name: str) -> Figure:
     return figure
 
 
-def write_page(folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Figure]]) -> Path:
+def _text(value: Any) -> str:
+    return html.escape(printable(str(value)))
+
+
+def write_page(
+    folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Callable[[], Figure]]]
+) -> Path:
     """Write report.html, one file with its images inside, and the images beside it in report/.
 
     Args:
         folder: Folder of the run.
         heading: What came out, in a few words.
         rows: What the table says first; time, versions and recipe follow.
-        sections: For each title the name and the figure.
+        sections: For each title the name and what draws the figure. One that cannot be drawn is left out and named.
 
     Returns:
         The path of report.html.
     """
     (folder / "report").mkdir(exist_ok=True)
     body = []
-    for title, (name, figure) in sections.items():
-        png = drawn(figure)
+    for title, (name, draw) in sections.items():
+        try:
+            png = drawn(draw())
+        except Exception as error:  # whatever a library makes of unusual data, the rest of the page is worth having
+            missing = f"{name} could not be drawn: {type(error).__name__}: {one_line(error)}"
+            logging.getLogger(__name__).warning(f"{folder / REPORT}: {missing}")
+            body.append(f"<h2>{_text(title)}</h2>\n<p>{_text(missing)}</p>")
+            continue
         write_file(folder / "report" / f"{name}.png", png)
         encoded = base64.b64encode(png).decode()
-        body.append(f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+        body.append(f'<h2>{_text(title)}</h2>\n<img alt="{_text(title)}" src="data:image/png;base64,{encoded}">')
     table = "".join(
-        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>"
         for name, value in {
             **rows,
             "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
-            **json.loads((folder / VERSIONS).read_text()),
+            **read_json(folder / VERSIONS),
         }.items()
     )
-    recipe = html.escape((folder / RECIPE).read_text())
+    recipe = html.escape(read_text(folder / RECIPE))
     page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {html.escape(folder.name)}</title>
+<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {_text(folder.name)}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 img {{ max-width: 100%; }}
 th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
 pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
 </style>
-<h1>{html.escape(folder.name)}: {html.escape(heading)}</h1>
+<h1>{_text(folder.name)}: {_text(heading)}</h1>
 <table>{table}</table>
 {"".join(body)}
 <h2>Recipe</h2><pre>{recipe}</pre></html>

@@ -214,4 +214,4 @@ class ClassificationExplainer(Explainer):
         index = int(logits.argmax()) if self.wanted is None else self.wanted
         name, probability = self.predictor.class_names[index], logits[0].float().softmax(dim=0)[index].item()
         about = {"class": name, "index": index, "probability": probability}
-        return Target(about, f"relevance, stage {stage}:\n{name} ({probability:.1%})", found[0].float().cpu().numpy())
+        return Target(about, found[0].float().cpu().numpy())

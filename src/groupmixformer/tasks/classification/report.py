@@ -12,11 +12,13 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor, nn
 
+from ...files import short, write_file
 from ...models.attention_maps import attention_maps, by_group_size, suited_stage
 from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import EXAMPLES
 from ...visual.figures import BLUE, ORANGE, Row, overlay_figure
 from ...visual.page import curves, write_page
+from ..predictor import to_png
 from .data import eval_transform
 from .metrics import Evaluation, reliability
 
@@ -29,7 +31,7 @@ def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> F
         true,
         predicted,
         labels=range(len(class_names)),
-        display_labels=class_names,
+        display_labels=[short(name) for name in class_names],
         include_values=len(class_names) <= 20,
         cmap="Blues",
         xticks_rotation="vertical",
@@ -128,26 +130,26 @@ def write_report(
     chosen = {i: images.read(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
 
     def shown(indices: Sequence[int]) -> Figure:
-        titles = [f"{class_names[int(predicted[i])]} ({confidence[i]:.0%})" for i in indices]
+        titles = [f"{short(class_names[int(predicted[i])])} ({confidence[i]:.0%})" for i in indices]
         titles = [
-            title if predicted[i] == true[i] else f"{title}\nis {class_names[int(true[i])]}"
+            title if predicted[i] == true[i] else f"{title}\nis {short(class_names[int(true[i])])}"
             for i, title in zip(indices, titles, strict=True)
         ]
         colors = [BLUE if predicted[i] == true[i] else ORANGE for i in indices]
         return _examples([chosen[i] for i in indices], titles, colors)
 
     sections = {
-        "Curves": ("curves", curves(folder, "val_top1", "top-1")),
-        "Confusion": ("confusion", _confusion(true, predicted, class_names)),
-        "Calibration": ("calibration", reliability_diagram(evaluation)),
+        "Curves": ("curves", lambda: curves(folder, "val_top1", "top-1")),
+        "Confusion": ("confusion", lambda: _confusion(true, predicted, class_names)),
+        "Calibration": ("calibration", lambda: reliability_diagram(evaluation)),
     }
     if wrong:
-        sections["Held-out images it gets wrong, the most confident first"] = ("wrong", shown(wrong))
+        sections["Held-out images it gets wrong, the most confident first"] = ("wrong", lambda: shown(wrong))
     if right:
-        sections["Held-out images it gets right"] = ("right", shown(right))
+        sections["Held-out images it gets right"] = ("right", lambda: shown(right))
     if isinstance(model, GroupMixFormer) and right:
         caption = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
-        sections[caption] = ("attention", _attention(model, [chosen[i] for i in right[:4]], config))
+        sections[caption] = ("attention", lambda: _attention(model, [chosen[i] for i in right[:4]], config))
 
     rows = {
         "top-1": f"{metrics['top1']:.2%}",
@@ -162,7 +164,6 @@ def write_report(
 
 def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
     """Write a few held-out images of different classes to examples/, to try `gmf predict` on."""
-    (folder / EXAMPLES).mkdir(exist_ok=True)
     paths: dict[int, Path] = {}
     for index in np.random.default_rng(0).permutation(len(images)) if hasattr(images, "read") else ():
         try:
@@ -170,9 +171,10 @@ def save_examples(folder: Path, images: Any, class_names: Sequence[str], number:
         except ValueError:  # unreadable
             continue
         if label not in paths:
-            name = "".join(c if c.isalnum() else "_" for c in class_names[label])
-            paths[label] = folder / EXAMPLES / f"{name}.png"
-            image.save(paths[label])
+            name = "".join(c if c.isalnum() else "_" for c in class_names[label])[:40]
+            path = folder / EXAMPLES / f"{name}.png"
+            paths[label] = path.with_stem(f"{name}-{label}") if path in paths.values() else path
+            write_file(paths[label], to_png(image))
         if len(paths) == min(number, len(class_names)):
             break
     return list(paths.values())

@@ -189,4 +189,4 @@ class DetectionExplainer(BackboneExplainer):
         values = self._weigh(found["scores"][number], features, view, stage)
         height, width = view.factors
         seen = [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
-        return Target(about, f"relevance, stage {stage}:\nobject {number}, {name} ({probability:.1%})", values, seen)
+        return Target(about, values, seen)

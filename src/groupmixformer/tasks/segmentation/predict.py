@@ -168,4 +168,4 @@ class SegmentationExplainer(BackboneExplainer):
         probability = probabilities[index][segment].mean().item() if share else 0.0
         about = {"class": name, "index": index, "probability": probability, "share": share}
         values = self._weigh(logits[0, index][segment].sum(), features, view, stage)
-        return Target(about, f"relevance, stage {stage}:\n{name} ({probability:.1%})", values)
+        return Target(about, values)
