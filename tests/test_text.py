@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,3 +112,39 @@ def test_bytes_of_file_names_that_are_no_text_are_written_as_escapes(tmp_path):
     assert (tmp_path / "unreadable.txt").read_text() == r"a\udcff.jpg"
     write_rows(tmp_path / "rows.csv", [{"class": 'a,b\n"c"', "images": 1}])
     assert (tmp_path / "rows.csv").read_bytes() == b'class,images\r\n"a,b\n""c""",1\r\n'
+
+
+STARTED = """
+import sys
+sys.argv = ["gmf"]
+from groupmixformer.cli.main import main
+"""
+
+
+def started_as_gmf(code, encoding="utf-8"):
+    """What a process prints that was started by the name gmf."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", STARTED + code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_and_wrong_usage_need_no_torch():
+    code = """
+codes = [main(argv) for argv in (["--help"], ["predict", "--help"], ["train", "--help"], ["train", "digits", "--help"])]
+codes += [main(argv) for argv in (["predictt"], ["eval", "x", "--jsn"], ["train", "digits", "--lr", "1"], ["train", "digit"])]
+assert codes == [0] * 4 + [2] * 4, codes
+assert not {"torch", "timm", "numpy", "matplotlib"} & set(sys.modules)
+"""
+    assert "gmf predict" in started_as_gmf(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["groupmixformer.run", "groupmixformer.training.module", "groupmixformer.bench.side_by_side"])
+def test_the_variants_are_registered_before_a_command_needs_them(first):
+    code = f"""
+assert "torch" not in sys.modules
+import {first}, timm
+print(timm.is_model("groupmixformer_small"))
+"""
+    assert started_as_gmf(code) == "True\n"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .data.images import read_image, to_rgb
+from .models import groupmixformer  # noqa: F401 - registers the variants with timm
 from .run_folder import RunFolder, one_line
 from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
 from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device

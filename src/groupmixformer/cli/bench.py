@@ -127,6 +127,7 @@ def models(*, json: Json = False) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from ..bench.published import PUBLISHED_TOP1
+    from ..models import groupmixformer  # noqa: F401 - registers them with timm
 
     rows = []
     for name in timm.list_models("groupmixformer*"):

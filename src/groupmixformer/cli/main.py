@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from .. import __version__
 from ..files import printable
 from .common import COMMANDS, GIVEN, GROUPS, OLD_NAMES, Command, Notes, Option, UsageError, requirements_of_extras
 from .train import train_help
@@ -134,8 +135,6 @@ def _add_command(subparsers: Any, name: str, command: Command) -> None:
 
 def make_parser() -> Parser:
     """Return the parser of all commands; what is not given is left out of its result."""
-    from .. import __version__
-
     description = "GroupMixFormer: train, evaluate and use vision models with Group-Mix Attention."
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="gmf", description=description, epilog=COMPLETION, formatter_class=form, allow_abbrev=False)

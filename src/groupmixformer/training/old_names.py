@@ -4,10 +4,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from ..models.groupmixformer import checkpoint_filter_fn, joined_name
-
 # By section: fields of a recipe, and `network`, the arguments of a detector or segmenter in config.json.
 FIELDS: dict[str, dict[str, str]] = {
     "": {
@@ -90,6 +86,10 @@ def join_segments(checkpoint: dict[str, Any], groups: Sequence[Sequence[str]]) -
     Raises:
         ValueError: If the optimizer's state does not belong to these parameters.
     """
+    import torch  # the names above are read for the help of gmf train, which need not wait for it
+
+    from ..models.groupmixformer import checkpoint_filter_fn, joined_name
+
     before = list(checkpoint["state_dict"])
     checkpoint["state_dict"] = checkpoint_filter_fn(checkpoint["state_dict"])
     for optimizer in checkpoint["optimizer_states"]:

@@ -14,7 +14,6 @@ import jsonargparse
 import yaml
 
 from ..files import write_file
-from ..run_folder import CHECKPOINT
 from . import old_names
 
 
@@ -230,6 +229,8 @@ class Recipe:
     @property
     def last_checkpoint(self) -> Path:
         """Where the run's last checkpoint lies."""
+        from ..run_folder import CHECKPOINT  # with PyTorch, which options and their errors need not wait for
+
         return Path(self.out, CHECKPOINT)
 
 
