@@ -13,7 +13,7 @@ from PIL import Image
 
 from .data.images import read_image, to_rgb
 from .models import groupmixformer  # noqa: F401 - registers the variants with timm
-from .run_folder import RunFolder, one_line
+from .run_folder import CONFIG, RunFolder, one_line
 from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
 from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device
 
@@ -63,22 +63,27 @@ class Run:
         self._open: dict[str, tuple[str, Any]] = {}  # the last predictor and explainer, with how they were opened
 
     @classmethod
-    def open(cls, path: str | Path) -> "Run":
+    def open(cls, path: str | Path, allow_nonfinite: bool = False) -> "Run":
         """Open a run.
 
         Args:
             path: Folder of a run or of `gmf convert`, a checkpoint file, or ``hf-hub:user/name`` with or without ``@revision``.
+                A file in the folder of a run, such as ``checkpoints/last.ckpt``, is that run with these weights.
+            allow_nonfinite: Load weights that hold NaN or infinite values, to study them.
 
         Raises:
             FileNotFoundError: If there is no such file or folder.
             OSError: If it cannot be fetched from a hub.
             ValueError: If its config.json is not a model configuration, or names a task that is not installed.
         """
-        folder = RunFolder(path)
+        folder = RunFolder(path, allow_nonfinite)
         if not folder.path.exists():
             raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
         run = cls(folder)
-        find_task(run.task)
+        try:
+            find_task(run.task)
+        except ValueError as error:
+            raise ValueError(f"{folder.path / CONFIG}: {error}") from error
         return run
 
     def __repr__(self) -> str:

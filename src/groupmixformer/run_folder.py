@@ -4,19 +4,18 @@ The same class stands for a single checkpoint file, of which only the weights ar
 """
 
 import csv
-import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import atomic_write, to_json, write_file
+from .files import Fields, atomic_write, read_json, read_text, to_json, write_file
+from .weights import read_tensors, write_tensors
 
 CONFIG = "config.json"  # architecture, task, class names, input of the model
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm and transformers look for in a folder
@@ -26,6 +25,9 @@ VERSIONS = "versions.json"
 REPORT = "report.html"
 UNREADABLE = "unreadable.txt"
 EXAMPLES = "examples"
+MAX_SIDE = 4096  # of the images that a model is for, in pixels
+CROP_MODES = ("center", "squash", "border")  # timm's
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")
 CHECKPOINT = "checkpoints/last.ckpt"
 
 
@@ -47,46 +49,89 @@ def _local(path: str | Path) -> Path:
         raise OSError(f"{path}: cannot be fetched: {one_line(error)}") from error
 
 
-def _read_config(config: Path) -> dict[str, Any]:
-    if not config.is_file():
-        return {}
-    try:
-        content = json.loads(config.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("expected an object")
-        cfg, pool = content.get("pretrained_cfg", {}), content.get("global_pool", "avg")
-        size = cfg.get("input_size", [3, 224, 224]) if isinstance(cfg, dict) else cfg
-        if not isinstance(size, list) or len(size) != 3 or not all(isinstance(side, int) for side in size):
-            raise ValueError(f"got a pretrained_cfg with input_size {size}, expected channels, height and width")
-        ours = str(content.get("architecture", "groupmixformer")).startswith("groupmixformer")
-        if ours and pool not in ("", "avg", "max", "avgmax", "catavgmax"):
-            raise ValueError(f"got global_pool {pool}, expected avg, max, avgmax, catavgmax or nothing")
-    except ValueError as error:
-        raise ValueError(f"{config}: not a model configuration: {error}") from error
-    return content
+def _check(fields: Fields, checks: Mapping[str, Callable[[str], Any]]) -> None:
+    """Check the fields that are there; one that is null is there, and is refused: no other value takes its place in silence."""
+    for name, check in checks.items():
+        if name in fields:
+            check(name)
+
+
+def _check_colors(fields: Fields, channels: int) -> None:
+    """Check mean and standard deviation of the pixels, by channel."""
+    _check(fields, {"mean": fields.numbers, "std": lambda name: fields.numbers(name, low=1e-6)})
+    for name in ("mean", "std"):
+        if len(fields.values.get(name, (0,))) not in (1, 3, channels):
+            raise ValueError(
+                f"{fields.where}: {name} is {fields.values[name]}, expected a number for each of {channels} channels"
+            )
+
+
+def _check_config(config: Fields) -> None:
+    """Check what is read of config.json, whatever the task; what a task stores for itself is its own.
+
+    Raises:
+        ValueError: If a field is not of its type, or not of a size that makes sense.
+    """
+    pools = ("", "avg", "max", "avgmax", "catavgmax")
+    ours = str(config.values.get("architecture", "groupmixformer")).startswith("groupmixformer")
+    checks: dict[str, Callable[[str], Any]] = {"task": config.text, "architecture": config.text}
+    checks |= {"label_names": config.texts, "class_names": config.texts, "model_args": config.object}
+    checks["num_classes"] = lambda name: config.integer(name, 0, 1_000_000)
+    _check(config, checks | ({"global_pool": lambda name: config.choice(name, pools)} if ours else {}))
+    count = config.values.get("num_classes")
+    for name in ("label_names", "class_names"):
+        names = config.values.get(name)
+        if names is not None and count not in (None, len(names)):
+            raise ValueError(f"{config.where}: {name} has {len(names)} names, expected one for each of {count} classes")
+    if "network" in config:
+        _check_colors(config.object("network"), 3)
+    if "pretrained_cfg" not in config:
+        return
+    cfg: Fields = config.object("pretrained_cfg")
+    sizes, shares = ("input_size", "min_input_size", "test_input_size"), ("crop_pct", "test_crop_pct")
+    checks = {name: lambda name: cfg.integers(name, 3, 1, MAX_SIDE) for name in sizes}  # channels, height and width
+    checks |= {name: lambda name: cfg.number(name, 0.01, 1) for name in shares}
+    checks["num_classes"] = lambda name: cfg.integer(name, 0, 1_000_000)
+    checks["fixed_input_size"] = cfg.flag
+    checks["crop_mode"] = lambda name: cfg.choice(name, CROP_MODES)
+    checks["interpolation"] = lambda name: cfg.choice(name, INTERPOLATIONS)
+    _check(cfg, checks)
+    _check_colors(cfg, cfg.values.get("input_size", (3,))[0])
+
+
+def _owner(file: Path) -> Path | None:
+    """Return the folder of the run that a file of weights belongs to."""
+    folder = file.parent.parent if file.parent.name == Path(CHECKPOINT).parent.name else file.parent
+    known = file.name in WEIGHTS if folder == file.parent else file.suffix == Path(CHECKPOINT).suffix
+    return folder if known and file.is_file() and (folder / CONFIG).is_file() else None
 
 
 class RunFolder:
     """The folder of a run, of `gmf convert`, or on a hub; or a checkpoint file alone. Each file is read once, when asked for.
 
     Args:
-        source: A path, or ``hf-hub:user/name`` or ``hf-hub:user/name@revision``.
+        source: A path, or ``hf-hub:user/name`` or ``hf-hub:user/name@revision``. A file of weights in the folder of a run,
+            such as ``checkpoints/last.ckpt``, is that run with these weights.
+        allow_nonfinite: Read weights that hold NaN or infinite values.
 
     Attributes:
         source: As given.
         path: Where it lies on this machine; it need not exist.
+        allow_nonfinite: As given.
 
     Raises:
         OSError: If it cannot be fetched from a hub.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.source, self.path = str(source), _local(source)
+    def __init__(self, source: str | Path, allow_nonfinite: bool = False) -> None:
+        self.source, self.allow_nonfinite = str(source), allow_nonfinite
+        self._given = _local(source)
+        self.path = _owner(self._given) or self._given
 
     @classmethod
-    def of(cls, source: "str | Path | RunFolder") -> "RunFolder":
+    def of(cls, source: "str | Path | RunFolder", allow_nonfinite: bool = False) -> "RunFolder":
         """Return the folder of a path, or one that is open already."""
-        return source if isinstance(source, RunFolder) else cls(source)
+        return source if isinstance(source, RunFolder) else cls(source, allow_nonfinite)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -95,7 +140,35 @@ class RunFolder:
         Raises:
             ValueError: If it is not a model configuration.
         """
-        return _read_config(self.path / CONFIG) if self.path.is_dir() else {}
+        config = self.path / CONFIG
+        if not config.is_file():
+            return {}
+        fields = Fields(read_json(config), str(config))
+        _check_config(fields)
+        return fields.values
+
+    @property
+    def weights(self) -> Path:
+        """The file of its weights: the one that was given, or the first of `WEIGHTS` that is in the folder.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        if not self._given.is_dir():
+            return self._given
+        for name in WEIGHTS:
+            if (self.path / name).is_file():
+                return self.path / name
+        raise FileNotFoundError(f"{self.path}: the folder holds none of {', '.join(WEIGHTS)}")
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """Read the weights, by their names in the file.
+
+        Raises:
+            FileNotFoundError: If there are none.
+            ValueError: If they cannot be read, are damaged or not finite.
+        """
+        return read_tensors(self.weights, self.allow_nonfinite)
 
     @property
     def task(self) -> str:
@@ -114,9 +187,16 @@ class RunFolder:
 
     @cached_property
     def versions(self) -> dict[str, str]:
-        """Versions of the packages that trained it, and the machine; nothing where that is not known."""
+        """Versions of the packages that trained it, and the machine; nothing where that is not known.
+
+        Raises:
+            ValueError: If versions.json holds something else.
+        """
         path = self.path / VERSIONS
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        fields = Fields(read_json(path), str(path))
+        return {name: fields.text(name) for name in fields.values}
 
     @property
     def recipe_path(self) -> Path | None:
@@ -146,16 +226,10 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path}: no such folder, expected one of a run for {expected}")
         if expected != self.task:
             raise ValueError(f"{self.path}: holds a model for {self.task}, expected one for {expected}")
-        if not isinstance(self.config.get("network"), dict) or not isinstance(self.config.get("class_names"), list):
-            raise ValueError(f"{self.path / CONFIG}: expected the fields network and class_names")
-        weights = self.path / WEIGHTS[0]
-        if not weights.is_file():
-            raise FileNotFoundError(f"{self.path}: the folder holds no {WEIGHTS[0]}")
-        try:
-            return self.config, safetensors.torch.load_file(weights)
-        except Exception as error:  # a hostile file can make the reader raise anything
-            reason = f"it is damaged or of another kind ({type(error).__name__}: {one_line(error).split('. ')[0]})"
-            raise ValueError(f"{weights}: not a readable checkpoint: {reason}") from error
+        fields = Fields(self.config, str(self.path / CONFIG))
+        fields.object("network")
+        fields.texts("class_names")
+        return self.config, self.read_weights()
 
 
 def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -167,19 +241,35 @@ def save_network(network: torch.nn.Module, folder: str | Path, config: Mapping[s
         config: Its task, class_names, and under network what is needed to build it again.
     """
     folder = Path(folder)
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
     with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
-        safetensors.torch.save_file(tensors, temporary / WEIGHTS[0], metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(to_json(config, 2))
+        write_tensors(network.state_dict(), temporary / WEIGHTS[0])
+        (temporary / CONFIG).write_text(to_json(config, indent=2))
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.csv as it is now, one for each epoch: epoch, step, lr, loss, val_loss, val_top1, seconds."""
+    """Return the rows of metrics.csv as it is now, one for each epoch: epoch, step, lr, loss, val_loss, val_top1, seconds.
+
+    Raises:
+        ValueError: If it holds something else than rows of numbers under their names.
+    """
     path = folder / METRICS
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = []
+    reader = csv.DictReader(read_text(path).splitlines(), restkey="more columns than names", strict=True)
+    try:
+        for row in reader:
+            rows.append({name: _number(value, f"{path}: line {reader.line_num}: {name}") for name, value in row.items()})
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+    return rows
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {value!r}, expected a number") from None
 
 
 def write_versions(folder: Path) -> None:
@@ -192,4 +282,4 @@ def write_versions(folder: Path) -> None:
         "platform": platform.platform(),
         "device": f"{machine}, {torch.get_num_threads()} threads",
     }
-    write_file(folder / VERSIONS, to_json(versions, 2))
+    write_file(folder / VERSIONS, to_json(versions, indent=2))

@@ -1,110 +1,38 @@
-"""Checkpoints: released ones, those of this package and of timm, read safely, with the architecture taken from the tensors.
-
-Nothing that a file asks to run is run. Files are read with ``weights_only=True`` or safetensors. A checkpoint that the
-release's training script saved also holds a pickled configuration object; its class is never imported and its place is
-taken by an empty dictionary.
-"""
+"""Checkpoints: released ones, those of this package and of timm, with the architecture taken from the tensors."""
 
 import json
 import math
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
-from timm.models import clean_state_dict, save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..files import atomic_write, to_json
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
+from ..weights import write_tensors
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
 
-class _NeverCalled(type):
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise pickle.UnpicklingError(f"asks to call {cls.__name__}, which is refused")
-
-
-class _Inert:
-    """Stands for a number of numpy's, say a metric: keeps nothing."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _stand_in(name: str) -> type:
-    """Return what the restricted unpickler shall take for `name`: a class whose objects are empty dictionaries."""
-    if name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"):
-        return _Inert
-    return _NeverCalled(name, (), {"__new__": lambda cls, *args: OrderedDict()})
-
-
-def _load_pickle(path: Path) -> Any:
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        mmap = True
-    except ValueError:  # the format before PyTorch 1.6, or not a checkpoint: the loader tells
-        unknown, mmap = [], False
-    with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def _named_tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in ("model", "state_dict"):  # the release; Lightning and timm
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    named = isinstance(loaded, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
-    if not named or not loaded:
-        raise ValueError(
-            f"{path}: holds no state dict, expected tensors by name, alone or under 'model' or 'state_dict': "
-            "is it another kind of file?"
-        )
-    state_dict = clean_state_dict(dict(loaded))  # drops 'module.' and '_orig_mod.'
-    if all(name.startswith("model.") for name in state_dict):  # a LightningModule's
-        state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-    return checkpoint_filter_fn(state_dict)
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path | RunFolder) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by this package's parameter names; run nothing that the file contains.
 
     Args:
-        path: A ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.safetensors`` file, or a folder with one of `WEIGHTS`.
+        path: As `load_checkpoint` takes it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read as a checkpoint.
+        ValueError: If it cannot be read as a checkpoint, or its values are not finite.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in WEIGHTS if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: the folder holds none of {', '.join(WEIGHTS)}")
-        path = found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty, expected a checkpoint: copy or download it again")
-    try:
-        loaded = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-    except Exception as error:  # a hostile file can make the readers raise anything
-        asked = re.search(r"GLOBAL (\S+)|asks to call (\S+),", str(error))
-        if asked:
-            reason = f"it asks to run {asked[1] or asked[2]}, and only tensors are read from a checkpoint"
-        else:
-            reason = f"it is damaged or of another kind ({type(error).__name__}: {one_line(error).split('. ')[0]})"
-        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
-    return _named_tensors(loaded, path)
+    tensors = RunFolder.of(path).read_weights()
+    if all(name.startswith("model.") for name in tensors):  # a LightningModule's
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return checkpoint_filter_fn(tensors)
 
 
 def _mlp_ratio(hidden: int, dim: int) -> float:
@@ -152,16 +80,22 @@ def _few(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def _check_tensors(state_dict: Mapping[str, Tensor], model: torch.nn.Module) -> None:
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in state_dict.items()}
+def check_tensors(state_dict: Mapping[str, Tensor], model: torch.nn.Module) -> None:
+    """Compare tensors with those of a model, which may be on the device meta.
+
+    Raises:
+        ValueError: If some are missing, surplus, misshapen or of another kind of type; names the first few.
+    """
+    expected = model.state_dict()
+    both = [(name, tensor, expected[name]) for name, tensor in state_dict.items() if name in expected]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "surplus": [name for name in found if name not in expected],
-        "misshapen": [
-            f"{name}: {shape} for {expected[name]}"
-            for name, shape in found.items()
-            if name in expected and shape != expected[name]
+        "missing": [name for name in expected if name not in state_dict],
+        "surplus": [name for name in state_dict if name not in expected],
+        "misshapen": [f"{name}: {list(got.shape)} for {list(own.shape)}" for name, got, own in both if got.shape != own.shape],
+        "mistyped": [
+            f"{name}: {got.dtype} for {own.dtype}"
+            for name, got, own in both
+            if got.is_floating_point() != own.is_floating_point() or got.is_complex()
         ],
     }
     if any(problems.values()):
@@ -176,8 +110,8 @@ def variant_of(arguments: Mapping[str, Any]) -> tuple[str, bool]:
     return "groupmixformer_small", False
 
 
-def _open_classifier(source: str | Path | RunFolder) -> RunFolder:
-    run = RunFolder.of(source)
+def _open_classifier(source: str | Path | RunFolder, allow_nonfinite: bool = False) -> RunFolder:
+    run = RunFolder.of(source, allow_nonfinite)
     if not run.holds_classifier:
         raise ValueError(f"{run.path}: holds a model for {run.task}, expected a classifier")
     return run
@@ -196,13 +130,14 @@ def model_name(variant: str) -> str:
     raise ValueError(f"no model {variant}, expected a name of timm.list_models(): the nearest is {near}")
 
 
-def load_checkpoint(path: str | Path | RunFolder) -> GroupMixFormer:
+def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False) -> GroupMixFormer:
     """Load a model from a file or folder, whatever its widths, depths, MLP ratios, classes and input channels.
 
     Args:
         path: A released checkpoint (also one saved in training), a file of this package, ``.safetensors``, or a folder
-            with ``model.safetensors`` such as a run or what `gmf convert` wrote, or such a folder on a hub,
+            with ``model.safetensors`` such as a run or what `gmf convert` wrote, or a file in it, or such a folder on a hub,
             ``hf-hub:user/name`` or ``hf-hub:user/name@revision``; or a `RunFolder`, which is open already.
+        allow_nonfinite: Load weights that hold NaN or infinite values, to study them.
 
     Returns:
         The model in eval mode on the CPU, in float32. Its ``pretrained_cfg`` holds the image size, mean, standard deviation and
@@ -211,17 +146,16 @@ def load_checkpoint(path: str | Path | RunFolder) -> GroupMixFormer:
     Raises:
         FileNotFoundError: If there is no such file or folder.
         OSError: If it cannot be fetched from a hub.
-        ValueError: If it is unreadable, asks for code to run, is of another network, or has missing, surplus or
-            misshapen tensors, of which it names the first few.
+        ValueError: If it is unreadable or damaged, asks for code to run, is of another network, or has missing, surplus or
+            misshapen tensors or values that are not finite, of which it names the first few.
     """
-    run = _open_classifier(path)
-    path, config = run.path, run.config
-    state_dict = read_state_dict(path)
+    run = _open_classifier(path, allow_nonfinite)
+    config, state_dict = run.config, read_state_dict(run)
     try:
         arguments = architecture(state_dict)
         with torch.device("meta"):
             model: Any = GroupMixFormer(**arguments, global_pool=config.get("global_pool", "avg"))
-        _check_tensors(state_dict, model)
+        check_tensors(state_dict, model)
         model.to_empty(device="cpu")
         model.load_state_dict(state_dict)
         variant, _ = variant_of(arguments)
@@ -233,7 +167,7 @@ def load_checkpoint(path: str | Path | RunFolder) -> GroupMixFormer:
         pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
     except Exception as error:  # a hostile file can hold anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: cannot be loaded: {kind}{one_line(error)}") from error
+        raise ValueError(f"{run.weights}: cannot be loaded: {kind}{one_line(error)}") from error
     model.pretrained_cfg = model.default_cfg = pretrained_cfg
     return model.eval()
 
@@ -247,13 +181,11 @@ def load_model(path: str | Path | RunFolder) -> Any:
     run = _open_classifier(path)
     if run.config.get("architecture", "groupmixformer").startswith("groupmixformer"):
         return load_checkpoint(run)
-    return timm.create_model(f"local-dir:{run.path}", pretrained=True).eval()
-
-
-def _plain_tensors(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Copy what safetensors refuses: tensors in other memory formats, and shared ones, such as CoaT's position encodings."""
-    for name, tensor in state_dict.items():
-        state_dict[name] = tensor.clone(memory_format=torch.contiguous_format)
+    weights = {"state_dict": run.read_weights()}
+    try:
+        return timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights).eval()
+    except Exception as error:  # arguments from config.json can make a constructor raise anything
+        raise ValueError(f"{run.path}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
 def save_checkpoint(
@@ -290,16 +222,15 @@ def save_checkpoint(
     if isinstance(model, GroupMixFormer):
         labels["global_pool"] = model.head.global_pool.pool_type
     model.pretrained_cfg = pretrained_cfg
-    hook = model.register_state_dict_post_hook(_plain_tensors)
     try:
         with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
-            save_for_hf(model, str(temporary), model_config=labels, model_args=model_args, safe_serialization=True)
+            write_tensors(model.state_dict(), temporary / WEIGHTS[0])
             written = temporary / CONFIG
+            save_config_for_hf(model, str(written), model_config=labels, model_args=model_args)
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
-            written.write_text(to_json(config, 2))
+            written.write_text(to_json(config, indent=2))
     finally:
-        hook.remove()
         if original is None:
             del model.pretrained_cfg
         else:

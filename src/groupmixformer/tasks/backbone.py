@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from timm.layers import PatchEmbed
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ..models.checkpoint import architecture, load_model, model_name
+from ..files import Fields
+from ..models.checkpoint import architecture, check_tensors, load_model, model_name
 from ..models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
-from ..run_folder import RunFolder
+from ..run_folder import CONFIG, MAX_SIDE, RunFolder
 from ..training.old_names import rename
 
 
@@ -189,8 +191,9 @@ def open_backbone(
         return Backbone(name), None, colors(known.to_dict() if known else None)
     run = RunFolder.of(checkpoint)
     if not run.holds_classifier:
-        config, _ = run.read_network(task)
-        return Backbone(**config["network"]["backbone"]), None, colors(config["network"])
+        config, weights = run.read_network(task)
+        fields = Fields(config["network"], f"{run.path / CONFIG}: network")
+        return _read_backbone(fields, weights), None, colors(config["network"])
     source = load_model(run)
     weights, cfg = source.state_dict(), source.pretrained_cfg
     if cfg["input_size"][0] != 3:
@@ -200,6 +203,47 @@ def open_backbone(
     found = architecture(weights)
     arguments = {key: found[key] for key in ("embed_dims", "depths", "mlp_ratios")}
     return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
+
+
+def _read_backbone(network: Fields, weights: Mapping[str, Tensor]) -> Backbone:
+    """Read which backbone a network has.
+
+    Args:
+        network: Where config.json says how to make it.
+        weights: Of the network, which limit what may be made.
+
+    Raises:
+        ValueError: If config.json does not say it in the way of `Backbone`, or says something absurd.
+    """
+    backbone = network.object("backbone")
+    arguments = backbone.object("arguments", Fields({}, ""))
+    for name, high in (("embed_dims", 1 << 16), ("depths", len(weights))):
+        arguments.integers(name, low=1, high=high, default=None)
+    arguments.numbers("mlp_ratios", low=0, high=100, default=None)
+    if unknown := set(arguments.values) - {"embed_dims", "depths", "mlp_ratios"}:
+        raise ValueError(f"{arguments.where}: has {min(unknown)}, expected embed_dims, depths and mlp_ratios alone")
+    return Backbone(model_name(backbone.text("name")), arguments.values)
+
+
+def _check_arguments(network: Fields, make: Callable[..., Any], classes: int) -> None:
+    """Check what config.json says of a network against the types of the constructor's arguments."""
+    if network.integer("num_classes", 1) != classes:
+        raise ValueError(f"{network.where}: num_classes is {network.values['num_classes']}, and class_names has {classes}")
+    readers: dict[Any, Callable[..., Any]] = {
+        int: lambda name, **rest: network.integer(name, 1, MAX_SIDE if name.endswith("size") else 1 << 16, **rest),
+        float: lambda name, **rest: network.number(name, 0.01, 1000, **rest),
+        bool: network.flag,
+        str: network.text,
+        Sequence[int]: lambda name, **rest: network.integers(name, None, 1, MAX_SIDE, **rest),
+        Sequence[float]: lambda name, **rest: network.numbers(name, 3, **rest),
+    }
+    for name, parameter in inspect.signature(make).parameters.items():
+        if name in network and name != "backbone":
+            kind = parameter.annotation
+            if kind == int | None:
+                readers[int](name, default=None)
+            elif kind in readers:
+                readers[kind](name)
 
 
 def start_from(network: BackboneModel, checkpoint: str | None, task: str) -> list[str]:
@@ -234,10 +278,16 @@ def load_network(folder: str | Path | RunFolder, task: str, make: Callable[..., 
     """
     run = RunFolder.of(folder)
     config, weights = run.read_network(task)
+    weights = checkpoint_filter_fn(weights)
+    network = Fields(rename(config["network"], "network"), f"{run.path / CONFIG}: network")
+    _check_arguments(network, make, len(config["class_names"]))
+    backbone = _read_backbone(network, weights)
+    arguments = {name: value for name, value in network.values.items() if name != "backbone"}
     try:
-        network = rename(config["network"], "network")
-        model = make(Backbone(**network.pop("backbone")), **network)
-        model.load_state_dict(checkpoint_filter_fn(weights))
+        with torch.device("meta"):  # which takes no memory, whatever config.json says
+            check_tensors(weights, make(backbone, **arguments))
+        model = make(backbone, **arguments)
+        model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{run.path}: cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{run.weights}: cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval(), config

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..run_folder import CONFIG, WEIGHTS, RunFolder
+from ..weights import write_tensors
 from .predictor import Predictor
 
 if TYPE_CHECKING:  # which bring Lightning, jsonargparse and matplotlib
@@ -205,8 +206,8 @@ class TaskSpec:
             ValueError: If it cannot be read.
         """
         config, tensors = run.read_network(self.name)
-        for name in (CONFIG, WEIGHTS[0]):
-            shutil.copyfile(run.path / name, folder / name)
+        shutil.copyfile(run.path / CONFIG, folder / CONFIG)
+        write_tensors(tensors, folder / WEIGHTS[0])
         settings = dict(config["network"])
         backbone = settings.pop("backbone", {"name": self.name, "arguments": {}})
         statistics = ("running_mean", "running_var", "num_batches_tracked")

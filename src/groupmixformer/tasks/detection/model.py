@@ -16,7 +16,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ...run_folder import RunFolder
+from ...files import Fields
+from ...run_folder import CONFIG, RunFolder
 from ..backbone import Backbone, BackboneModel, load_network, take_any_size
 
 
@@ -154,4 +155,7 @@ def load_detector(folder: str | Path | RunFolder) -> tuple[Detector, dict[str, A
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds something else or is damaged.
     """
-    return load_network(folder, "detection", Detector)
+    run = RunFolder.of(folder)
+    model, config = load_network(run, "detection", Detector)
+    Fields(config, str(run.path / CONFIG)).integers("category_ids", len(config["class_names"]))
+    return model, config

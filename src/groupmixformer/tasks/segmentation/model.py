@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 
-from ...run_folder import RunFolder
+from ...files import Fields
+from ...run_folder import CONFIG, RunFolder
 from ..backbone import Backbone, BackboneModel, load_network, take_any_size
 
 STRIDE = 32  # sides of images are filled up to multiples of it
@@ -178,6 +179,10 @@ def segment(
     return summed / (len(scales) * (1 + flip))
 
 
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
+
+
 def load_segmenter(folder: str | Path | RunFolder) -> tuple[Segmenter, dict[str, Any]]:
     """Load the segmenter of a run.
 
@@ -188,4 +193,10 @@ def load_segmenter(folder: str | Path | RunFolder) -> tuple[Segmenter, dict[str,
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds something else or is damaged.
     """
-    return load_network(folder, "segmentation", Segmenter)
+    run = RunFolder.of(folder)
+    model, config = load_network(run, "segmentation", Segmenter)
+    fields, classes = Fields(config, str(run.path / CONFIG)), len(config["class_names"])
+    fields.integers("class_ids", classes, 0, 255)
+    if len(fields.items("colors")) != classes or not all(_is_color(color) for color in config["colors"]):
+        raise ValueError(f"{fields.where}: colors are {config['colors']}, expected red, green and blue of {classes} classes")
+    return model, config
