@@ -7,6 +7,7 @@ of the release's training script, is never imported, and an empty dictionary tak
 """
 
 import io
+import logging
 import math
 import mmap
 import os
@@ -14,7 +15,6 @@ import pickle
 import pickletools
 import struct
 import sys
-import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -30,7 +30,7 @@ from torch import Tensor
 
 CHECKSUM = "crc32"  # in the metadata of our safetensors, beside what timm and transformers put there
 EXPANSION = "GROUPMIXFORMER_CHECKPOINT_GB"  # environment variable: memory that a file may take beyond its size
-MAX_OPERATIONS = 2_000_000  # of a pickle; each takes 250 bytes at most, and a checkpoint of training has some 100,000
+MAX_OPERATIONS = 1_000_000  # of a pickle; each takes 250 bytes at most, and a checkpoint of training has some 100,000
 MAX_HEADER = 16 << 20  # of safetensors, in bytes; a tensor takes about 100
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of PyTorch before 1.6
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {
@@ -46,10 +46,6 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-
-
-class WeightsWarning(UserWarning):
-    """What was taken from a file that holds several kinds of weights."""
 
 
 class _Refused(Exception):
@@ -255,7 +251,7 @@ def _named(loaded: Any, path: Path) -> dict[str, Any]:
         averaged = any(name.startswith("average.module.") for name in loaded)  # as `training.module.Task` has them
         prefix, kind = ("average.module.", "EMA weights") if averaged else ("model.", "weights")
         loaded = {name.removeprefix(prefix): view for name, view in loaded.items() if name.startswith(prefix)}
-        warnings.warn(f"{path}: took the {kind} after step {outer.get('global_step')}", WeightsWarning, stacklevel=2)
+        logging.getLogger(__name__).warning("%s: took the %s after step %s", path, kind, outer.get("global_step"))
     return clean_state_dict(dict(loaded))  # drops 'module.' and '_orig_mod.'
 
 

@@ -148,6 +148,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # Options of several commands.
 RunPath = Annotated[Reads[PathText], Option(help="folder of a run or of gmf convert, checkpoint file, or hf-hub:user/name")]
 Images = Annotated[Reads[Sequence[PathText]], Option(help="files, folders or quoted globs")]
+AllowNonfinite = Annotated[Reads[bool], Option(help="load weights that hold NaN or infinite values, to study them")]
 Root = Annotated[Reads[PathText], Option(metavar="DIR", help="where timm's data sets lie")]
 Device = Annotated[Works[str], Option(help="auto, cpu, cuda, ...")]
 Host = Annotated[Works[str], Option(help="address to listen on; by default this machine alone")]
@@ -234,13 +235,16 @@ def requirements_of_extras() -> dict[str, list[Any]]:
 GIVEN: ContextVar[dict[str, str]] = ContextVar("GIVEN", default={})  # noqa: B039 - never changed in place
 
 
-def open_run(path: str, options: Mapping[str, Any], *others: str) -> tuple["Run", dict[str, Any]]:
+def open_run(
+    path: str, options: Mapping[str, Any], *others: str, allow_nonfinite: bool = False
+) -> tuple["Run", dict[str, Any]]:
     """Open the run that a command is given, and refuse options that mean nothing to its task.
 
     Args:
         path: As `Run.open` takes it.
         options: Parameters of the command that some tasks only know, with their values.
         others: Further ones, by name.
+        allow_nonfinite: As `Run.open` takes it.
 
     Returns:
         The run, and of the options those that were given and are known to its task.
@@ -248,7 +252,7 @@ def open_run(path: str, options: Mapping[str, Any], *others: str) -> tuple["Run"
     from ..run import Run
     from ..tasks.registry import check_options
 
-    run, given = Run.open(path), GIVEN.get()
+    run, given = Run.open(path, allow_nonfinite), GIVEN.get()
     try:
         check_options(run.folder, [name for name in (*options, *others) if name in given], given.__getitem__)
     except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from .common import (
     EXTRAS,
+    AllowNonfinite,
     Json,
     NonNegative,
     Option,
@@ -34,6 +35,7 @@ OutFolder = Annotated[Writes[PathText], Option(metavar="DIR", help="folder to wr
 def export(
     run: RunPath,
     *,
+    allow_nonfinite: AllowNonfinite = False,
     data: Reads[PathText | None] = None,
     calibrate: Annotated[Reads[PathText | None], Option(metavar="DIR")] = None,
     format: Writes[Format],
@@ -58,7 +60,7 @@ def export(
     target = FORMATS[format]
     if Path(out).suffix != target.suffix:
         raise UsageError(f"--out {out}: expected a name that ends in {target.suffix} for {format}")
-    opened, _ = open_run(run, {}, "features", "int8")
+    opened, _ = open_run(run, {}, "features", "int8", allow_nonfinite=allow_nonfinite)
     if int8 and format not in WAYS[int8]:
         raise UsageError(f"--int8 {int8} is for --format {' and '.join(WAYS[int8])}, got {format}")
     if int8 and features:
@@ -98,6 +100,7 @@ def export(
 def convert(
     file: Reads[PathText],
     *,
+    allow_nonfinite: AllowNonfinite = False,
     class_names: Annotated[Reads[PathText | None], Option(metavar="FILE")] = None,
     image_size: Writes[Positive | None] = None,
     out: OutFolder,
@@ -113,7 +116,7 @@ def convert(
     from ..files import read_text
     from ..models.checkpoint import load_checkpoint, save_checkpoint
 
-    model: Any = load_checkpoint(file)
+    model: Any = load_checkpoint(file, allow_nonfinite)
     names = read_text(Path(class_names)).splitlines() if class_names else []
     if names and len(names) != model.num_classes:
         raise ValueError(f"{class_names}: holds {len(names)} lines, expected one for each of {model.num_classes} classes")
@@ -133,6 +136,7 @@ def push(
     run: RunPath,
     repo_id: Writes[str],
     *,
+    allow_nonfinite: AllowNonfinite = False,
     license: Writes[str] = "unknown",
     private: Writes[bool] = False,
     revision: Writes[str | None] = None,
@@ -149,15 +153,17 @@ def push(
         dry_run: write what would be uploaded to a new folder, and stop
     """
     from ..deploy.hub import push_to_hub, write_folder
+    from ..run_folder import RunFolder
 
+    opened = RunFolder(run, allow_nonfinite)
     if license == "unknown":
         note("the card says that the licence is not known: name that of the weights with --license")
     result = {"run": run, "repo_id": repo_id, "license": license}
     if dry_run:
-        files = write_folder(run, dry_run, repo_id, license)
+        files = write_folder(opened, dry_run, repo_id, license)
         show(result | {"folder": dry_run, "files": files}, json, f"{dry_run}: {', '.join(files)}; not uploaded")
         return
-    url = push_to_hub(run, repo_id, license=license, private=private, revision=revision)
+    url = push_to_hub(opened, repo_id, license=license, private=private, revision=revision)
     text = f'{url}\ntimm.create_model("hf-hub:{repo_id}", pretrained=True)  # after import groupmixformer'
     show(result | {"commit": url}, json, text)
 

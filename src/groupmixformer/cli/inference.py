@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .common import (
     EXTRAS,
+    AllowNonfinite,
     Device,
     Figure,
     Flip,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 def evaluate(
     run: RunPath,
     *,
+    allow_nonfinite: AllowNonfinite = False,
     data: Reads[PathText | None] = None,
     root: Root = "data",
     split: Reads[str] = "val",
@@ -88,7 +90,7 @@ def evaluate(
     crop = {"test_size": test_size, "crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip}
     reads = {"root": root, "split": split, "batch_size": batch_size}
-    opened, options = open_run(run, {**reads, **crop, **looks}, "plot")
+    opened, options = open_run(run, {**reads, **crop, **looks}, "plot", allow_nonfinite=allow_nonfinite)
     if plot:
         from ..visual.figures import write_figure  # before the work, in case that matplotlib is missing
 
@@ -166,6 +168,7 @@ def predict(
     run: RunPath,
     images: Images,
     *,
+    allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     image_size: ImageSize = None,
     sliding_window: SlidingWindow = False,
@@ -182,7 +185,7 @@ def predict(
         out: for detection and segmentation: folder of the drawn images
     """
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
-    opened, options = open_run(run, looks, "out")
+    opened, options = open_run(run, looks, "out", allow_nonfinite=allow_nonfinite)
     predictor = opened.predictor(device, image_size, **options)
     found, lines, results = _each("predict", images, out, predictor.predict)
     written = opened.definition.write_results(out, results)
@@ -195,6 +198,7 @@ def explain(
     run: RunPath,
     images: Images,
     *,
+    allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     image_size: ImageSize = None,
     query: Looks[Sequence[Pixel]] = (),
@@ -216,7 +220,9 @@ def explain(
         out: folder of the figures and arrays
         format: of the figures
     """
-    opened, options = open_run(run, {"wanted_class": wanted_class, "wanted_object": wanted_object})
+    opened, options = open_run(
+        run, {"wanted_class": wanted_class, "wanted_object": wanted_object}, allow_nonfinite=allow_nonfinite
+    )
     explainer = opened.explainer(device, image_size, **options)
 
     def look(image: "Image", path: str) -> "Predicted":
@@ -235,6 +241,7 @@ def explain(
 def serve(
     run: RunPath,
     *,
+    allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -263,7 +270,7 @@ def serve(
     from ..models.groupmixformer import GroupMixFormer
 
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
-    opened, options = open_run(run, looks, "max_batch")
+    opened, options = open_run(run, looks, "max_batch", allow_nonfinite=allow_nonfinite)
     listening, address = listen(host, port)
     with listening:
         predictor = opened.predictor(device, image_size, **options)
@@ -287,6 +294,7 @@ def serve(
 def demo(
     runs: Reads[Sequence[PathText]],
     *,
+    allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     host: Host = "127.0.0.1",
     port: Port = 7860,
@@ -307,7 +315,7 @@ def demo(
     with listening:
         predictors, examples = {}, []
         for path in runs:
-            run = Run.open(path)
+            run = Run.open(path, allow_nonfinite)
             predictors[path] = run.predictor(device)
             predictors[path].predict(Image.new("RGB", (64, 64)))  # the first image takes longer
             examples += sorted(str(example) for example in run.folder.examples.glob("*.png"))

@@ -222,7 +222,10 @@ def _read_backbone(network: Fields, weights: Mapping[str, Tensor]) -> Backbone:
     arguments.numbers("mlp_ratios", low=0, high=100, default=None)
     if unknown := set(arguments.values) - {"embed_dims", "depths", "mlp_ratios"}:
         raise ValueError(f"{arguments.where}: has {min(unknown)}, expected embed_dims, depths and mlp_ratios alone")
-    return Backbone(model_name(backbone.text("name")), arguments.values)
+    try:
+        return Backbone(model_name(backbone.text("name")), arguments.values)
+    except ValueError as error:
+        raise ValueError(f"{backbone.where}: {error}") from error
 
 
 def _check_arguments(network: Fields, make: Callable[..., Any], classes: int) -> None:
