@@ -143,8 +143,9 @@ def test_what_is_no_run(tmp_path):
 # Kinds of paths
 
 
-def test_a_checkpoint_file(runs, image):
-    run = Run.open(runs / "classification" / "model.safetensors")
+def test_a_checkpoint_file(runs, image, tmp_path):
+    alone = shutil.copyfile(runs / "classification" / "model.safetensors", tmp_path / "model.safetensors")
+    run = Run.open(alone)
     assert (run.task, run.config, run.class_names) == ("classification", {}, ["0", "1", "2"])
     assert len(run.predict(image).result["classes"]) == 3
 

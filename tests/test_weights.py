@@ -15,6 +15,7 @@ import timm
 import torch
 
 from groupmixformer import GroupMixFormer, Run, load_checkpoint, load_detector, load_segmenter
+from groupmixformer.cli.main import main
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.run_folder import RunFolder, read_metrics
 from groupmixformer.weights import EXPANSION, read_tensors, write_tensors
@@ -374,7 +375,7 @@ def test_no_field_of_config_is_taken_for_what_it_is_not(tmp_path, task):
         ("classification", ["pretrained_cfg", "std"], [1, 0, 1], r"std is \[1, 0, 1\]"),
         ("classification", ["pretrained_cfg", "mean"], [float("nan")] * 3, r"mean is \[NaN"),
         ("classification", ["pretrained_cfg", "mean"], [1, 2], r"mean is \[1, 2\], expected a number for each of 3 channels"),
-        ("classification", ["label_names"], ["a", "b"], "label_names has 2 names, expected one for each of 10"),
+        ("classification", ["num_classes"], 9, "config.json has num_classes 9, and the weights are for 10"),
         ("classification", ["task"], 5, "task is 5, expected a text"),
         ("classification", ["task"], "detektion", "no task detektion.*detection"),
         ("detection", ["class_names"], "square", 'class_names is "square", expected a list of texts'),
@@ -425,3 +426,27 @@ def test_wrong_metrics(tmp_path, text, message):
 def test_wrong_versions(tmp_path, text, message):
     (tmp_path / "versions.json").write_text(text)
     assert_refused(tmp_path / "versions.json", message, lambda path: RunFolder(path.parent).versions)
+
+
+def test_commands_refuse_weights_that_are_not_finite(run, tmp_path, capsys):
+    weights = safetensors.torch.load_file(run / "model.safetensors")
+    weights["norm.bias"][0] = float("nan")
+    write_tensors(weights, run / "model.safetensors")
+    calls = {
+        "predict": ["predict", str(run), str(IMAGE), "--device", "cpu"],
+        "convert": ["convert", str(run), "--out", str(tmp_path / "converted")],
+        "push": ["push", str(run), "me/model", "--dry-run", str(tmp_path / "card")],
+    }
+    for name, words in calls.items():
+        assert main(words) == 1, name
+        assert "norm.bias (1 of 10): " in capsys.readouterr().err
+        assert main([*words, "--allow-nonfinite"]) == 0, name
+    assert main(["train", "digits", "--checkpoint", str(run), "--out", str(tmp_path / "new"), "--epochs", "1"]) == 1
+    assert "norm.bias (1 of 10): " in capsys.readouterr().err
+
+
+def test_a_command_says_which_weights_it_took(run, capsys):
+    assert main(["predict", str(run / "checkpoints" / "last.ckpt"), str(IMAGE), "--device", "cpu", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "took the EMA weights after step 7" in err
+    assert "took the EMA weights after step 7" in json.loads(out)["notes"][0]

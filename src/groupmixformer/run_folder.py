@@ -78,11 +78,6 @@ def _check_config(config: Fields) -> None:
     checks |= {"label_names": config.texts, "class_names": config.texts, "model_args": config.object}
     checks["num_classes"] = lambda name: config.integer(name, 0, 1_000_000)
     _check(config, checks | ({"global_pool": lambda name: config.choice(name, pools)} if ours else {}))
-    count = config.values.get("num_classes")
-    for name in ("label_names", "class_names"):
-        names = config.values.get(name)
-        if names is not None and count not in (None, len(names)):
-            raise ValueError(f"{config.where}: {name} has {len(names)} names, expected one for each of {count} classes")
     if "network" in config:
         _check_colors(config.object("network"), 3)
     if "pretrained_cfg" not in config:
@@ -97,6 +92,14 @@ def _check_config(config: Fields) -> None:
     checks["interpolation"] = lambda name: cfg.choice(name, INTERPOLATIONS)
     _check(cfg, checks)
     _check_colors(cfg, cfg.values.get("input_size", (3,))[0])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    fields = Fields(read_json(path), str(path))
+    _check_config(fields)
+    return fields.values
 
 
 def _owner(file: Path) -> Path | None:
@@ -140,12 +143,7 @@ class RunFolder:
         Raises:
             ValueError: If it is not a model configuration.
         """
-        config = self.path / CONFIG
-        if not config.is_file():
-            return {}
-        fields = Fields(read_json(config), str(config))
-        _check_config(fields)
-        return fields.values
+        return _read_config(self.path / CONFIG)
 
     @property
     def weights(self) -> Path:

@@ -28,6 +28,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
+LOGGER = logging.getLogger(__name__)
 CHECKSUM = "crc32"  # in the metadata of our safetensors, beside what timm and transformers put there
 EXPANSION = "GROUPMIXFORMER_CHECKPOINT_GB"  # environment variable: memory that a file may take beyond its size
 MAX_OPERATIONS = 1_000_000  # of a pickle; each takes 250 bytes at most, and a checkpoint of training has some 100,000
@@ -251,14 +252,17 @@ def _named(loaded: Any, path: Path) -> dict[str, Any]:
         averaged = any(name.startswith("average.module.") for name in loaded)  # as `training.module.Task` has them
         prefix, kind = ("average.module.", "EMA weights") if averaged else ("model.", "weights")
         loaded = {name.removeprefix(prefix): view for name, view in loaded.items() if name.startswith(prefix)}
-        logging.getLogger(__name__).warning("%s: took the %s after step %s", path, kind, outer.get("global_step"))
+        LOGGER.warning("%s: took the %s after step %s", path, kind, outer.get("global_step"))
     return clean_state_dict(dict(loaded))  # drops 'module.' and '_orig_mod.'
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a write to it leaves the file as it is
-    loaded, storages = _read_zip(path, content) if content[:4] == b"PK\3\4" else _read_legacy(content)
+    is_zip = content[:4] == b"PK\3\4"
+    loaded, storages = _read_zip(path, content) if is_zip else _read_legacy(content)
+    if not is_zip:
+        LOGGER.warning("%s: has no checksum (it is of a PyTorch before 1.6): save it with gmf convert", path)
     tensors = {name: view.tensor(storages) for name, view in _named(loaded, path).items()}
     _check_memory(sum(tensor.nbytes for tensor in tensors.values()), path)  # which may share a storage
     return tensors

@@ -1,6 +1,7 @@
 """Checkpoints: released ones, those of this package and of timm, with the architecture taken from the tensors."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ from ..files import atomic_write, to_json
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from ..weights import write_tensors
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
+
+LOGGER = logging.getLogger(__name__)
 
 
 def read_state_dict(path: str | Path | RunFolder) -> dict[str, Tensor]:
@@ -161,8 +164,14 @@ def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False)
         variant, _ = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
         pretrained_cfg |= {key: config[key] for key in ("label_names", "label_descriptions") if key in config}
-        if len(pretrained_cfg.get("label_names") or ()) != arguments["num_classes"]:
-            pretrained_cfg.pop("label_names", None)  # transformers keeps those of a classifier that it replaces
+        count = arguments["num_classes"]
+        if config.get("num_classes", count) != count:
+            raise ValueError(f"{CONFIG} has num_classes {config['num_classes']}, and the weights are for {count}")
+        names = pretrained_cfg.pop("label_names", ())
+        if len(names) == count:
+            pretrained_cfg["label_names"] = names
+        elif names:  # transformers keeps those of a classifier that it replaces
+            LOGGER.warning("%s: its %s names are not used: it has %s classes", run.path, len(names), count)
         pretrained_cfg |= {"architecture": variant, "num_classes": arguments["num_classes"]}
         pretrained_cfg["input_size"] = (arguments["in_chans"], *pretrained_cfg["input_size"][1:])
     except Exception as error:  # a hostile file can hold anything

@@ -119,10 +119,11 @@ class Detector(BackboneModel):
                 **shared,
             )
             # torchvision takes the strides from the first image that it sees, wrongly if much of that is filling.
-            for pool in (self.network.roi_heads.box_roi_pool, self.network.roi_heads.mask_roi_pool):
-                if pool is not None:
-                    maps = {str(level): torch.zeros(1, 1, 64 >> level, 64 >> level) for level in range(4)}
-                    pool(maps, [torch.zeros(1, 4)], [(256, 256)])
+            with torch.device("cpu"):  # whatever the network is made on
+                maps = {str(level): torch.zeros(1, 1, 64 >> level, 64 >> level) for level in range(4)}
+                for pool in (self.network.roi_heads.box_roi_pool, self.network.roi_heads.mask_roi_pool):
+                    if pool is not None:
+                        pool(maps, [torch.zeros(1, 4)], [(256, 256)])
         else:
             raise ValueError(f"no detector {architecture}, expected retinanet, faster_rcnn or mask_rcnn")
 
