@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -316,10 +317,19 @@ def test_predict_skips_what_it_cannot_read(run, photos, capsys, tmp_path):
     bad = {"empty.png": b"", "text.jpg": b"not an image", "half.png": good.read_bytes()[:60]}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    result = output(capsys, "predict", run, *(tmp_path / name for name in bad), tmp_path / "gone.png", good, "--json")
-    assert len(json.loads(result.out)["images"]) == 1
-    assert len(json.loads(result.out)["skipped"]) == 4
-    for name in (*bad, "gone.png"):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos / "val", folder)
+    (folder / "one" / "dangling.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(folder / "one" / "fifo.jpg")
+    (folder / "one" / "._x.png").write_bytes(b"left")
+    (folder / "one" / "notes.txt").write_text("text")
+    given = [*(tmp_path / name for name in bad), tmp_path / "gone.png", good, folder]
+    result = output(capsys, "predict", run, *given, "--json")  # exit 0
+    found = json.loads(result.out)
+    assert len(found["images"]) == 1 + len(list(photos.glob("val/*/*")))
+    assert len(found["skipped"]) == 6
+    assert "left out, as they are no images: 1 .txt, 1 hidden or of the system" in found["notes"]
+    for name in (*bad, "gone.png", "dangling.png", "fifo.jpg"):
         assert name in result.err
     nothing = output(capsys, "predict", run, *(tmp_path / name for name in bad), code=1)
     assert "none of 3 images could be read" in nothing.err

@@ -297,7 +297,7 @@ def test_leftovers_are_neither_classes_nor_images(tmp_path, write_digits):
             path.removeprefix(f"{tmp_path}/clean") for path, _ in expected.samples
         ]
         assert found.notes == [
-            "left out, as they are no images: 5 hidden or of the system, 1 .txt, 1 without ending",
+            "left out, as they are no images: 10 hidden or of the system, 1 .txt, 1 without ending",
             "left out beside the folders of the classes: readme.md",
         ]
     samples = images.train(lambda image: image, 0)

@@ -13,6 +13,9 @@ import argparse
 import json
 import os
 import platform
+import resource
+import select
+import signal
 import sys
 import time
 import traceback
@@ -33,6 +36,30 @@ def refusal(error: Exception) -> str:
     if isinstance(error, ValueError | OSError) and str(error) and "\n" not in str(error):
         return "refused"
     return f"{type(error).__name__}: {str(error)[:200]!r}"
+
+
+def apart(look: Callable[[], str], most_bytes: float = 1.5e9) -> str:
+    """Return the outcome of `look` in a process of its own, or what became of it: killed, endless, or too large."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            outcome = look()
+        except BaseException as error:
+            outcome = refusal(error) if isinstance(error, Exception) else type(error).__name__
+            if outcome != "refused":
+                outcome += "".join(traceback.format_tb(error.__traceback__)[-2:])
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # KiB on Linux
+        os.write(writing, (outcome if grown <= most_bytes else f"took {grown / 1e9:.1f} GB").encode()[:60_000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as answer:
+        if not select.select([answer], [], [], MOST_SECONDS)[0]:
+            os.kill(child, signal.SIGKILL)
+        outcome = answer.read().decode()
+    status = os.waitpid(child, 0)[1]
+    return outcome or f"ended by signal {os.WTERMSIG(status)}"
 
 
 def run(attempt: Callable[[np.random.Generator], str], count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:

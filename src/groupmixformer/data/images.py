@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .levels import FLAT, LEAST_LEVELS, is_deep, levels, to_8_bits
@@ -212,7 +211,7 @@ def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
     if deep and image.mode[0] in "IF":
         image, texts = to_8_bits(image)
         _note(name, texts)
-    elif deep and 1 < levels(np.asarray(image, dtype=np.uint8)) < LEAST_LEVELS:
+    elif deep and 1 < levels(image) < LEAST_LEVELS:
         _note(name, [FLAT])
     if turn is not None:
         image = image.transpose(turn)

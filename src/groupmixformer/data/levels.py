@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 LEAST_LEVELS = 32  # of grey that should be left
@@ -18,6 +17,7 @@ REMEDY = "rescale them, or store their range in the TIFF tags SMinSampleValue an
 
 SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE = 340, 341  # tags of TIFF, which Pillow has no names for
 WHITE_IS_ZERO = 0
+ROWS = 512  # converted together
 SCALED = ("JPEG2000", "PPM")  # Pillow spreads their numbers over 16 bits, whatever the file says is the largest
 
 
@@ -26,9 +26,9 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def levels(values: NDArray[np.uint8]) -> int:
-    """Count the different values."""
-    return int(np.count_nonzero(np.bincount(values.ravel(), minlength=1)))
+def levels(image: Image.Image) -> int:
+    """Count the different values of an image of 8 bits, over all of its channels."""
+    return int(np.reshape(image.histogram(), (-1, 256)).any(axis=0).sum())
 
 
 def to_8_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
@@ -43,19 +43,29 @@ def to_8_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
     tags: Any = getattr(image, "tag_v2", {})
     values = np.asarray(image)  # (H, W)
     finite = np.isfinite(values)
-    known = values[finite] if not finite.all() else values
-    if not known.size:
+    if not finite.any():
         raise ValueError("no pixel is a finite number")
-    low, high, notes = _range(float(known.min()), float(known.max()), values.dtype.kind == "f", image.format, tags)
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = ((values.astype(np.float32) - low) * np.float32(255 / (high - low))).clip(0, 255).round()
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
-        scaled = 255 - scaled
-    scaled[~finite] = 0
-    bits = scaled.astype(np.uint8)
-    if (left := levels(bits)) < LEAST_LEVELS and left < len(np.unique(known)):
+    lowest, highest = (float(find(values, where=finite, initial=start)) for find, start in _ends(values.dtype))
+    low, high, notes = _range(lowest, highest, values.dtype.kind == "f", image.format, tags)
+    bits = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), ROWS):  # an image of the largest size takes a gigabyte at once
+        rows = slice(top, top + ROWS)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = ((values[rows].astype(np.float32) - low) * np.float32(255 / (high - low))).clip(0, 255).round()
+        if tags.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
+            scaled = 255 - scaled
+        bits[rows] = np.where(finite[rows], scaled, 0)
+    made = Image.fromarray(bits)
+    sample = values.ravel()[:: max(1, values.size // 2**20)]  # enough to see that there were more levels
+    if lowest < highest and (left := levels(made)) < LEAST_LEVELS and left < len(np.unique(sample)):
         notes.append(FLAT)
-    return Image.fromarray(bits), notes
+    return made, notes
+
+
+def _ends(dtype: np.dtype[Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return what finds the least and the greatest number of a type, each with what it starts from."""
+    limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    return (np.min, limits.max), (np.max, limits.min)
 
 
 def _range(lowest: float, highest: float, is_float: bool, format: str | None, tags: Any) -> tuple[float, float, list[str]]:

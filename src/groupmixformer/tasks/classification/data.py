@@ -14,7 +14,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ...data.classes import few
-from ...data.images import decode, describe_left_out, is_leftover, list_images, read_image, to_rgb
+from ...data.images import HIDDEN, decode, describe_left_out, is_leftover, list_images, read_image, to_rgb
 from ...data.samples import Samples
 from ...data.sources import HuggingFace, WebDataset
 from ...data.streaming import Stream, open_source
@@ -147,9 +147,10 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path) -> None:
-        children = [child for child in folder.iterdir() if not is_leftover(child.name)]
+        entries = list(folder.iterdir())
+        children = [child for child in entries if not is_leftover(child.name)]
         names = sorted((child.name for child in children if child.is_dir()), key=natural_key)
-        left_out: Counter[str] = Counter()
+        left_out = Counter(HIDDEN for child in entries if is_leftover(child.name))
         found = [list_images(folder / name, left_out) for name in names]
         self.class_names, self.notes = names, describe_left_out(left_out)
         if beside := [child.name for child in children if not child.is_dir()]:
