@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -108,7 +109,9 @@ def test_every_form_of_mask_is_read(folder):
 
 def test_ids_with_gaps_become_labels_and_ids_again(folder):
     categories = [{"id": 90, "name": "last"}, {"id": 4, "name": "first"}, {"id": 40, "name": "none"}, {"id": 41, "name": "mid"}]
-    images = CocoImages(folder([thing(9, category=c) for c in (41, 90, 4, 41)], categories=categories), "val", masks=False)
+    images = CocoImages(
+        folder([thing(i, category=c) for i, c in enumerate((41, 90, 4, 41))], categories=categories), "val", masks=False
+    )
     assert images.class_names == ["first", "none", "mid", "last"]
     target = images.target(images.read(0)[1])
     assert target["labels"].tolist() == [3, 4, 1, 3]
@@ -211,7 +214,7 @@ def test_evaluation_gives_images_as_they_are(shapes):
     with Image.open(shapes / "images" / "val-2.png") as file:
         assert torch.equal((pixels * 255).round().byte().permute(1, 2, 0), torch.from_numpy(np.array(file)))
     blank, number, _ = images[-1]
-    assert number == -1 and blank.shape[0] == 3
+    assert number is None and blank.shape[0] == 3
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(shapes):
@@ -265,31 +268,79 @@ def rewrite(root, change):
 
 
 REFUSED = {
-    "a list": (lambda content: None, "expected a list of objects under images"),
+    "a list": (lambda content: None, "is [], expected an object with fields"),
     **{
-        f"no {key}": (lambda content, key=key: content.pop(key), f"expected a list of objects under {key}")
+        f"no {key}": (lambda content, key=key: content.pop(key), f"has no {key}, expected a list of objects")
         for key in ("images", "annotations", "categories")
     },
-    "images that are no objects": (lambda c: c.update(images=[1, 2]), "expected a list of objects under images"),
-    "annotations by id": (lambda c: c.update(annotations={"1": {}}), "expected a list of objects under annotations"),
+    "images that are no objects": (lambda c: c.update(images=[1, 2]), "images[0]: is 1, expected an object with fields"),
+    "annotations by id": (lambda c: c.update(annotations={"1": {}}), 'annotations is {"1": {}}, expected a list of objects'),
     **{
-        f"an image without {key}": (lambda c, key=key: c["images"][1].pop(key), f"a record under images has no {key}")
+        f"an image without {key}": (lambda c, key=key: c["images"][1].pop(key), f"images[1]: has no {key}, expected a")
         for key in ("id", "file_name", "width", "height")
     },
-    "a width in words": (lambda c: c["images"][1].update(width="40"), "a record under images has no width as expected"),
-    "a category without name": (lambda c: c["categories"][0].pop("name"), "a record under categories has no name"),
+    "a width in words": (lambda c: c["images"][1].update(width="40"), 'images[1]: width is "40", expected an integer from 1'),
+    "a category without name": (lambda c: c["categories"][0].pop("name"), "categories[0]: has no name, expected a text"),
     "no image": (lambda c: c["images"].clear(), "holds no images"),
-    "no category": (lambda c: c["categories"].clear(), "expected one or more categories"),
-    "categories of one id": (lambda c: c["categories"][0].update(id=3), "each with an id of its own"),
-    "images of one id": (lambda c: c["images"][1].update(id=1), "two images are annotated under one id"),
+    "no category": (lambda c: c["categories"].clear(), "categories is [], expected one or more"),
+    "categories of one id": (
+        lambda c: c["categories"][0].update(id=3),
+        "categories[1]: id is 3, as in categories[0], expected",
+    ),
+    "images of one id": (lambda c: c["images"][1].update(id=1), "images[1]: id is 1, as in images[0], expected"),
+    "images of one file": (
+        lambda c: c["images"][1].update(file_name="./1.png"),
+        "images[1]: file_name is ./1.png, as in images[0], expected one record with all its objects",
+    ),
+    "an image's id in words": (
+        lambda c: c["images"][1].update(id="2"),
+        'images[1]: id is "2", expected an integer, as the first',
+    ),
+    "a first id in words": (lambda c: c["images"][0].update(id="1"), "images[1]: id is 2, expected a text, as the first"),
+    "true as an id": (lambda c: c["images"][0].update(id=True), "images[0]: id is true, expected an integer"),
+    "mixed categories": (lambda c: c["categories"][1].update(id="3"), 'categories[1]: id is "3", expected an integer'),
+    "a category in words": (
+        lambda c: thing_of(c).update(category_id="3"),
+        'annotations[0]: category_id is "3", expected an integer',
+    ),
+    "an image in words": (lambda c: thing_of(c).update(image_id="1"), 'annotations[0]: image_id is "1", expected an integer'),
+    "an object of no category": (lambda c: thing_of(c).pop("category_id"), "annotations[0]: has no category_id"),
+    "an object of categories": (lambda c: thing_of(c).update(category_id=[3]), "annotations[0]: category_id is [3], expected"),
+    "an object of no image": (
+        lambda c: thing_of(c).update(image_id=None),
+        "annotations[0]: image_id is null, expected an integer",
+    ),
+    "a crowd in words": (
+        lambda c: thing_of(c).update(iscrowd="0"),
+        'annotations[0]: iscrowd is "0", expected true, false, 1 or 0',
+    ),
+    "a half crowd": (lambda c: thing_of(c).update(iscrowd=0.5), "annotations[0]: iscrowd is 0.5, expected true"),
+    "an area in words": (lambda c: thing_of(c).update(area="96"), 'annotations[0]: area is "96", expected a finite number'),
+    "an id of an object that is none": (
+        lambda c: thing_of(c).update(id=[1]),
+        "annotations[0]: id is [1], expected an integer or",
+    ),
+    "corners": (
+        lambda c: c.update(
+            annotations=[thing(i, box=box) for i, box in enumerate([(10, 5, 22, 13), (25, 8, 38, 28), (0, 0, 9, 9)])]
+        ),
+        "1 of 3 boxes reach more than a pixel beyond their image, and as x1, y1, x2, y2 all would lie in it: expected x, y",
+    ),
     "no annotation": (lambda c: c["annotations"].clear(), "holds no object with a mask to learn or to find"),
-    "crowds only": (lambda c: c["annotations"][0].update(iscrowd=1), "holds no object with a mask to learn or to find"),
-    "no mask": (lambda c: c["annotations"][0].pop("segmentation"), "holds no object with a mask .*: object 1 of 1.png: segm"),
+    "crowds only": (lambda c: thing_of(c).update(iscrowd=1), "holds no object with a mask to learn or to find"),
+    "no mask": (
+        lambda c: thing_of(c).pop("segmentation"),
+        "holds no object with a mask to learn or to find: object 1 of 1.png: segmentation: has no polygon",
+    ),
     "no such image": (
         lambda c: [i.update(file_name=f"gone/{i['id']}.png") for i in c["images"]],
-        r"none of its 2 images can be used: .*gone/1.png: no such file",
+        "gone/1.png: no such file",
     ),
 }
+
+
+def thing_of(content):
+    return content["annotations"][0]
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -299,7 +350,7 @@ def test_annotations_that_cannot_be_used_are_refused(folder, case):
     if case == "a list":
         annotations(root).write_text("[]")
     rewrite(root, change)
-    with pytest.raises(ValueError, match=reason) as raised:
+    with pytest.raises(ValueError, match=re.escape(reason)) as raised:
         CocoImages(root, "val", masks=True)
     assert str(annotations(root)) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -309,7 +360,7 @@ def test_annotations_that_cannot_be_used_are_refused(folder, case):
 def test_what_is_no_json_is_refused(folder, content):
     root = folder()
     annotations(root).write_bytes(content)
-    with pytest.raises(ValueError, match="not a JSON file") as raised:
+    with pytest.raises(ValueError, match=r"not JSON|not UTF-8") as raised:
         CocoImages(root, "val", masks=False)
     assert str(annotations(root)) in str(raised.value)
 
@@ -343,8 +394,8 @@ def test_images_that_cannot_be_used_are_skipped_by_name(flawed):
     place = flawed / "images"
     assert images.skipped == [
         f"{place / 'missing.png'}: no such file",
-        f"{place / 'text.png'}: not a readable image",
-        f"{place / 'empty.png'}: not a readable image",
+        f"{place / 'text.png'}: not a readable image: no known format",
+        f"{place / 'empty.png'}: not a readable image: no known format",
         f"{place / 'turned.png'}: is {HEIGHT} x {WIDTH} pixels and annotated as {WIDTH} x {HEIGHT}",
     ]
     assert len(images) == 1
@@ -360,7 +411,7 @@ def test_a_truncated_image_is_replaced_in_training_and_blank_in_evaluation(folde
     images = CocoImages(root, "val", masks=False)
     assert (images.skipped, len(images)) == ([], 2)
     blank, number, problem = images[0]
-    assert number == -1 and blank.shape[0] == 3
+    assert number is None and blank.shape[0] == 3
     assert problem.startswith(f"{bad}: not a readable image")
     images = CocoImages(root, "val", masks=False, transform=PLAIN)
     pixels, target, problem = images[0, 0]
@@ -384,25 +435,27 @@ DROPPED = {
     "words": (thing(5, bbox=["1", 2, 30, 4]), "object 5 of 1.png: box ['1', 2, 30, 4], expected four numbers"),
     "no box": ({"id": 5, "image_id": 1, "category_id": 3}, "object 5 of 1.png: box None, expected four numbers"),
     "category": (thing(5, category=4), "object 5 of 1.png: category 4, which is not defined"),
-    "no category": ({"id": 5, "image_id": 1, "bbox": [1, 2, 9, 9]}, "object 5 of 1.png: category None, which is not defined"),
-    "categories": (thing(5, category=[3]), "object 5 of 1.png: category [3], which is not defined"),
-    "images": (thing(5, of=[1]), "object 5 of [1]: an image that is not annotated"),
     "image": (thing(5, of=99), "object 5 of 99: an image that is not annotated"),
     "no id": ({"image_id": 2, "category_id": 9}, "object 2 of 2.png: category 9, which is not defined"),
 }
 NO_MASK = {
-    "null": (None, "segmentation"),
-    "nothing": ([], "segmentation without a polygon of three points"),
-    "two points": ([[1, 2, 3, 4]], "segmentation without a polygon of three points"),
-    "odd": ([[1, 2, 3, 4, 5, 6, 7]], "segmentation without a polygon of three points"),
-    "NaN": ([[1, 2, 3, math.nan, 5, 6]], "segmentation without a polygon of three points"),
-    "other size": ({**runs(rectangle(1, 2, 9, 9)), "size": [WIDTH, HEIGHT]}, "segmentation of size [40, 30]"),
-    "no size": ({"counts": [1, 2, 3]}, "segmentation of size []"),
-    "too few pixels": ({"size": [HEIGHT, WIDTH], "counts": [5, 7]}, "segmentation with a wrong number of pixels"),
-    "negative": ({"size": [HEIGHT, WIDTH], "counts": [-5, 1205]}, "segmentation with a wrong number of pixels"),
-    "no counts": ({"size": [HEIGHT, WIDTH]}, "segmentation without counts"),
-    "too short": ({"size": [HEIGHT, WIDTH], "counts": "05"}, "segmentation"),
-    "no encoding": ({"size": [HEIGHT, WIDTH], "counts": "o" * 20}, "segmentation"),
+    "null": (None, "has no polygon of three points"),
+    "nothing": ([], "has no polygon of three points"),
+    "two points": ([[1, 2, 3, 4]], "has no polygon of three points"),
+    "odd": ([[1, 2, 3, 4, 5, 6, 7]], "a polygon is not of pairs of numbers"),
+    "odd beside a good one": ([*polygon(10, 5, 12, 8), [1, 2, 3]], "a polygon is not of pairs of numbers"),
+    "NaN": ([[1, 2, 3, math.nan, 5, 6]], "a polygon is not of pairs of numbers"),
+    "other size": ({**runs(rectangle(1, 2, 9, 9)), "size": [WIDTH, HEIGHT]}, "size is [40, 30], expected height and width"),
+    "no size": ({"counts": [1, 2, 3]}, "has no size"),
+    "a number as size": ({"size": 5, "counts": [1200]}, "size is 5, expected a list of 2 integers"),
+    "too few pixels": ({"size": [HEIGHT, WIDTH], "counts": [5, 7]}, "counts are 12 pixels in all, expected 1200"),
+    "negative": (
+        {"size": [HEIGHT, WIDTH], "counts": [-5, 1205]},
+        "counts is [-5, 1205], expected a list of integers of at least 0",
+    ),
+    "no counts": ({"size": [HEIGHT, WIDTH]}, "has no counts"),
+    "too short": ({"size": [HEIGHT, WIDTH], "counts": "05"}, "counts cannot be decoded"),
+    "no encoding": ({"size": [HEIGHT, WIDTH], "counts": "o" * 20}, "counts cannot be decoded"),
 }
 
 
@@ -424,7 +477,7 @@ def test_objects_without_a_usable_mask_are_left_out_where_masks_are_learnt(folde
     root = folder([thing(1), thing(5, segmentation=segmentation)])
     images = CocoImages(root, "val", masks=True)
     assert len(images.dropped) == 1
-    assert images.dropped[0].startswith(f"object 5 of 1.png: {reason}")
+    assert images.dropped[0].startswith(f"object 5 of 1.png: segmentation: {reason}")
     assert images.target(images.read(0)[1])["masks"].shape == (1, HEIGHT, WIDTH)
     boxes = CocoImages(root, "val", masks=False)
     assert boxes.dropped == []

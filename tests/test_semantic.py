@@ -223,10 +223,10 @@ def spoil(root, kind):
         return f"{image}: has no mask {mask}"
     if kind == "another size":
         Image.open(mask).resize((width, height + 1), Image.Resampling.NEAREST).save(mask)
-        return f"{mask}: is {width} x {height + 1} pixels and its image {width} x {height}"
+        return f"{image}: is {width} x {height} pixels and its mask scene1.png {width} x {height + 1}"
     if kind == "bad image":
         image.write_bytes(b"<html>not found</html>")
-        return f"{image}: not a readable image"
+        return f"{image}: not a readable image: no known format"
     if kind == "bad mask":
         mask.write_bytes(b"")
         return f"{mask}: not a readable image"
@@ -250,7 +250,9 @@ def test_a_pair_that_cannot_be_used_is_named_and_left_out(copied, kind):
 def test_without_a_usable_pair_there_is_no_data_set(tmp_path):
     write_classes(tmp_path)
     write_pair(tmp_path, "train", "a", np.zeros((2, 2, 3)), np.zeros((3, 3)))
-    with pytest.raises(ValueError, match=r"train: none of its 1 images can be used: .*a\.png: is 3 x 3 pixels"):
+    with pytest.raises(
+        ValueError, match=r"train: none of its 1 images can be used: .*a\.png: is 2 x 2 pixels and its mask a\.png 3 x 3"
+    ):
         SemanticImages(tmp_path, "train")
 
 
@@ -322,17 +324,21 @@ SKY = {"id": 3, "name": "sky"}
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "expected {"),
-        ("[1, 2]", "expected {"),
-        ('{"names": ["sky"]}', "expected {"),
-        ({"classes": [{"id": 3}]}, "expected {"),
-        ({"classes": ["sky"]}, "expected {"),
-        ({"classes": []}, "1 to 255 classes"),
-        ({"classes": [SKY, {"id": 3, "name": "road"}]}, "an id of its own"),
+        ("{", "not JSON"),
+        ("[1, 2]", "expected an object with fields"),
+        ('{"names": ["sky"]}', "has no classes, expected a list of objects"),
+        ({"classes": [{"id": 3}]}, r"classes\[0\]: has no name, expected a text"),
+        ({"classes": [{**SKY, "name": None}]}, r"classes\[0\]: name is null, expected a text"),
+        ({"classes": ["sky"]}, r"classes\[0\]: is \"sky\", expected an object"),
+        ({"classes": []}, "classes has 0 entries, expected 1 to 255"),
+        (
+            {"classes": [SKY, {"id": 3, "name": "road"}]},
+            r"classes\[1\]: id is 3, as in classes\[0\], expected an id of its own",
+        ),
         ({"classes": [{"id": 256, "name": "sky"}]}, "from 0 to 255"),
         ({"classes": [{"id": -1, "name": "sky"}]}, "from 0 to 255"),
         ({"classes": [{"id": "3", "name": "sky"}]}, "from 0 to 255"),
-        ({"classes": [SKY, {"id": 7, "name": "road"}], "ignore_index": 7}, "not the one to ignore"),
+        ({"classes": [SKY, {"id": 7, "name": "road"}], "ignore_index": 7}, "ignore_index is 7, the id of road"),
         ({"classes": [SKY], "ignore_index": 300}, "ignore"),
         ({"classes": [SKY], "ignore_index": "255"}, "ignore"),
         ({"classes": [{**SKY, "color": "red"}]}, "color"),

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 REQUIRED: Any = object()  # default of a field that must be there
 JOINERS = "\u200c\u200d"  # inside words of some scripts, and inside emoji
+LARGEST = sys.float_info.max  # JSON has integers that are larger
 
 
 def printable(text: str) -> str:
@@ -138,9 +140,10 @@ def read_json(path: Path) -> Any:
         OSError: If it cannot be read.
         ValueError: If it is not JSON, with the line and the column.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
@@ -243,7 +246,7 @@ def _is_integer(value: Any, low: int | None, high: int | None) -> bool:
 
 
 def _is_number(value: Any, low: float | None, high: float | None) -> bool:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
     return fits and (low is None or value >= low) and (high is None or value <= high)
 
 

@@ -401,4 +401,4 @@ class Run:
             settings,
             progress,
         )
-        return result | {"skipped": [*skipped, *result["skipped"]], "data": measured_on}
+        return result | {"skipped": [*skipped, *result["skipped"]], "notes": list(held_out.notes), "data": measured_on}

@@ -80,8 +80,8 @@ def export(
         progress=lambda line: print(f"gmf export: {line}", file=sys.stderr),
     )
     if int8:
-        for problem in result["skipped"]:
-            note(f"skipped {problem}")
+        for line in [*result["notes"], *(f"skipped {problem}" for problem in result["skipped"])]:
+            note(line)
         text = f"{out}: {target.title}, int8 {int8}"
         if calibration := result["calibration"]:
             text += f", calibrated on {calibration['images']} images of {calibration['data']}"

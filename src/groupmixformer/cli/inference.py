@@ -99,8 +99,8 @@ def evaluate(
     stored = opened.config.get("pretrained_cfg", {})
     if test_size and not any(stored.get(key) for key in ("test_input_size", "test_crop_pct")):
         note(f"{run} stores no size or crop for tests: its usual ones are used")
-    for problem in measured.skipped:
-        note(f"skipped {problem}")
+    for line in [*measured.notes, *(f"skipped {problem}" for problem in measured.skipped)]:
+        note(line)
     if plot:
         figure = measured.figure()
         assert figure is not None
@@ -121,11 +121,11 @@ def evaluate(
 
 def _each(
     command: str, images: Sequence[str], out: Path, look: "Callable[[Image, str], Predicted]"
-) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[str], dict[str, list[dict[str, Any]]]]:
     """Look at images one by one and write the files that are made of them; those that cannot be read are reported.
 
     Returns:
-        For JSON the images with what was found, and those that were skipped; a line for each; COCO's results.
+        For JSON the images with what was found, and those that were skipped; a line for each; COCO's results by path.
     """
     from ..data.images import describe_left_out, find_images, noted, read_image
     from ..data.samples import Doubts, note_problems
@@ -134,7 +134,7 @@ def _each(
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
-    results: list[dict[str, Any]] = []
+    results: dict[str, list[dict[str, Any]]] = {}
     left_out: Counter[str] = Counter()
     paths = find_images(images, left_out)
     for line in describe_left_out(left_out):
@@ -153,7 +153,7 @@ def _each(
         found = look(image, str(path))
         rows.append({"image": str(path), **found.result})
         lines.append(printable(f"{path}: {found.text}"))
-        results += found.results
+        results[str(path)] = found.results
         if found.files:
             rows[-1]["files"] = write_prediction(out, path, found.files, taken)
             lines[-1] += printable(f"  ({', '.join(rows[-1]['files'])})")

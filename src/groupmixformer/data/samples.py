@@ -2,12 +2,15 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from .images import noted
+from .classes import few
+from .images import image_sizes, noted
 from .seeding import seed_all
 
 MAX_UNREADABLE_IN_A_ROW = 100  # then training stops: it is not a matter of single files
@@ -56,6 +59,37 @@ def _few(lines: Sequence[str]) -> str:
     return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
 
 
+def in_threads(look: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Look at files, which takes time mostly for waiting, and return what was found in their order."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(look, items))
+
+
+def size_problem(image: Path, annotated: tuple[int, int], what: str) -> str:
+    """Say why an image does not fit its annotation, by its head alone; nothing if it fits.
+
+    Coordinates are those of the image as people see it, so a size that fits only the pixels as they are stored is a problem.
+
+    Args:
+        image: The file.
+        annotated: Width and height that its annotation is for.
+        what: The annotation, as in "its mask is".
+    """
+    try:
+        upright, stored = image_sizes(image)
+    except ValueError as error:
+        return str(error)
+    if annotated == upright:
+        return ""
+    sizes = "{} x {} pixels and {} {} x {}".format(*upright, what, *annotated)
+    if annotated == stored:
+        return (
+            f"{image}: is, turned upright by its EXIF orientation, {sizes}, as it is stored, where boxes and masks would be "
+            "misplaced: annotate it as it is seen, or remove the orientation from the file"
+        )
+    return f"{image}: is {sizes}"
+
+
 class Samples(Dataset[Any]):
     """A data set of a task. The last element of a sample is its problem: the names of images that could not be read, or "".
 
@@ -65,29 +99,56 @@ class Samples(Dataset[Any]):
     """
 
     seed = 0  # of the augmentation
+    class_names: list[str]  # in the order of the labels
+    places: Sequence[int] = ()  # of the classes among a model's, where `relabel` set them
     skipped: Sequence[str] = ()  # a line for each image that was left out when the data was opened
-    dropped: Sequence[str] = ()  # a line for each object that was left out of its image
     notes: Sequence[str] = ()  # further lines about the data
+    hint = ""  # what to do where classes are missing, found by `count_classes`
+    fewest_classes = 2  # of which a training set must hold something
 
-    def left_out(self, name: str, limit: float) -> list[str]:
-        """Return a line about the images, and one about the objects, that were left out, if any.
+    def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
+        """Take the classes of a model: their names, and the place of each class of the data among them."""
+        self.class_names, self.places = list(names), places
+
+    def place(self, label: int) -> int:
+        """Return the number of a class as `class_names` has it."""
+        return self.places[label] if self.places else label
+
+    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
+        """Count what there is of each class, where that takes no reading of all images.
+
+        Returns:
+            Counts by label, nothing where they are not known; what was counted; a line for each file that cannot be used.
+        """
+        return (), "", []
+
+    def check(self, name: str, limit: float) -> list[str]:
+        """Return a line about the images that were left out, others about the data, and one about classes that are not there.
 
         Args:
-            name: Of the split.
+            name: Of the split: training, of which there must be something to learn, or another.
             limit: Largest share of the images that may be left out.
 
         Raises:
-            ValueError: If it is exceeded.
+            ValueError: If it is exceeded, or if too few classes are there.
         """
-        whole = len(self) + len(self.skipped)
-        if too_many(len(self.skipped), whole, limit):
+        counts, what, problems = self.count_classes()
+        whole, left_out = len(self) + len(self.skipped), [*self.skipped, *problems]
+        if too_many(len(left_out), whole, limit):
             raise ValueError(
-                f"{len(self.skipped)} of {whole} {name} images cannot be used, more than max_unreadable ({limit:.2%}) allows: "
-                f"{_few(self.skipped)}"
+                f"{len(left_out)} of {whole} {name} images cannot be used, more than max_unreadable ({limit:.2%}) allows: "
+                f"{_few(left_out)}"
             )
-        kinds = {"images": self.skipped, "objects": self.dropped}
-        lines = [f"{len(lines)} {name} {kind} left out: {_few(lines)}" for kind, lines in kinds.items() if lines]
-        return [*lines, *(f"{name} data: {note}" for note in self.notes)]
+        lines = [f"{len(left_out)} {name} images left out: {_few(left_out)}"] if left_out else []
+        lines += [f"{name} data: {note}" for note in self.notes]
+        there = [name for name, count in zip(self.class_names, counts, strict=True) if count] if counts else []
+        if len(there) == len(counts):
+            return lines
+        absent = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+        line = f"{name} data: {len(absent)} of {len(counts)} classes have no {what}: {few(absent)}"
+        if len(there) < (self.fewest_classes if name == "training" else 1):
+            raise ValueError(f"{line}; there is nothing to tell apart but {few(there) or 'nothing'}{self.hint}")
+        return [*lines, line + self.hint]
 
     @abstractmethod
     def __len__(self) -> int: ...

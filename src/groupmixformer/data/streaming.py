@@ -4,7 +4,7 @@ timm's readers give each worker whole shards, and then repeat or drop samples un
 every shard is known before the first is read, so every worker of every process gets an equal range of all samples.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -39,15 +39,22 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
     Attributes:
         class_names: Names of the classes.
         num_samples: Number of samples in the split.
+        notes: Lines about the data.
     """
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Any] | None = None) -> None:
         super().__init__()
         self.transform = transform
         self.source, self.class_names, self.num_samples = source, source.class_names, sum(source.lengths)
+        self.places: Sequence[int] = range(len(self.class_names))
+        self.notes: Sequence[str] = ()
         self.training, self.seed, self.rank, self.world_size = False, 0, 0, 1
         # Epoch, batches to skip, their size: shared, because workers that persist hold copies of everything else.
         self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
+        """Take the classes of a model: their names, and the place of each class of the data among them."""
+        self.class_names, self.places = list(names), places
 
     def configure(self, *, training: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         """Set the mode and the process; call it before workers start."""
@@ -113,10 +120,10 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             index = int(label)
         except (TypeError, ValueError):
             index = -1
-        if not 0 <= index < len(self.class_names):
-            raise ValueError(f"{name}: got class {label!r}, expected 0 to {len(self.class_names) - 1}")
+        if not 0 <= index < len(self.places):
+            raise ValueError(f"{name}: got class {label!r}, expected 0 to {len(self.places) - 1}")
         with noted() as notes:
-            return (decode(content, name), index), "\n".join(note_problems(notes))
+            return (decode(content, name), self.places[index]), "\n".join(note_problems(notes))
 
     def _transformed(self, image: Image.Image) -> Any:
         return self.transform(image) if self.transform else image

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..data.classes import few, match_classes
 from ..files import short
 from ..run_folder import RunFolder
 
@@ -114,6 +115,7 @@ class EvalResult:
         table: Those of each class, the worst first.
         skipped: A line for each image that was left out.
         details: How images were prepared, in a line.
+        notes: Further lines about the data: how its classes were matched, which objects were left out.
     """
 
     result: dict[str, Any]
@@ -121,6 +123,7 @@ class EvalResult:
     table: str
     skipped: list[str]
     details: str = ""
+    notes: Sequence[str] = ()
 
     def figure(self) -> "Figure | None":
         """Draw what numbers alone do not tell, if the task has a diagram for that."""
@@ -189,6 +192,7 @@ class Predictor(ABC):
         model: The network, in eval mode.
         config: What is stored with it.
         class_names: In the order of its labels.
+        has_names: Whether they are stored with it; otherwise they are numbers or ImageNet's.
         batched: Whether it looks at several images together: `prepare` makes of each the model's input (C, H, W), of which
             `predict_prepared` takes a batch.
         metric: The main one: its column in metrics.csv, and in words.
@@ -201,6 +205,7 @@ class Predictor(ABC):
     model: Any
     config: dict[str, Any]
     class_names: list[str]
+    has_names: bool = True
     batched: ClassVar[bool] = False
     metric: tuple[str, str]
 
@@ -262,17 +267,29 @@ class Predictor(ABC):
         """Return the context that the model runs in."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def check_classes(self, images: Any, data: str) -> Any:
-        """Return a data set if its classes are those of the model.
+    def match_classes(self, images: Any, data: str) -> Any:
+        """Let a data set number its classes as the model does: they are matched by name.
+
+        The order may differ and classes may be missing, which its `notes` say. A model without names takes those of the data in
+        their order, if they are as many.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: If the model lacks a class of the data.
         """
-        if images.class_names != self.class_names:
-            raise ValueError(
-                f"{data} has the classes {', '.join(images.class_names[:4])}, ... ({len(images.class_names)}) and the model "
-                f"{', '.join(self.class_names[:4])}, ... ({len(self.class_names)}), expected the same in the same order"
-            )
+        names = images.class_names
+        if not self.has_names:
+            if len(names) != len(self.class_names):
+                counts = f"{data}: has {len(names)} classes and the model {len(self.class_names)} without names"
+                raise ValueError(f"{counts}, expected as many")
+            taken = f"the model has no names for its {len(names)} classes: they are taken for those of {data} in its order"
+            images.notes = [*images.notes, taken]
+        elif names != self.class_names:
+            places = match_classes(self.class_names, names, data)
+            images.relabel(self.class_names, places)
+            found, there = f"the {len(names)} classes of {data} are matched by name", set(places)
+            absent = [name for place, name in enumerate(self.class_names) if place not in there]
+            more = f"; {len(absent)} of the model's have no image: {few(absent)}" if absent else ""
+            images.notes = [*images.notes, found + more]
         return images
 
     def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:

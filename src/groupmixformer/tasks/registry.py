@@ -194,8 +194,8 @@ class TaskSpec:
         """Return the part of a network that compiles well."""
         return network
 
-    def write_results(self, out: Path, results: list[dict[str, Any]]) -> dict[str, str]:
-        """Write what belongs to all images that were predicted together; return the files by the name of what they hold."""
+    def write_results(self, out: Path, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
+        """Write what was found in images that were predicted together, by their paths; return the files by what they hold."""
         return {}
 
     def publish(self, run: RunFolder, folder: Path) -> NetworkInfo:

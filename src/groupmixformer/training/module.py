@@ -77,10 +77,10 @@ class Task(lightning.LightningModule):
         self.average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
         if self.average:
             self.average.module.requires_grad_(False)  # DDP would wait for its gradients
-        self.notes: list[str] = []  # what was left out when the data was opened
+        self.notes: list[str] = []  # about the data: what was left out, which classes are not there
         for name, samples in (("training", loaders.train), ("held-out", loaders.held_out)):
             if isinstance(samples, Samples):
-                self.notes += samples.left_out(name, recipe.max_unreadable)
+                self.notes += samples.check(name, recipe.max_unreadable)
         self.skipped = 0  # steps without finite gradients
         self.skipped_in_a_row = 0
         self.unreadable: dict[str, None] = {}  # images, with the reason

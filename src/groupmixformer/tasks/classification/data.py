@@ -77,7 +77,7 @@ class ImageSamples(Samples):
         """
         if isinstance(self.source, FolderImages):
             path, label = self.source.samples[index]
-            return read_image(Path(path)), label
+            return read_image(Path(path)), self.place(label)
         file: Any = None
         image: Any = None
         try:
@@ -87,7 +87,18 @@ class ImageSamples(Samples):
                 image, label = self.source[index]
         except Exception as error:  # of any library
             raise ValueError(f"{self.name(index)}: not a readable image: {error}") from error
-        return decode(file, self.name(index)) if file else to_rgb(image, self.name(index)), int(label)
+        return decode(file, self.name(index)) if file else to_rgb(image, self.name(index)), self.place(int(label))
+
+    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
+        """Return the number of images of each class, where the labels are at hand without reading the images."""
+        reader: Any = getattr(self.source, "reader", None)
+        if hasattr(reader, "label_key"):  # Hugging Face's
+            labels: Any = reader.dataset[reader.label_key]
+        else:  # ours, and torchvision's, which have two names for them
+            labels = next((getattr(self.source, key) for key in ("labels", "targets") if hasattr(self.source, key)), None)
+        if labels is None:
+            return super().count_classes()
+        return np.bincount(np.asarray(labels[:], dtype=np.int64), minlength=len(self.class_names)).tolist(), "image", []
 
     def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
         """Apply the transform, which draws random numbers."""

@@ -89,7 +89,7 @@ class ClassificationPredictor(Predictor):
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the classifier, and how images are prepared for it."""
         model = load_model(run)
-        self.class_names = class_names(model)
+        self.class_names, self.has_names = class_names(model), bool(model.pretrained_cfg.get("label_names"))
         return model, data_config(model, image_size, self.test_size, **self.crop)
 
     def view(self, image: Image.Image) -> View:
@@ -149,13 +149,10 @@ class ClassificationPredictor(Predictor):
             root: Where timm's data sets lie.
 
         Raises:
-            ValueError: If there is no such data set, or it has another number of classes than the model.
+            ValueError: If there is no such data set, or the model lacks one of its classes.
         """
         images = open_images(data, root, need_train=False)
-        if len(images.class_names) != len(self.class_names):
-            counts = f"{data} has {len(images.class_names)} classes and the model {len(self.class_names)}"
-            raise ValueError(f"{counts}, expected the same")
-        return images.held_out(self.transform)
+        return self.match_classes(images.held_out(self.transform), data)
 
     def evaluate(
         self, images: Any, workers: int = 0, progress: Progress = lambda items, _: items, batch_size: int = 64
@@ -174,7 +171,7 @@ class ClassificationPredictor(Predictor):
         result = {**metrics, **config, "device": str(self.device), "batch_size": batch_size}
         result |= {"per_class": classes, "reliability": reliability(evaluation)}
         return ClassificationResult(
-            result, text, class_table(classes, "top1", "top-1"), evaluation.problems, details, evaluation
+            result, text, class_table(classes, "top1", "top-1"), evaluation.problems, details, images.notes, evaluation
         )
 
     def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:

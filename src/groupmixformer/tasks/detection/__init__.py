@@ -1,5 +1,6 @@
 """Object detection and instance segmentation."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         detector, stored = load_detector(run)
         return Exportable(detector, stored["class_names"], gives_objects=True)
 
-    def write_results(self, out: Path, results: list[dict[str, Any]]) -> dict[str, str]:
+    def write_results(self, out: Path, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
         """Write COCO's results."""
         from .predict import write_coco_results
 

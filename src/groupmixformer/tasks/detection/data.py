@@ -1,28 +1,24 @@
 """Data sets with COCO's annotations: read, checked before training, turned into samples."""
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.images import read_image
-from ...data.samples import Samples
-
-FIELDS: dict[str, dict[str, Any]] = {  # that each record must have, and of what kind
-    "images": {"id": int | str, "file_name": str, "width": int, "height": int},
-    "categories": {"id": int | str, "name": int | str},
-}
+from ...data.samples import Samples, in_threads, size_problem
+from ...files import Fields, read_json
 
 
 def find_annotations(folder: Path, split: str) -> Path:
@@ -41,39 +37,60 @@ def find_annotations(folder: Path, split: str) -> Path:
     raise ValueError(f"{folder}: expected COCO's annotations in annotations/instances_{split}.json; found {there}")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        records = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{path}: not COCO's annotations: expected a list of objects under {key}")
-    for key, fields in FIELDS.items():
-        for record in content[key]:
-            if wrong := [field for field, kind in fields.items() if not isinstance(record.get(field), kind)]:
-                raise ValueError(f"{path}: not COCO's annotations: a record under {key} has no {', '.join(wrong)} as expected")
-    return content
+class _Ids:
+    """Records by their ids, which are integers or texts, all of them.
+
+    Args:
+        records: Of one kind, with their fields.
+        whose: What they are, in messages.
+
+    Raises:
+        ValueError: If an id is of another kind than the first, or stands for two records.
+    """
+
+    def __init__(self, records: Sequence[Fields], whose: str) -> None:
+        self.texts = bool(records) and isinstance(records[0].values.get("id"), str)
+        self.expected = f"{'a text' if self.texts else 'an integer'}, as the first id of the {whose} is"
+        self.records: dict[Any, Fields] = {}
+        for record in records:
+            key = self.read(record, "id")
+            if key in self.records:
+                first = _short(self.records[key].where)
+                raise ValueError(f"{record.where}: id is {key!r}, as in {first}, expected an id of its own")
+            self.records[key] = record
+
+    def read(self, record: Fields, name: str) -> Any:
+        """Return an id of these in a field of any record."""
+        value = record.values.get(name)
+        if type(value) is (str if self.texts else int):
+            return value
+        return int(record.take(name, self.expected, lambda value: not self.texts and _whole(value)))
+
+
+def _short(where: str) -> str:
+    return where.rpartition(": ")[2]  # without the file
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()  # what some programs make of an integer
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _folder_of(annotations: Path, folder: Path, file_names: Iterable[str]) -> Path:
     """Find the folder with the images: the first of the usual ones in which one of them lies."""
     split = annotations.stem.removeprefix("instances_")
     places = [folder / "images" / split, folder / split, folder / "images", folder, annotations.parent]
-    return next((place for name in file_names for place in places if (place / name).is_file()), places[2])
+    return next((place for name in file_names for place in places if _is_file(place / name)), places[2])
 
 
-def _problem_of_image(path: Path, width: int, height: int) -> str:
-    """Return what is wrong with an image, by its head alone, or nothing."""
+def _is_file(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            size = image.size
-    except FileNotFoundError:
-        return f"{path}: no such file"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return f"{path}: not a readable image"
-    return "" if size == (width, height) else f"{path}: is {size[0]} x {size[1]} pixels and annotated as {width} x {height}"
+        return path.is_file()
+    except (OSError, ValueError):  # no name that the system can have
+        return False
 
 
 def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -82,39 +99,42 @@ def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     Raises:
         ValueError: If it is none of them.
     """
-    if isinstance(segmentation, dict):
-        counts, size = segmentation.get("counts"), list(segmentation.get("size") or [])
-        if size != [height, width]:
-            raise ValueError(f"segmentation of size {size}")
-        if isinstance(counts, list):
-            if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != height * width:
-                raise ValueError("segmentation with a wrong number of pixels")
-            return dict(rle.frPyObjects(segmentation, height, width))
-        if not isinstance(counts, str) or not counts.isascii():
-            raise ValueError("segmentation without counts")
-        try:
-            rle.decode([{"size": size, "counts": counts}])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"segmentation that cannot be decoded: {error}") from error
-        return {"size": size, "counts": counts}
-    return dict(rle.merge(rle.frPyObjects(_polygons(segmentation), height, width)))
+    if not isinstance(segmentation, dict):
+        return dict(rle.merge(rle.frPyObjects(_polygons(segmentation), height, width)))
+    fields = Fields(segmentation, "segmentation")
+    size, counts = fields.integers("size", 2, 0), segmentation.get("counts")
+    if size != [height, width]:
+        raise ValueError(f"segmentation: size is {size}, expected height and width of the image, {[height, width]}")
+    if isinstance(counts, list):
+        if sum(fields.integers("counts", low=0)) != height * width:
+            raise ValueError(f"segmentation: counts are {sum(counts)} pixels in all, expected {height * width}")
+        return dict(rle.frPyObjects(segmentation, height, width))
+    fields.take("counts", "a list of integers, or COCO's text", lambda value: isinstance(value, str) and value.isascii())
+    try:
+        rle.decode([{"size": size, "counts": counts}])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"segmentation: counts cannot be decoded: {error}") from error
+    return {"size": size, "counts": counts}
 
 
 def _polygons(segmentation: Any) -> list[list[float]]:
-    """Return the polygons that have three points or more.
+    """Return the polygons that have an area: three points or more.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or one is damaged.
     """
     listed = segmentation if isinstance(segmentation, list) else []
-    usable = [p for p in listed if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and _finite(p)]
+    for polygon in listed:
+        if not isinstance(polygon, list) or len(polygon) % 2 or not _finite(polygon):
+            raise ValueError("segmentation: a polygon is not of pairs of numbers, x and y")
+    usable = [polygon for polygon in listed if len(polygon) >= 6]
     if not usable:
-        raise ValueError("segmentation without a polygon of three points")
+        raise ValueError("segmentation: has no polygon of three points")
     return usable
 
 
 def _finite(numbers: Any) -> bool:
-    return all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and -1e9 < n < 1e9 for n in numbers)
 
 
 class CocoImages(Samples):
@@ -123,7 +143,7 @@ class CocoImages(Samples):
     Training samples are (image (3, H, W) in 0 to 1, target, problem); the target holds boxes (N, 4) as x1, y1, x2, y2 in
     pixels, labels (N) from 1 on, and masks (N, H, W) if asked for. Crowds are left out of training, as is usual, and objects
     that make no sense out of everything; images without objects stay. Evaluation samples are (image, id of the image,
-    problem); a blank has id -1.
+    problem); a blank has none.
 
     Args:
         folder: Holds annotations and images.
@@ -134,6 +154,7 @@ class CocoImages(Samples):
 
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
+        category_ids: Their ids, in the same order.
         skipped: A line for each image that is left out: missing, unreadable, or of another size than annotated.
         dropped: A line for each object that is left out: without area, outside of the image, of no category.
         ground_truth: COCO's annotations of what is left, for the evaluation.
@@ -141,6 +162,8 @@ class CocoImages(Samples):
     Raises:
         ValueError: If the annotations cannot be used.
     """
+
+    fewest_classes = 1  # beside the background
 
     def __init__(
         self,
@@ -151,91 +174,152 @@ class CocoImages(Samples):
         seed: int = 0,
     ) -> None:
         folder = Path(folder)
-        annotations = find_annotations(folder, split)
-        content = _read(annotations)
-        self.annotations, self.masks, self.transform, self.seed = annotations, masks, transform, seed
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.class_names = [str(category["name"]) for category in categories]
-        self.category_ids = [category["id"] for category in categories]
-        if not categories or len(set(self.category_ids)) < len(categories):
-            raise ValueError(f"{annotations}: expected one or more categories, each with an id of its own")
-        if not content["images"]:
-            raise ValueError(f"{annotations}: holds no images")
-        self.folder = _folder_of(annotations, folder, (image["file_name"] for image in content["images"]))
-        with ThreadPoolExecutor(8) as pool:
-            found = pool.map(
-                lambda image: _problem_of_image(self.folder / image["file_name"], image["width"], image["height"]),
-                content["images"],
-            )
-            problems = list(found)
-        self.skipped = [problem for problem in problems if problem]
-        images = [image for image, problem in zip(content["images"], problems, strict=True) if not problem]
+        self.annotations = find_annotations(folder, split)
+        self.masks, self.transform, self.seed = masks, transform, seed
+        content = Fields(read_json(self.annotations), str(self.annotations))
+        self._read_categories(content)
+        images = content.objects("images")
         if not images:
-            raise ValueError(f"{annotations}: none of its {len(problems)} images can be used: {self.skipped[0]}")
-        self.dropped: list[str] = []
-        objects = self._objects(content["annotations"], content["images"], {image["id"] for image in images})
-        if not any(not annotation["iscrowd"] for of_image in objects.values() for annotation in of_image):
-            reason = f": {self.dropped[0]}" if self.dropped else ""
-            raise ValueError(f"{annotations}: holds no object {'with a mask ' if masks else ''}to learn or to find{reason}")
-        annotated = [annotation for of_image in objects.values() for annotation in of_image]
-        ground_truth = {"images": images, "annotations": annotated, "categories": categories}
-        self.ground_truth: dict[str, Any] = ground_truth if transform is None else {}
-        # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
-        self._records = [
-            json.dumps({**image, "objects": objects.get(image["id"], [])}, default=str).encode() for image in images
-        ]
+            raise ValueError(f"{self.annotations}: holds no images")
+        images = self._read_images(images)
+        self.folder = _folder_of(self.annotations, folder, (image["file_name"] for image in images.values()))
 
-    def _objects(self, annotations: Iterable[Any], images: Sequence[Any], usable: set[Any]) -> dict[Any, list[dict[str, Any]]]:
-        """Check the objects, and gather them by image."""
-        by_id = {image["id"]: image for image in images}
-        if len(by_id) < len(images):
-            raise ValueError(f"{self.annotations}: two images are annotated under one id, expected an id for each")
+        def problem(image: Mapping[str, Any]) -> str:
+            return size_problem(self.folder / image["file_name"], (image["width"], image["height"]), "annotated as")
+
+        problems = in_threads(problem, images.values())
+        self.skipped = [problem for problem in problems if problem]
+        usable = {image["id"]: image for image, problem in zip(images.values(), problems, strict=True) if not problem}
+        if not usable:
+            raise ValueError(f"{self.annotations}: none of its {len(images)} images can be used: {self.skipped[0]}")
+        objects = self._read_objects(content, images, usable)
+        self._learnable = [
+            annotation["label"] for found in objects.values() for annotation in found if not annotation["iscrowd"]
+        ]
+        if not self._learnable:
+            reason = f": {self.dropped[0]}" if self.dropped else ""
+            raise ValueError(
+                f"{self.annotations}: holds no object {'with a mask ' if masks else ''}to learn or to find{reason}"
+            )
+        self.ground_truth: dict[str, Any] = {}
+        if transform is None:
+            self.ground_truth = {
+                "images": list(usable.values()),
+                "annotations": [annotation for found in objects.values() for annotation in found],
+                "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)],
+            }
+        # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
+        self._records = [json.dumps({**image, "objects": objects[key]}).encode() for key, image in usable.items()]
+
+    def _read_categories(self, content: Fields) -> None:
+        records = content.objects("categories")
+        self._categories = _Ids(records, "categories")
+        if not records:
+            raise ValueError(f"{self.annotations}: categories is [], expected one or more")
+        self.category_ids = sorted(self._categories.records)
+        names = (self._categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
+        self.class_names = [str(name) for name in names]
+
+    def _read_images(self, records: Sequence[Fields]) -> dict[Any, dict[str, Any]]:
+        """Return id, file_name, width and height of each image by its id."""
+        self._images, images = _Ids(records, "images"), {}
+        files: dict[str, str] = {}  # and where they are named
+        for key, record in self._images.records.items():
+            name = record.text("file_name")
+            first = files.setdefault(normpath(name), record.where)
+            if first != record.where:
+                first = _short(first)
+                raise ValueError(
+                    f"{record.where}: file_name is {name}, as in {first}, expected one record with all its objects"
+                )
+            images[key] = {
+                "id": key,
+                "file_name": name,
+                **{side: record.integer(side, 1, 10**6) for side in ("width", "height")},
+            }
+        return images
+
+    def _read_objects(
+        self, content: Fields, images: Mapping[Any, Any], usable: Container[Any]
+    ) -> dict[Any, list[dict[str, Any]]]:
+        """Check the objects, and gather those of usable images by image; note what is odd about them."""
         labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        found: dict[Any, list[dict[str, Any]]] = {}
-        for number, record in enumerate(annotations, start=1):
-            image_id = record.get("image_id")
-            image = by_id.get(image_id) if isinstance(image_id, int | str) else None
-            name = f"object {record.get('id', number)} of {image['file_name'] if image else image_id}"
+        found: dict[Any, list[dict[str, Any]]] = {key: [] for key in images if key in usable}
+        self.dropped: list[str] = []
+        boxes: list[tuple[float, ...]] = []  # with width and height of their images
+        by_id: dict[Any, Fields] = {}
+        for number, record in enumerate(content.objects("annotations"), start=1):
+            image_id, category = self._images.read(record, "image_id"), self._categories.read(record, "category_id")
+            crowd, area = record.flag("iscrowd", False), record.number("area", default=None)
+            own = record.take("id", "an integer or a text", _is_name, None)
+            image, box = images.get(image_id), record.values.get("bbox")
+            if own is not None and by_id.setdefault(own, record) is not record and by_id[own].values == record.values:
+                self.dropped.append(f"{_short(record.where)}: is {_short(by_id[own].where)} once more")
+                continue
             try:
                 if image is None:
                     raise ValueError("an image that is not annotated")
-                annotation = self._object(record, image, labels)
+                if category not in labels:
+                    raise ValueError(f"category {category}, which is not defined")
+                if not isinstance(box, list) or len(box) != 4 or not _finite(box):
+                    raise ValueError(f"box {box}, expected four numbers: x, y, width, height")
+                boxes.append((*box, image["width"], image["height"]))
+                annotation = {"category_id": category, "label": labels[category], "bbox": box, "iscrowd": int(crowd)}
+                self._check_object(record, image, box)
             except ValueError as error:
-                self.dropped.append(f"{name}: {error}")
+                name = number if own is None else own
+                self.dropped.append(f"object {name} of {image['file_name'] if image else image_id}: {error}")
                 continue
-            if image["id"] in usable:
-                found.setdefault(image["id"], []).append({"id": number, "image_id": image["id"], **annotation})
+            if image_id in found:
+                annotation |= {"id": number, "image_id": image_id, "area": box[2] * box[3] if area is None else area}
+                if self.masks:
+                    annotation["segmentation"] = record.values["segmentation"]
+                found[image_id].append(annotation)
+        self.notes = [f"{len(self.dropped)} objects left out: {'; '.join(self.dropped[:5])}"] if self.dropped else []
+        self._check_boxes(np.array(boxes, dtype=np.float64).reshape(-1, 6))
         return found
 
-    def _object(self, record: Mapping[str, Any], image: Mapping[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
+    def _check_object(self, record: Fields, image: Mapping[str, Any], box: Sequence[float]) -> None:
         height, width = image["height"], image["width"]
-        category = record.get("category_id")
-        if not isinstance(category, int | str) or category not in labels:
-            raise ValueError(f"category {category}, which is not defined")
-        box = record.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not _finite(box):
-            raise ValueError(f"box {box}, expected four numbers: x, y, width, height")
         x, y, w, h = box
-        inside = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
         if w < 1 or h < 1:
             raise ValueError(f"box {box} is less than a pixel wide or high")
-        if min(inside) < 1:
+        if min(x + w, width) - max(x, 0) < 1 or min(y + h, height) - max(y, 0) < 1:
             raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
-        area = record.get("area")
-        annotation = {
-            "category_id": category,
-            "label": labels[category],
-            "bbox": box,
-            "area": area if isinstance(area, int | float) else w * h,
-            "iscrowd": int(bool(record.get("iscrowd"))),
-        }
         if self.masks:
-            annotation["segmentation"] = record.get("segmentation")
-            if isinstance(annotation["segmentation"], dict):
-                _as_rle(annotation["segmentation"], height, width)
+            segmentation = record.values.get("segmentation")
+            if isinstance(segmentation, dict):
+                _as_rle(segmentation, height, width)
             else:
-                _polygons(annotation["segmentation"])  # not drawn yet: they are many
-        return annotation
+                _polygons(segmentation)  # not drawn yet: they are many
+
+    def _check_boxes(self, boxes: NDArray[np.float64]) -> None:
+        """Refuse boxes (N, 4) that are corners in place of sizes, by the sizes of their images (N, 2) in the last columns."""
+        x, y, w, h, width, height = boxes.T
+        beyond = (x + w > width + 1) | (y + h > height + 1)
+        corners = (x >= 0) & (y >= 0) & (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1)
+        if not beyond.any():
+            return
+        line = f"{beyond.sum()} of {len(boxes)} boxes reach more than a pixel beyond their image"
+        if beyond.mean() > 0.05 and corners.mean() > 0.99:
+            raise ValueError(
+                f"{self.annotations}: {line}, and as x1, y1, x2, y2 all would lie in it: expected x, y, width, height, as COCO "
+                "has them"
+            )
+        self.notes = [*self.notes, f"{line}; training cuts them"]
+
+    def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
+        """Take the classes of a model; those that the annotations do not have get ids that stand for nothing."""
+        super().relabel(names, places)
+        ids: list[Any] = [("no category", name) for name in names]
+        for place, category in zip(places, self.category_ids, strict=True):
+            ids[place] = category
+        self.category_ids = ids
+        self.ground_truth["categories"] = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+
+    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
+        """Return the number of objects of each class, without crowds."""
+        return np.bincount(self._learnable, minlength=len(self.class_names) + 1)[1:].tolist(), "object", []
 
     def __len__(self) -> int:
         return len(self._records)
@@ -259,7 +343,7 @@ class CocoImages(Samples):
         boxes[:, 1::2].clamp_(0, height)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.tensor([annotation["label"] for annotation in annotated], dtype=torch.int64),
+            "labels": torch.tensor([self.place(annotation["label"] - 1) + 1 for annotation in annotated], dtype=torch.int64),
         }
         if self.masks:
             encoded = [_as_rle(annotation["segmentation"], height, width) for annotation in annotated]
@@ -273,10 +357,10 @@ class CocoImages(Samples):
         image, record = content
         return self.transform(image, self.target(record))
 
-    def for_evaluation(self, content: tuple[Image.Image, dict[str, Any]] | None) -> tuple[Tensor, int]:
+    def for_evaluation(self, content: tuple[Image.Image, dict[str, Any]] | None) -> tuple[Tensor, Any]:
         """Give the image and its id."""
         if content is None:
-            return torch.zeros(3, 32, 32), -1
+            return torch.zeros(3, 32, 32), None
         return to_tensor(content[0]), content[1]["id"]
 
 

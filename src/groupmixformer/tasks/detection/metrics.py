@@ -78,28 +78,27 @@ def coco_metrics(
 
     Returns:
         `COCO_METRICS` by name, as shares of 1, and for each category class, index and AP. A value is -1 where there is no
-        object to find: COCO's convention.
+        object to find: COCO's convention. The categories are in the order of the annotations' list.
     """
     quiet = {"print_function": lambda *_: None}
-    ids = [image["id"] for image in ground_truth["images"]]
-    # The library takes numbers only; their order decides between equal scores, so those that are numbers stay.
-    places = dict(zip(ids, ids if all(type(i) is int for i in ids) else range(len(ids)), strict=True))
+    # The library takes numbers only; those of images decide between equal scores, so they are in the order of the ids.
+    images = {key: number for number, key in enumerate(sorted(image["id"] for image in ground_truth["images"]), start=1)}
+    labels = {category["id"]: label for label, category in enumerate(ground_truth["categories"], start=1)}
+
+    def numbered(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {**record, "image_id": images[record["image_id"]], "category_id": labels[record["category_id"]]}
+
     expected = COCO(
         {
-            "images": [{**image, "id": places[image["id"]]} for image in ground_truth["images"]],
-            "annotations": [
-                {**annotation, "image_id": places[annotation["image_id"]]} for annotation in ground_truth["annotations"]
-            ],
-            "categories": list(ground_truth["categories"]),
+            "images": [{**image, "id": images[image["id"]]} for image in ground_truth["images"]],
+            "annotations": [numbered(annotation) for annotation in ground_truth["annotations"]],
+            "categories": [{**category, "id": labels[category["id"]]} for category in ground_truth["categories"]],
         },
         **quiet,
     )
     # Masks go without their boxes, or the areas of the boxes would be taken for theirs.
     left_out = "bbox" if kind == "segm" else "segmentation"
-    found = [
-        {key: value for key, value in result.items() if key != left_out} | {"image_id": places[result["image_id"]]}
-        for result in results
-    ]
+    found = [numbered({key: value for key, value in result.items() if key != left_out}) for result in results]
     evaluation = COCOeval_faster(expected, expected.loadRes(found), kind, **quiet)
     evaluation.evaluate()
     evaluation.accumulate()

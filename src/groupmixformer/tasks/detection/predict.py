@@ -1,7 +1,7 @@
 """A trained detector, ready to look at images, to be measured and to explain what it finds."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class DetectionPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val") -> CocoImages:
         """Open a split of a folder with COCO's annotations."""
-        images: CocoImages = self.check_classes(CocoImages(data, split, masks=self.model.masks), data)
+        images: CocoImages = self.match_classes(CocoImages(data, split, masks=self.model.masks), data)
         return images
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class DetectionPredictor(Predictor):
         loader = DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate_detection)
         for inputs, ids, problems in progress(loader, "evaluating"):
             doubtful += problems
-            if ids[0] != -1:
+            if ids[0] is not None:
                 with watch:
                     results += to_results(self._find(inputs[0]), ids[0], images.category_ids)
                 seen.add(ids[0])
@@ -92,14 +92,13 @@ class DetectionPredictor(Predictor):
             for row, of_class in zip(classes, per_class, strict=True):
                 row[f"{name}_AP"] = of_class["AP"]
         result |= {"images": len(seen), **watch.rates(len(seen)), "objects_left_out": images.dropped, "per_class": classes}
-        return EvalResult(result, "\n".join(lines), class_table(classes, self.metric[0].removeprefix("val_")), skipped)
+        table = class_table(classes, self.metric[0].removeprefix("val_"))
+        return EvalResult(result, "\n".join(lines), table, skipped, notes=images.notes)
 
     def predict(self, image: Image.Image, name: str = "") -> Predicted:
         """Find objects; those of at least the least score are drawn and listed, all are in COCO's results."""
         found = self._find(to_tensor(image))
-        stem = Path(name).stem
-        image_id = int(stem) if stem.isdecimal() else Path(name).name  # as COCO's files are named
-        results = to_results(found, image_id, self.config["category_ids"])
+        results = to_results(found, _image_id(name), self.config["category_ids"])
         sure = found["scores"] >= self.score_threshold
         objects = {key: value[sure] for key, value in found.items()}
         if "masks" in objects:
@@ -141,9 +140,21 @@ class DetectionPredictor(Predictor):
         return pairs
 
 
-def write_coco_results(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """Write COCO's results of all images as results.json; return the file."""
-    write_file(out / "results.json", to_json(results))
+def _image_id(name: str) -> int | str:
+    """Return the number of a file that is named by one, as COCO's are, or else its name."""
+    path = Path(name)
+    return int(path.stem) if path.stem.isdecimal() else path.name
+
+
+def write_coco_results(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Write COCO's results of all images, by their paths, as results.json; return the file.
+
+    An image's id is its number or name, or where these are the same for several images, the names of all, or the paths of all.
+    """
+    names: tuple[Callable[[str], Any], ...] = (_image_id, lambda path: Path(path).name, str)
+    ids = next(ids for name in names if len(set((ids := {path: name(path) for path in results}).values())) == len(results))
+    listed = [{**result, "image_id": ids[path]} for path, of_image in results.items() for result in of_image]
+    write_file(out / "results.json", to_json(listed))
     return str(out / "results.json")
 
 

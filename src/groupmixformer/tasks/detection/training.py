@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.classes import differences
 from ...run_folder import save_network
 from ...training.loaders import DataModule
 from ...training.module import Task
@@ -73,9 +74,9 @@ class DetectionModule(Task):
         self.found = []
 
     def validation_step(self, batch: tuple[list[Tensor], list[Any], list[str]], batch_idx: int) -> None:
-        """Find objects in held-out images; those of id -1 fill up a batch and do not count."""
+        """Find objects in held-out images; those without an id fill up a batch and do not count."""
         images, ids, _ = batch
-        wanted = [i for i, image_id in enumerate(ids) if image_id != -1]
+        wanted = [i for i, image_id in enumerate(ids) if image_id is not None]
         if wanted:
             outputs = [self.evaluated([images[i]])[0] for i in wanted]  # together, they would be padded to one size
             self.found += [(ids[i], to_results(o, ids[i], self.category_ids)) for i, o in zip(wanted, outputs, strict=True)]
@@ -112,6 +113,12 @@ class DetectionModule(Task):
         masks = settings.architecture == "mask_rcnn"
         train = CocoImages(recipe.data, "train", masks, transform, recipe.seed)
         held_out = CocoImages(recipe.data, "val", masks)
-        if (train.class_names, train.category_ids) != (held_out.class_names, held_out.category_ids):
-            raise ValueError(f"{recipe.data}: the categories of train and val differ, expected the same ids and names")
+        pairs = [
+            [f"{name} ({i})" for name, i in zip(images.class_names, images.category_ids, strict=True)]
+            for images in (train, held_out)
+        ]
+        if differing := differences(pairs[0], pairs[1], "train", "val"):
+            raise ValueError(
+                f"{recipe.data}: the categories of train and val differ, expected the same names and ids: {differing}"
+            )
         return cls(recipe, train, held_out, world_size)

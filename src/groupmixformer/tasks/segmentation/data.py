@@ -1,23 +1,24 @@
 """Data sets with a class for every pixel: found, checked before training, turned into samples."""
 
-import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...data.images import IMAGE_SUFFIXES, read_image
-from ...data.samples import Samples
+from ...data.images import IMAGE_SUFFIXES, image_sizes, read_image
+from ...data.samples import Samples, in_threads, size_problem
+from ...files import Fields, read_json, read_text
 from ...visual.drawing import palette
 
 IGNORE = 255  # label of pixels that do not count
+MOST_MASKS = 1000  # looked at before training for which classes are there
 ADE20K = {"train": "training", "val": "validation"}  # its names of the splits
 
 
@@ -26,49 +27,62 @@ def _ade20k_classes(folder: Path) -> list[str]:
     listed = folder / "objectInfo150.txt"
     if not listed.is_file():
         return [str(number) for number in range(1, 151)]
-    rows = [line.split("\t") for line in listed.read_text().splitlines()[1:] if line.strip()]
+    rows = [line.split("\t") for line in read_text(listed).splitlines()[1:] if line.strip()]
     return [row[-1].split(",")[0].strip() for row in rows]
 
 
 def _classes(path: Path) -> tuple[list[str], list[int], list[list[int]], int | None]:
     """Read names, ids and colours of the classes, and the label to ignore."""
-    try:
-        content = json.loads(path.read_bytes())
-        classes = content["classes"]
-        names, ids = [str(c["name"]) for c in classes], [c["id"] for c in classes]
-        ignore = content.get("ignore_index")
-        colors = [c.get("color") or palette(len(classes))[i] for i, c in enumerate(classes)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: expected {{"classes": [{{"id": 0, "name": ...}}, ...], "ignore_index": 255}}') from error
-    if not 0 < len(names) < 256 or len(set(ids)) < len(ids) or not all(map(_is_byte, ids)) or ignore in ids:
-        raise ValueError(f"{path}: expected 1 to 255 classes, each with an id of its own from 0 to 255, not the one to ignore")
-    if ignore is not None and not _is_byte(ignore):
-        raise ValueError(f"{path}: got ignore_index {ignore!r}, expected a number from 0 to 255, or none")
-    for name, color in zip(names, colors, strict=True):
-        if not isinstance(color, list) or len(color) != 3 or not all(map(_is_byte, color)):
-            raise ValueError(f"{path}: got color {color!r} for {name}, expected red, green and blue from 0 to 255")
+    content = Fields(read_json(path), str(path))
+    records = content.objects("classes")
+    if not 0 < len(records) < 256:
+        raise ValueError(f"{path}: classes has {len(records)} entries, expected 1 to 255")
+    names: list[str] = []
+    ids: list[int] = []
+    for record in records:
+        names.append(str(record.take("name", "a text", lambda value: isinstance(value, int | str))))
+        ids.append(record.integer("id", 0, 255))
+        if first := ids.index(ids[-1]) + 1 - len(ids):
+            raise ValueError(
+                f"{record.where}: id is {ids[-1]}, as in classes[{len(ids) - 1 + first}], expected an id of its own"
+            )
+    colors = [record.integers("color", 3, 0, 255, default) for record, default in zip(records, palette(len(ids)), strict=True)]
+    ignore = content.integer("ignore_index", 0, 255, None)
+    if ignore in ids:
+        raise ValueError(f"{path}: ignore_index is {ignore}, the id of {names[ids.index(ignore)]}, expected another, or none")
     return names, ids, colors, ignore
 
 
-def _is_byte(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-
-
-def _problem_of_pair(image: Path, mask: Path) -> str:
+def _problem_of_pair(pair: tuple[Path, Path]) -> str:
     """Return what is wrong with an image and its mask, by their heads alone, or nothing."""
-    sizes = []
-    for path in (image, mask):
-        try:
-            with Image.open(path) as opened:
-                sizes.append(opened.size)
-                mode = opened.mode
-        except FileNotFoundError:
-            return f"{image}: has no mask {path}" if path == mask else f"{path}: no such file"
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return f"{path}: not a readable image"
-    if sizes[0] != sizes[1]:
-        return f"{mask}: is {sizes[1][0]} x {sizes[1][1]} pixels and its image {sizes[0][0]} x {sizes[0][1]}"
-    return "" if mode in ("L", "P", "1") else f"{mask}: is of mode {mode}, expected one channel of class numbers"
+    image, mask = pair
+    if not mask.is_file():
+        return f"{image}: has no mask {mask}"
+    try:
+        with Image.open(mask) as opened:
+            mode = opened.mode
+        size, _ = image_sizes(mask)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return f"{mask}: not a readable image"
+    if mode not in ("L", "P", "1"):
+        return f"{mask}: is of mode {mode}, expected one channel of class numbers"
+    return size_problem(image, size, f"its mask {mask.name}")
+
+
+def _read_mask(path: Path) -> NDArray[np.uint8]:
+    """Read the numbers (H, W) of a mask, upright.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        with Image.open(path) as mask:
+            # Pillow spreads grey of 2 and 4 bits over 0 to 255.
+            spread = {"L;2": 85, "L;4": 17}.get(str(mask.tile[0][3]) if mask.tile else "", 1)
+            numbers = np.asarray(ImageOps.exif_transpose(mask)).astype(np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable mask: {error}") from error
+    return numbers // spread
 
 
 class SemanticImages(Samples):
@@ -107,13 +121,13 @@ class SemanticImages(Samples):
     ) -> None:
         folder = Path(folder)
         self.transform, self.prepare, self.seed = transform, prepare, seed
-        ignore: int | None
+        self.ignore: int | None
         if (folder / "classes.json").is_file():
-            self.class_names, self.class_ids, self.colors, ignore = _classes(folder / "classes.json")
+            self.class_names, self.class_ids, self.colors, self.ignore = _classes(folder / "classes.json")
             images, masks = folder / "images" / split, folder / "masks" / split
         elif (folder / "annotations" / "training").is_dir():
             self.class_names = _ade20k_classes(folder)
-            self.class_ids, ignore = list(range(1, len(self.class_names) + 1)), 0
+            self.class_ids, self.ignore = list(range(1, len(self.class_names) + 1)), 0
             self.colors = palette(len(self.class_names))
             split = ADE20K.get(split, split)
             images, masks = folder / "images" / split, folder / "annotations" / split
@@ -128,20 +142,53 @@ class SemanticImages(Samples):
         if not files:
             raise ValueError(f"{images}: holds no images")
         pairs = [(file, masks / f"{file.stem}.png") for file in files]
-        with ThreadPoolExecutor(8) as pool:
-            problems = list(pool.map(lambda pair: _problem_of_pair(*pair), pairs))
+        problems = in_threads(_problem_of_pair, pairs)
         self.skipped = [problem for problem in problems if problem]
         usable = [pair for pair, problem in zip(pairs, problems, strict=True) if not problem]
         if not usable:
             raise ValueError(f"{images}: none of its {len(files)} images can be used: {self.skipped[0]}")
         self.names, self.masks = [str(image) for image, _ in usable], [str(mask) for _, mask in usable]
         self._labels = np.full(256, -1, dtype=np.int16)  # of each number in a mask file; -1 for those that mean nothing
-        if ignore is not None:
-            self._labels[ignore] = IGNORE
+        if self.ignore is not None:
+            self._labels[self.ignore] = IGNORE
         self._labels[self.class_ids] = np.arange(len(self.class_ids))
+
+    def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
+        """Take the classes of a model: their names, and the place of each class of the data among them."""
+        super().relabel(names, places)
+        self._labels[self.class_ids] = places
+
+    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
+        """Count the pixels of each class in masks drawn at random, until every class is found, in `MOST_MASKS` at most."""
+        pixels, problems, looked_at = np.zeros(256, dtype=np.int64), [], 0
+
+        def count(index: int) -> NDArray[np.int64] | str:
+            try:
+                return np.bincount(self._numbers(self.masks[index]).ravel(), minlength=256)
+            except ValueError as error:
+                return str(error)
+
+        drawn = np.random.default_rng(0).permutation(len(self))[:MOST_MASKS].tolist()
+        while drawn and (not looked_at or not pixels[self.class_ids].all()):
+            for found in in_threads(count, drawn[:64]):
+                if isinstance(found, str):
+                    problems.append(found)
+                else:
+                    pixels += found
+            looked_at, drawn = looked_at + len(drawn[:64]), drawn[64:]
+        if self.ignore is not None and pixels[self.ignore]:
+            self.hint = f"; pixels of {self.ignore} are ignored: if they mark a class, give it this id, and drop ignore_index"
+        return pixels[self.class_ids].tolist(), f"pixel in {looked_at:,} of {len(self):,} masks", problems
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def _numbers(self, mask: str) -> NDArray[np.uint8]:
+        """Return the numbers in a mask (H, W); ValueError if it cannot be read, or one is of no class."""
+        numbers = _read_mask(Path(mask))
+        if (unknown := self._labels[numbers] < 0).any():
+            raise ValueError(f"{mask}: holds the number {numbers[unknown][0]}, which is of no class")
+        return numbers
 
     def read(self, index: int) -> tuple[Image.Image, Tensor]:
         """Return an image and its labels (H, W), uint8.
@@ -150,16 +197,7 @@ class SemanticImages(Samples):
             ValueError: If one of them cannot be read, or a label is of no class.
         """
         image = read_image(Path(self.names[index]))
-        try:
-            with Image.open(self.masks[index]) as mask:
-                numbers = np.asarray(mask).astype(np.uint8)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.masks[index]}: not a readable mask: {error}") from error
-        labels = self._labels[numbers]
-        if labels.min() < 0:
-            unknown = int(numbers[labels < 0][0])
-            raise ValueError(f"{self.masks[index]}: holds the number {unknown}, which is of no class")
-        return image, torch.from_numpy(labels.astype(np.uint8))
+        return image, torch.from_numpy(self._labels[self._numbers(self.masks[index])].astype(np.uint8))
 
     def for_training(self, content: tuple[Image.Image, Tensor]) -> tuple[Tensor, Tensor]:
         """Augment an image and its labels together."""

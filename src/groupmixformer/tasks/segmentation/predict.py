@@ -61,7 +61,7 @@ class SegmentationPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val") -> SemanticImages:
         """Open a split of a folder with images, masks and classes, or of ADE20K's."""
-        images: SemanticImages = self.check_classes(SemanticImages(data, split, prepare=self.model.prepare), data)
+        images: SemanticImages = self.match_classes(SemanticImages(data, split, prepare=self.model.prepare), data)
         return images
 
     def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -98,7 +98,7 @@ class SegmentationPredictor(Predictor):
             "ignored_label": IGNORE,
             "per_class": classes,
         }
-        return EvalResult(result, text, class_table(classes, "IoU"), skipped)
+        return EvalResult(result, text, class_table(classes, "IoU"), skipped, notes=images.notes)
 
     def predict(self, image: Image.Image, name: str = "") -> Predicted:
         """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
