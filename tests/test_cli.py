@@ -470,8 +470,10 @@ def test_the_quickstart_takes_a_free_folder(monkeypatch, tmp_path, capsys, photo
     assert [path.name for path in (tmp_path / "runs" / "quickstart").iterdir()] == ["recipe.yaml"]
 
 
-def test_eval_refuses_another_number_of_classes(run, capsys):
-    assert "10 classes and the model 2" in error(capsys, "eval", run, "--data", "digits", code=1)
+def test_eval_refuses_other_classes(run, capsys):
+    assert "digits: has other classes than the model: only the data has 0, 1, 2, 3, 4, ... (10); only the model has" in error(
+        capsys, "eval", run, "--data", "digits", code=1
+    )
 
 
 @pytest.mark.slow

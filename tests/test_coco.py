@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from groupmixformer.tasks.detection.data import (
     to_tensor,
 )
 from groupmixformer.tasks.detection.metrics import COCO_METRICS, coco_metrics, to_results
+from groupmixformer.tasks.detection.predict import write_coco_results
 
 PLAIN = detection_transform(0.0, 0.0, 0.0)
 WIDTH, HEIGHT = 40, 30
@@ -421,6 +423,83 @@ def test_a_truncated_image_is_replaced_in_training_and_blank_in_evaluation(folde
     photos, ids, problems = collate_detection([images[0, 0], images[0, 1]])
     assert len(photos) == len(ids) == 2
     assert problems == [problem]
+
+
+def lay_on_its_side(path, orientation, transpose):
+    """Store an image that people see as it was in another way."""
+    with Image.open(path) as image:
+        stored = image.transpose(transpose)
+    exif = stored.getexif()
+    exif[0x112] = orientation
+    stored.save(path, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "transpose"),
+    [(6, Image.Transpose.ROTATE_90), (3, Image.Transpose.ROTATE_180)],
+    ids=["turned", "upside down"],
+)
+def test_boxes_lie_on_what_people_see(folder, orientation, transpose):
+    root = folder()
+    plain = CocoImages(root, "val", masks=True)
+    lay_on_its_side(root / "images" / "1.png", orientation, transpose)
+    turned = CocoImages(root, "val", masks=True)
+    assert (turned.skipped, turned.dropped) == ([], [])
+    assert turned.read(0)[0].tobytes() == plain.read(0)[0].tobytes()
+    assert torch.equal(turned.target(turned.read(0)[1])["boxes"], plain.target(plain.read(0)[1])["boxes"])
+
+
+def test_boxes_of_an_image_as_it_is_stored_are_refused(folder):
+    root = folder(images=[image(1, width=HEIGHT, height=WIDTH), image(2)], objects=[thing(of=2)])
+    lay_on_its_side(root / "images" / "1.png", 6, Image.Transpose.ROTATE_90)
+    images = CocoImages(root, "val", masks=False)
+    assert len(images) == 1
+    (line,) = images.skipped
+    said = "is, turned upright by its EXIF orientation, 40 x 30 pixels and annotated as 30 x 40, as it is stored, where boxes"
+    assert line.startswith(f"{root / 'images' / '1.png'}: {said} and masks would be misplaced: ")
+    assert line.endswith(": annotate it as it is seen, or remove the orientation from the file")
+
+
+def test_an_object_that_is_listed_twice_is_one(folder):
+    images = CocoImages(folder([thing(1), thing(1, category=7), thing(1), thing(2)]), "val", masks=False)
+    assert images.dropped == ["annotations[2]: is annotations[0] once more"]
+    assert images.notes == ["1 objects left out: annotations[2]: is annotations[0] once more"]
+    assert images.target(images.read(0)[1])["labels"].tolist() == [1, 2, 1]
+
+
+def test_ids_may_be_texts(folder):
+    categories = [{"id": "q", "name": "square"}, {"id": "d", "name": "disc"}]
+    records = [image("a", file_name="1.png"), image("b", file_name="2.png")]
+    images = CocoImages(
+        folder([thing("x", of="b", category="q"), thing("y", of="b", category="d")], records, categories), "val", True
+    )
+    assert (images.class_names, images.category_ids) == (["disc", "square"], ["d", "q"])
+    found = {**images.target(images.read(1)[1]), "scores": torch.ones(2)}
+    found["masks"] = found["masks"][:, None]
+    for kind in ("bbox", "segm"):
+        metrics, per_class = coco_metrics(images.ground_truth, to_results(found, "b", images.category_ids), kind)
+        assert metrics["AP"] == 1.0
+        assert [row["class"] for row in per_class] == ["disc", "square"]
+
+
+def test_numbers_that_a_program_has_made_of_integers_are_ids(folder):
+    images = CocoImages(folder([thing(1, of=1.0, category=3.0)], [image(1.0, file_name="1.png")]), "val", masks=False)
+    assert json.dumps(images.read(0)[1]["id"]) == "1"
+
+
+def test_results_of_several_images_have_an_id_each(tmp_path):
+    def ids(*paths):
+        file = write_coco_results(tmp_path, {path: [{"image_id": 0, "score": 1}] for path in paths})
+        return [result["image_id"] for result in json.loads(Path(file).read_text())]
+
+    assert ids("a/000012.jpg", "a/b.jpg") == [12, "b.jpg"]
+    assert ids("a/12.jpg", "a/12.png") == ["12.jpg", "12.png"]
+    assert ids("a/12.jpg", "b/12.jpg", "c.jpg") == ["a/12.jpg", "b/12.jpg", "c.jpg"]
+
+
+def test_boxes_that_reach_beyond_an_image_are_said_once(folder):
+    images = CocoImages(folder([thing(1, box=(30, 5, 20, 8)), thing(2, box=(30, 5, 10, 8))]), "val", masks=False)
+    assert images.notes == ["1 of 2 boxes reach more than a pixel beyond their image; training cuts them"]
 
 
 DROPPED = {

@@ -483,11 +483,26 @@ def test_evaluation_on_other_ids_of_the_same_classes(trained, shapes, tmp_path, 
     for category in content["categories"]:
         category["id"] += 50
     path.write_text(json.dumps(content))
-    assert json.loads(gmf(capsys, "eval", run, "--data", tmp_path / "data", "--json").out)["mask_AP"] == result["mask_AP"]
+    other = json.loads(gmf(capsys, "eval", run, "--data", tmp_path / "data", "--json").out)
+    assert (other["mask_AP"], other["per_class"]) == (result["mask_AP"], result["per_class"])
+    for record in [*content["annotations"], *content["categories"]]:  # in the other order, as texts
+        key = "category_id" if "category_id" in record else "id"
+        record[key] = {53: "b", 57: "a"}[record[key]]
+    path.write_text(json.dumps(content))
+    other = json.loads(gmf(capsys, "eval", run, "--data", tmp_path / "data", "--json").out)
+    assert (other["mask_AP"], other["per_class"]) == (result["mask_AP"], result["per_class"])
+    assert other["notes"] == [f"the 2 classes of {tmp_path / 'data'} are matched by name"]
     content["categories"][0]["name"] = "ring"
     path.write_text(json.dumps(content))
     line = error(capsys, "eval", run, "--data", tmp_path / "data")
-    assert "has the classes square, ring, ... (2) and the model square, disc, ... (2), expected the same" in line
+    assert "has other classes than the model: only the data has ring; only the model has disc; expected classes of" in line
+    content["categories"] = content["categories"][1:]
+    content["annotations"] = [record for record in content["annotations"] if record["category_id"] == "b"]
+    path.write_text(json.dumps(content))
+    part = json.loads(gmf(capsys, "eval", run, "--data", tmp_path / "data", "--json").out)
+    assert part["mask_AP"] == result["per_class"][0]["mask_AP"]
+    assert [row["mask_AP"] for row in part["per_class"]] == [part["mask_AP"], -1]
+    assert part["notes"] == [f"the 1 classes of {tmp_path / 'data'} are matched by name; 1 of the model's have no image: disc"]
 
 
 def test_what_cannot_be_evaluated_is_said_in_one_line(trained, shapes, tmp_path, capsys):

@@ -208,7 +208,7 @@ def test_segmenters_are_refused(tmp_path, capsys):
         (["--calibrate", "NONE", "--data", "digits"], "no folder with images, expected one to calibrate on"),
         (["--data", "digits"], "has no recipe that names its training data: name a folder of images with --calibrate"),
         (["--calibrate", "EMPTY"], "has no recipe that names a data set: name one with --data"),
-        (["--calibrate", "PHOTOS", "--data", "PHOTOS"], "has 2 classes and the model 10, expected the same"),
+        (["--calibrate", "PHOTOS", "--data", "PHOTOS"], "has other classes than the model: only the data has one, zero"),
     ],
 )
 def test_data_that_does_not_fit(untrained, photos, tmp_path, capsys, argv, message):

@@ -76,6 +76,19 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_predictions_have_the_coordinates_that_people_see(runs, image, tmp_path, task):
+    with Image.open(image) as upright:
+        stored = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = stored.getexif()
+    exif[0x112] = 6  # lies on its side
+    stored.save(tmp_path / image.name, exif=exif)
+    options = {"score_threshold": 0.0} if task == "detection" else {}
+    seen, turned = Run.open(runs / task).predict([image, tmp_path / image.name], device="cpu", **options)
+    assert turned == seen
+    assert seen.files or task == "classification"
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_notebook(runs, image, counted, task):
     run = Run.open(runs / task)
     assert (run.path, run.task, run.class_names) == (runs / task, task, NAMES)

@@ -732,9 +732,23 @@ def test_scales_that_make_no_sense_are_refused(trained, capsys, scales):
     assert f"got {scales}, expected factors from 0.05 to 20" in refusal(capsys, "eval", trained[0], "--scales", scales, code=2)
 
 
-def test_eval_on_other_classes_is_refused(trained, other_classes, capsys):
-    line = refusal(capsys, "eval", trained[0], "--data", other_classes)
-    assert "has the classes sky, road, ... (2) and the model sky, road, car, ... (3)" in line
+def test_eval_matches_classes_by_name(trained, data, other_classes, tmp_path, capsys):
+    run, result = trained
+    shutil.copytree(data, tmp_path / "data")
+    listed = tmp_path / "data" / "classes.json"
+    content = json.loads(listed.read_text())
+    content["classes"].reverse()
+    listed.write_text(json.dumps(content))
+    other = json.loads(gmf(capsys, "eval", run, "--data", tmp_path / "data", "--json").out)
+    assert (other["mIoU"], other["per_class"]) == (result["mIoU"], result["per_class"])
+    assert other["notes"] == [f"the 3 classes of {tmp_path / 'data'} are matched by name"]
+    part = json.loads(gmf(capsys, "eval", run, "--data", other_classes, "--json").out)
+    assert part["notes"] == [f"the 2 classes of {other_classes} are matched by name; 1 of the model's have no image: car"]
+    assert [row["class"] for row in part["per_class"]] == NAMES
+    content["classes"][0]["name"] = "bus"
+    listed.write_text(json.dumps(content))
+    line = refusal(capsys, "eval", run, "--data", tmp_path / "data")
+    assert "has other classes than the model: only the data has bus; only the model has car; expected classes" in line
     assert "no such folder" in refusal(capsys, "eval", trained[0], "--split", "test")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -209,6 +211,57 @@ def test_camvid_opens_without_problems(shared):
     image, labels = train.read(0)
     assert (image.size, labels.shape) == ((480, 360), (360, 480))
     assert set(labels.unique().tolist()) <= {*range(11), IGNORE}
+
+
+@pytest.mark.parametrize("side", ["image", "mask", "both"])
+def test_masks_lie_on_what_people_see(copied, side):
+    plain = SemanticImages(copied, "train")
+    index = [name.endswith("scene1.png") for name in plain.names].index(True)
+    for kind, path in (("image", plain.names[index]), ("mask", plain.masks[index])):
+        if side in (kind, "both"):
+            with Image.open(path) as upright:
+                lying = upright.transpose(Image.Transpose.ROTATE_90)
+            exif = lying.getexif()
+            exif[0x112] = 6
+            lying.save(path, exif=exif)
+    turned = SemanticImages(copied, "train")
+    assert turned.skipped == []
+    image, labels = turned.read(index)
+    assert image.tobytes() == plain.read(index)[0].tobytes() or side == "mask"
+    assert np.array_equal(labels, SemanticImages(copied, "train").read(index)[1])
+    counted = labels.numpy() != IGNORE
+    assert (np.asarray(image)[counted] == COLORS[labels.numpy()[counted]]).all()
+
+
+def test_a_mask_of_an_image_as_it_is_stored_is_refused(copied):
+    path, mask = (copied / kind / "train" / "scene1.png" for kind in ("images", "masks"))
+    for file, orientation in ((path, 6), (mask, 1)):
+        with Image.open(file) as upright:
+            lying = upright.transpose(Image.Transpose.ROTATE_90)
+        exif = lying.getexif()
+        exif[0x112] = orientation
+        lying.save(file, exif=exif)
+    (line,) = SemanticImages(copied, "train").skipped
+    assert line.startswith(
+        f"{path}: is, turned upright by its EXIF orientation, {lying.height} x {lying.width} pixels and its mask"
+    )
+    assert line.endswith("annotate it as it is seen, or remove the orientation from the file")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_hold_the_numbers_that_were_written(tmp_path, bits):
+    most = 2**bits - 1
+    write_classes(tmp_path, classes=[{"id": i, "name": f"{i}"} for i in range(most + 1)])
+    write_pair(tmp_path, "train", "a", np.zeros((2, 8, 3)), np.zeros((2, 8)))
+    numbers = np.arange(16).reshape(2, 8) % (most + 1)
+    packed = np.packbits(np.unpackbits(numbers.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :].reshape(2, -1), axis=1)
+    content = b"".join(b"\0" + row.tobytes() for row in packed)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)), (b"IDAT", zlib.compress(content)), (b"IEND", b""))
+    png = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "masks" / "train" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    assert SemanticImages(tmp_path, "train").read(0)[1].tolist() == numbers.tolist()
 
 
 # Problems
