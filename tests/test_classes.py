@@ -112,7 +112,7 @@ def test_classes_in_another_order_give_the_same_metrics(classifier, fruit, tmp_p
     order = [2, 0, 1, *range(3, len(names))]
     options = {"root": root} if root else {}
     usual, other = (classifier(names, places).evaluate(data, "cpu", **options) for places in (None, order))
-    assert usual.notes == ()
+    assert not usual.notes
     assert other.notes == [f"the {len(names)} classes of {data} are matched by name"]
     assert numbers(usual) == numbers(other)
     assert len({row["top1"] for row in usual.result["per_class"]}) > 1  # or any order would do

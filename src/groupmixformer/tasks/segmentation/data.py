@@ -59,11 +59,11 @@ def _problem_of_pair(pair: tuple[Path, Path]) -> str:
     if not mask.is_file():
         return f"{image}: has no mask {mask}"
     try:
+        size, _ = image_sizes(mask)
         with Image.open(mask) as opened:
             mode = opened.mode
-        size, _ = image_sizes(mask)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return f"{mask}: not a readable image"
+    except ValueError as error:
+        return str(error)
     if mode not in ("L", "P", "1"):
         return f"{mask}: is of mode {mode}, expected one channel of class numbers"
     return size_problem(image, size, f"its mask {mask.name}")
