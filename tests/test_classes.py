@@ -204,7 +204,7 @@ def test_numbers_of_no_class_end_training_before_it_begins(regions):
         ValueError, match=r"1 of 3 training images cannot be used, more than .*1\.png: holds the number 9, which"
     ):
         regions(1, 9, 1).check("training", 0)
-    assert "1 training images left out: " in regions(1, 9, 1).check("training", 0.5)[0]
+    assert "training data: 1 images cannot be used: " in regions(1, 9, 1).check("training", 0.5)[0]
 
 
 def test_categories_without_an_object_are_named(tmp_path):

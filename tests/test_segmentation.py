@@ -766,7 +766,7 @@ def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys
     (masks / "train" / "scene5.png").unlink()
     argv = ["train", "camvid", *options(spoilt, tmp_path / "run", "--epochs", "2", "--json")]
     lines = gmf(capsys, *argv, code=1).err.strip().splitlines()
-    assert lines[-1].startswith("gmf: error: 1 of 9 training images cannot be used, more than max_unreadable (0.10%) allows: ")
+    assert lines[-1].startswith("gmf: error: 2 of 9 training images cannot be used, more than max_unreadable (0.10%) allows: ")
     assert f"scene5.png: has no mask {masks / 'train' / 'scene5.png'}" in lines[-1]
 
     result = gmf(capsys, *argv, "--resume", "--max-unreadable", "0.3")

@@ -139,8 +139,9 @@ class Samples(Dataset[Any]):
                 f"{len(left_out)} of {whole} {name} images cannot be used, more than max_unreadable ({limit:.2%}) allows: "
                 f"{_few(left_out)}"
             )
-        lines = [f"{len(left_out)} {name} images left out: {_few(left_out)}"] if left_out else []
-        lines += [f"{name} data: {note}" for note in self.notes]
+        lines = [f"{len(self.skipped)} {name} images left out: {_few(self.skipped)}"] if self.skipped else []
+        unusable = [f"{len(problems)} images cannot be used: {_few(problems)}"] if problems else []
+        lines += [f"{name} data: {note}" for note in (*self.notes, *unusable)]
         there = [name for name, count in zip(self.class_names, counts, strict=True) if count] if counts else []
         if len(there) == len(counts):
             return lines
