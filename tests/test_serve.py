@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import http.client
 import io
 import json
 import os
@@ -26,7 +27,8 @@ from groupmixformer import GroupMixFormer
 from groupmixformer.cli.main import main
 from groupmixformer.data.images import decode
 from groupmixformer.deploy import serve
-from groupmixformer.deploy.serve import Limits, application, listen, server, service
+from groupmixformer.deploy.serve import Limits, application, service
+from groupmixformer.deploy.server import listen, server
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
@@ -67,7 +69,7 @@ def serving(model, task="classification", limits=None):
     made = model if isinstance(model, serve.Service) else service(model, limits or Limits())
     made.warm_up()
     listening, address = listen("127.0.0.1", 0)
-    running = server(application(made, "tested", task))
+    running = server(application(made, "tested", task), listening)
     thread = threading.Thread(target=running.run, args=([listening],))
     thread.start()
     try:
@@ -174,6 +176,24 @@ def test_a_full_queue_turns_away(classes):
         assert metric(address, "gmf_queue_length") == 0
 
 
+def test_one_client_leaves_room_for_others(classes):
+    made, gate = held(classes, Limits(queue=4, per_client=2))
+    other = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"))
+    with serving(made) as address, ThreadPoolExecutor(3) as clients:
+        gate.clear()
+        waiting = [clients.submit(httpx.post, f"{address}/predict", content=image(i), headers=PNG) for i in range(2)]
+        until(lambda: metric(address, "gmf_queue_length") == 2)
+        answer = httpx.post(f"{address}/predict", content=image(3), headers=PNG)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json() == {"error": "2 requests of 127.0.0.1 are waiting already: try again later"}
+        waiting.append(clients.submit(other.post, f"{address}/predict", content=image(3), headers=PNG))
+        until(lambda: metric(address, "gmf_queue_length") == 3)
+        gate.set()
+        assert [one.result().status_code for one in waiting] == [200] * 3
+        assert httpx.post(f"{address}/predict", content=image(3), headers=PNG).status_code == 200
+        assert made._clients == {}
+
+
 def test_stopping_answers_what_was_taken_in(classes):
     made, gate = held(classes, Limits())
     with ThreadPoolExecutor(4) as clients:
@@ -191,11 +211,17 @@ def test_a_large_body_is_refused_before_it_is_read(classes):
     with serving(classes, limits=Limits(megabytes=1)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as client:  # announced, and not sent
-            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 99000000\r\n\r\n")
+            client.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 99000000\r\n\r\n"
+            )
             assert client.makefile("rb").readline().startswith(b"HTTP/1.1 413")
         parts = (bytes(100_000) for _ in range(11))  # not announced
         answer = httpx.post(f"{address}/predict", content=parts, headers=PNG)
         assert (answer.status_code, answer.json()) == (413, {"error": "the request is over 1 MB"})
+        for _ in range(3):  # whoever sends all before reading gets the answer too: no reset takes it away
+            sender = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+            sender.request("POST", "/predict", bytes(30_000_000), PNG)
+            assert sender.getresponse().status == 413
         assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
@@ -204,10 +230,14 @@ def test_a_slow_client_does_not_hold_its_place(classes, monkeypatch):
     with serving(classes, limits=Limits(queue=1)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as client:
-            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc")
+            client.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc"
+            )
             assert client.makefile("rb").readline().startswith(b"HTTP/1.1 408")
         with socket.create_connection((host, int(port)), timeout=20) as client:  # goes away in the middle
-            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc")
+            client.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc"
+            )
         until(lambda: metric(address, "gmf_queue_length") == 0)
         assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 

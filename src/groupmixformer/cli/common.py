@@ -153,6 +153,11 @@ Root = Annotated[Reads[PathText], Option(metavar="DIR", help="where timm's data 
 Device = Annotated[Works[str], Option(help="auto, cpu, cuda, ...")]
 Host = Annotated[Works[str], Option(help="address to listen on; by default this machine alone")]
 Port = Annotated[Works[NonNegative], Option(help="0 takes one that is free")]
+AllowedHosts = Annotated[
+    Works[Sequence[str]],
+    Option(metavar="NAME", help="names by which it may be called, beside localhost and --host: '*.example.com', '*' for any"),
+]
+AccessLog = Annotated[Writes[bool], Option(help="print a JSON object on stdout for each request")]
 ImageSize = Annotated[Looks[Positive | None], Option(help="side of the images; the model's own by default")]
 SlidingWindow = Annotated[Looks[bool], Option(help="for segmentation: look through windows of the training size")]
 ScalesOption = Annotated[Looks[Scales], Option(help="for segmentation: average over sizes, such as 0.75,1,1.25")]

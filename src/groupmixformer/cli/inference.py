@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .common import (
     EXTRAS,
+    AccessLog,
+    AllowedHosts,
     AllowNonfinite,
     Device,
     Figure,
@@ -248,6 +250,9 @@ def serve(
     max_batch: Works[Positive] = 16,
     queue: Works[Positive] = 64,
     max_megabytes: Works[Positive] = 20,
+    max_connections: Works[Positive] = 512,
+    max_per_client: Works[Positive] = 32,
+    allowed_hosts: AllowedHosts = (),
     fuse: Works[bool] = True,
     image_size: ImageSize = None,
     sliding_window: SlidingWindow = False,
@@ -255,6 +260,7 @@ def serve(
     flip: Flip = False,
     top: Top = 5,
     score_threshold: ScoreThreshold = 0.5,
+    access_log: AccessLog = False,
     json: Json = False,
 ) -> None:
     """Answer over HTTP: POST an image, get JSON.
@@ -263,9 +269,12 @@ def serve(
         max_batch: for classification: images looked at together
         queue: requests taken in at once
         max_megabytes: size of a request
+        max_connections: open at once; fewer if the limit of open files is low
+        max_per_client: requests of one address taken in at once
         fuse: take the inference form of a GroupMixFormer (default: yes)
     """
-    from ..deploy.serve import Limits, application, listen, server, service
+    from ..deploy.serve import Limits, application, service
+    from ..deploy.server import listen, server
     from ..models.fuse import fuse as inference_form
     from ..models.groupmixformer import GroupMixFormer
 
@@ -277,9 +286,11 @@ def serve(
         fused = fuse and any(isinstance(module, GroupMixFormer) for module in predictor.model.modules())
         if fused:
             predictor.model = inference_form(predictor.model)
-        serving = service(predictor, Limits(max_batch, queue, max_megabytes))
+        serving = service(predictor, Limits(max_batch, queue, max_megabytes, max_per_client))
         serving.warm_up()
         name, task = Path(run).resolve().name, opened.task
+        app = application(serving, name, task)
+        running = server(app, listening, host, allowed_hosts, max_connections, access_log)
         if json:
             show({"address": address, "model": name, "task": task}, json, "")
         print(
@@ -287,7 +298,7 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
-        server(application(serving, name, task)).run([listening])
+        running.run([listening])
 
 
 @command("demo", "gmf demo runs/quickstart", "demo", *EXTRAS)
@@ -298,6 +309,8 @@ def demo(
     device: Device = "auto",
     host: Host = "127.0.0.1",
     port: Port = 7860,
+    allowed_hosts: AllowedHosts = (),
+    access_log: AccessLog = False,
     json: Json = False,
 ) -> None:
     """Open a local page: drop an image, see what is found, click a point and see what it attends to.
@@ -308,7 +321,7 @@ def demo(
     from PIL import Image
 
     from ..deploy.demo import Page, application
-    from ..deploy.serve import listen, server
+    from ..deploy.server import listen, server
     from ..run import Run
 
     listening, address = listen(host, port)
@@ -320,7 +333,9 @@ def demo(
             predictors[path].predict(Image.new("RGB", (64, 64)))  # the first image takes longer
             examples += sorted(str(example) for example in run.folder.examples.glob("*.png"))
         app = application(Page(predictors), examples)
+        # An open page keeps its connection: one second, then it is cut.
+        running = server(app, listening, host, allowed_hosts, access_log=access_log, patience=1)
         if json:
             show({"address": address, "runs": list(runs)}, json, "")
         print(f"gmf demo: open {address} in a browser; Ctrl-C ends it", file=sys.stderr, flush=True)
-        server(app, patience=1).run([listening])  # a page that is open keeps its connection
+        running.run([listening])

@@ -8,17 +8,15 @@ short: requests wait in one event loop, and one thread runs the model.
 import asyncio
 import io
 import logging
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
@@ -43,11 +41,13 @@ class Limits:
         batch: Images that the model looks at together.
         queue: Requests that are taken in and not yet answered; more are turned away.
         megabytes: Size of a request's body.
+        per_client: Requests of one address that are taken in and not yet answered.
     """
 
     batch: int = 16
     queue: int = 64
     megabytes: int = 20
+    per_client: int = 32
 
 
 class StrictResponse(JSONResponse):
@@ -101,7 +101,7 @@ class Service:
         self._readers = ThreadPoolExecutor(torch.get_num_threads(), "reader")
         self._model = ThreadPoolExecutor(1, "model")
         self._waiting: asyncio.Queue[tuple[Any, asyncio.Future[dict[str, Any]]]] = asyncio.Queue()
-        self._inside = 0
+        self._inside, self._clients = 0, Counter[str]()
         self._answers: Counter[int] = Counter()
         self._seconds = Histogram("gmf_request_seconds", "From the arrival of a request to its answer.", SECONDS)
         self._sizes = Histogram("gmf_batch_images", "Images that the model looked at together.", SIZES)
@@ -119,9 +119,13 @@ class Service:
             HTTPException: If it is turned away; the detail says why in a line.
         """
         if self._inside >= self._limits.queue:  # before the body is read, so that the memory is bounded too
-            waiting = f"{self._inside} requests are waiting already: try again later"
-            raise HTTPException(503, waiting, {"Retry-After": "1", "Connection": "close"})
+            raise HTTPException(503, f"{self._inside} requests are waiting already: try again later", {"Retry-After": "1"})
+        client = request.client.host if request.client else ""
+        if self._clients[client] >= self._limits.per_client:
+            waiting = f"{self._clients[client]} requests of {client} are waiting already: try again later"
+            raise HTTPException(429, waiting, {"Retry-After": "1"})
         self._inside += 1
+        self._clients[client] += 1
         try:
             content = await self._image(request)
             loop = asyncio.get_running_loop()
@@ -132,6 +136,7 @@ class Service:
             raise HTTPException(400, str(error)) from error
         finally:
             self._inside -= 1
+            self._clients -= Counter([client])  # drops those of whom nothing waits
 
     async def _image(self, request: Request) -> bytes:
         """Read the image of a request: its body, or the file of a form."""
@@ -139,12 +144,12 @@ class Service:
         form = kind == "multipart/form-data"
         if not (form or kind.startswith("image/") or kind == "application/octet-stream"):
             expected = "expected an image as the body (Content-Type: image/...) or as the file of a multipart form"
-            raise HTTPException(415, f"got Content-Type {kind or 'of no kind'}, {expected}", {"Connection": "close"})
+            raise HTTPException(415, f"got Content-Type {kind or 'of no kind'}, {expected}")
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._body(request)
         except TimeoutError:
-            raise HTTPException(408, f"the image took over {BODY_SECONDS:g} s to arrive", {"Connection": "close"}) from None
+            raise HTTPException(408, f"the image took over {BODY_SECONDS:g} s to arrive") from None
         except ClientDisconnect:
             raise HTTPException(400, "the client went away") from None
         if not form:
@@ -161,7 +166,7 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         most = self._limits.megabytes * 1_000_000
-        too_large = HTTPException(413, f"the request is over {self._limits.megabytes} MB", {"Connection": "close"})
+        too_large = HTTPException(413, f"the request is over {self._limits.megabytes} MB")
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > most:
             raise too_large
@@ -227,7 +232,7 @@ def service(predictor: Any, limits: Limits) -> Service:
     return Service(
         lambda content: content,
         lambda files: [predictor.answer(predictor.predict(decode(content, "image", max_pixels))) for content in files],
-        Limits(1, limits.queue, limits.megabytes),
+        replace(limits, batch=1),
     )
 
 
@@ -274,33 +279,3 @@ def application(serving: Service, name: str, task: str) -> FastAPI:
         return PlainTextResponse(serving.metrics(), media_type="text/plain; version=0.0.4")
 
     return app
-
-
-def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """Open a port; 0 takes one that is free.
-
-    Returns:
-        The socket and its address for a browser.
-
-    Raises:
-        ValueError: If there is no such host or the port is taken.
-    """
-    try:
-        opened = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on {host} port {port}: {error}: choose others with --host and --port") from error
-    shown = f"[{host}]" if ":" in host else host
-    return opened, f"http://{shown}:{opened.getsockname()[1]}"
-
-
-def server(app: FastAPI, patience: int | None = None) -> uvicorn.Server:
-    """Return what serves until SIGTERM or Ctrl-C, and then answers what was taken in: ``server(app).run([socket])``.
-
-    Args:
-        app: The routes.
-        patience: Seconds after which connections are cut, without a word, when it is stopped; none by default.
-    """
-    config = uvicorn.Config(
-        app, log_level="critical" if patience else "warning", access_log=False, timeout_graceful_shutdown=patience
-    )
-    return uvicorn.Server(config)
