@@ -3,12 +3,18 @@
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import uuid
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import timm
@@ -18,6 +24,7 @@ from PIL import Image
 
 from groupmixformer import GroupMixFormer, attention_maps
 from groupmixformer.cli.main import main
+from groupmixformer.deploy import demo
 from groupmixformer.deploy.demo import Page, application
 from groupmixformer.models.attention_maps import by_group_size
 from groupmixformer.models.checkpoint import save_checkpoint
@@ -239,6 +246,219 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
     spoken = set(notes.read_text().splitlines())
     assert "socket.bind 127.0.0.1" in spoken
     assert {line.split()[1] for line in spoken} <= {"127.0.0.1", "localhost", "::1", "None"}, spoken
+
+
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.fixture
+def hostile(image, tmp_path):
+    """Paths of files that were not uploaded: a function of the folder of uploads that puts a link there."""
+    other = tmp_path / "other.png"
+    other.write_bytes(image.read_bytes())
+
+    def paths(folder):
+        link, circle = folder / "link.png", folder / "circle.png"
+        link.symlink_to(other)
+        circle.symlink_to(circle)
+        up = "../" * 20
+        made_up = [
+            f"{folder}/../{other.parent.name}/x.png",
+            f"{folder}/{up}{other}",
+            str(link),
+            str(circle),
+            f"{folder}x/a.png",
+        ]
+        strange = [
+            "\0",
+            "a" * 5000,
+            7,
+            None,
+            [str(other)],
+            {"path": str(other)},
+            "https://example.com/a.png",
+            f"file://{other}",
+        ]
+        return [str(other), os.path.relpath(other), "pyproject.toml", f"{up}etc/hostname", *made_up, *strange]
+
+    return paths
+
+
+def test_the_page_opens_no_file_outside_its_folder(classes, image, tmp_path, hostile):
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    page = Page({"trees": classes}, folder)
+    for path in hostile(folder):
+        if isinstance(path, str):
+            with pytest.raises(ValueError, match=r"(?s)^[^/]*: not uploaded$"):
+                page.predict("trees", path)
+            with pytest.raises(ValueError, match="not uploaded"):
+                page.attend("trees", path, (0.5, 0.5), 1)
+    (folder / "deep").mkdir()
+    own = folder / "deep" / "own.png"
+    own.write_bytes(image.read_bytes())
+    (folder / "alias.png").symlink_to(own)
+    for path in (own, folder / "deep" / ".." / "alias.png"):
+        assert page.predict("trees", str(path)).classes == Page({"trees": classes}).predict("trees", str(image)).classes
+
+
+def test_requests_name_uploaded_files_only(tmp_path, hostile):
+    from starlette.responses import PlainTextResponse
+    from starlette.testclient import TestClient
+
+    folder, passed = tmp_path / "uploads", []
+    folder.mkdir()
+
+    async def gradio(scope, receive, send):
+        passed.append(await demo.Request(scope, receive).body())
+        await PlainTextResponse("taken")(scope, receive, send)
+
+    client, join = TestClient(demo._Gate(gradio, folder)), "/gradio_api/queue/join"
+    for path in hostile(folder):
+        for asked in ({"data": [[{"deep": {"path": path}}]]}, {"data": {"path": path, **META}}, {"event_data": {"path": path}}):
+            assert [client.post(url, json=asked).status_code for url in (join, f"{join}/")] == [403, 403], asked
+    del passed[:]
+
+    def twice(first, second):
+        return f'{{"path": {json.dumps(first)}, "path": {json.dumps(second)}}}'
+
+    assert client.post(join, content=twice(f"{folder}/a", "/etc/hostname")).status_code == 403
+    for wrong in (b"", b"{", b"\xff", b"[" * 100_000, b'{"path": 1e999999'):
+        assert client.post(join, content=wrong).status_code == 400
+    assert passed == []
+    good = {"data": ["trees", {"path": f"{folder}/a/b.png", "url": "http://x/y", **META}], "fn_index": 0}
+    assert client.post(join, json=good).text == "taken" and json.loads(passed.pop()) == good
+    assert client.post(join, content=twice("/etc/hostname", f"{folder}/a")).text == "taken"
+    assert json.loads(passed.pop()) == {"path": f"{folder}/a"}
+
+    for endpoint in (
+        "run/predict",
+        "run/see",
+        "api/see",
+        "call/see",
+        "call/v2/see",
+        "process_recording",
+        "vibe-edit",
+        "stream/1",
+    ):
+        assert client.post(f"/gradio_api/{endpoint}", json=good).status_code == 404
+    assert client.post("/login").status_code == client.put("/").status_code == client.delete("/").status_code == 404
+    for url in ("file=http://127.0.0.1:1/a.png", "file=https://example.com", "proxy=http://127.0.0.1:1/", "file=file:///etc"):
+        assert client.get(f"/gradio_api/{url}").status_code == 404
+    assert passed == []
+    assert client.get("/gradio_api/file=/tmp/a").text == client.post("/gradio_api/upload", content=bytes(20_000_000)).text
+    assert client.post(join, content=bytes(22_000_000)).status_code == 413
+
+
+@pytest.mark.slow
+def test_an_upload_of_any_size_is_not_taken(classes):
+    from fastapi.testclient import TestClient
+
+    with TestClient(application(Page({"trees": classes}))) as client:
+        many = [("files", (f"{i}.png", bytes(1_000_000))) for i in range(22)]
+        assert client.post("/gradio_api/upload", files=many).status_code == 413
+        assert len(client.post("/gradio_api/upload", files=many[:3]).json()) == 3
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert len(list(folder.rglob("*.png"))) == 3
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
+
+
+FILES = {"file", "image", "gallery", "imageeditor", "uploadbutton", "video", "audio", "multimodaltextbox", "chatbot", "html"}
+
+
+def ask(client, number, data, event=None):
+    """Ask gradio for a function of the page by its number: what it answers, or why the request was refused."""
+    session = uuid.uuid4().hex
+    body = {"data": data, "fn_index": number, "session_hash": session, "trigger_id": None, "event_data": event}
+    answer = client.post("/gradio_api/queue/join", json=body)
+    if answer.status_code != 200:
+        return None, answer
+    stream = client.get("/gradio_api/queue/data", params={"session_hash": session})
+    messages = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
+    return next(message for message in messages if message["msg"] == "process_completed"), stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [True, False], ids=["behind the gate", "gradio alone"])
+def test_only_uploads_and_examples_are_drawn(classes, image, hostile, tmp_path, monkeypatch, gate):
+    """The leak of a mounted application, end to end: every function, every input, every kind of path."""
+    from fastapi.testclient import TestClient
+
+    if not gate:
+
+        async def open_gate(self, scope, receive):
+            return receive
+
+        monkeypatch.setattr(demo._Gate, "_check", open_gate)
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.settimeout(0.2)
+    local = f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"
+    examples = tmp_path / "examples"
+    examples.mkdir()
+    (examples / "first.png").write_bytes(image.read_bytes())
+    (examples / "secret.png").write_bytes(image.read_bytes())
+    app = application(Page({"trees": classes}), [str(examples / "first.png")])
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    with TestClient(app) as client:
+        config = client.get("/config").json()
+        kinds = {one["id"]: one["type"] for one in config["components"]}
+        inputs = {one["id"]: [kinds[i] for i in one["inputs"]] for one in config["dependencies"]}
+        assert {kind for each in inputs.values() for kind in each} & FILES == {"file"}  # others are not tested below
+        usual = {"dropdown": "trees", "radio": 2, "state": None, "dataset": 0}
+        event = {"index": [3, 3], "value": None}
+
+        def drawn(message):
+            return [client.get(url).status_code for url in re.findall(r"/gradio_api/file=[^\"']+", json.dumps(message))]
+
+        paths = [*hostile(folder), str(examples / "secret.png"), local]
+        bad = [{"path": path, **META} for path in paths]
+        bad += [{"path": paths[0]}, {"path": paths[0], "url": local, **META}, {"path": paths[0], "is_stream": True, **META}]
+        for number, each in inputs.items():
+            for place in range(len(each)):
+                for value in bad:
+                    data = [value if i == place else usual.get(kind) for i, kind in enumerate(each)]
+                    message, answer = ask(client, number, data, event)
+                    if gate:
+                        assert answer.status_code == 403, (number, place, value)
+                    elif each[place] == "file":
+                        assert not message["success"], (number, place, value)
+                    else:
+                        assert drawn(message) == []  # what is not a file's input takes no file
+        assert sorted(path.name for path in folder.rglob("*.png") if not path.is_symlink()) == ["first.png"]  # none was copied
+
+        uploaded = client.post("/gradio_api/upload", files={"files": ("mine.png", image.read_bytes())}).json()[0]
+        see = next(number for number, each in inputs.items() if each == ["dropdown", "file"])
+        load = next(number for number, each in inputs.items() if each == ["dataset"])
+        message, _ = ask(client, load, [0])
+        example = message["output"]["data"][0]
+        example = example.get("value", example)  # as an update of the component
+        assert Path(example["path"]).read_bytes() == image.read_bytes()
+        for path in (uploaded, example["path"]):
+            message, _ = ask(client, see, ["trees", {"path": path, "url": local, **META}])
+            assert message["success"] and message["output"]["data"][1]["value"]["label"] in [*NAMES, "crane (2)", "crane (3)"]
+            assert drawn(message) == [200]
+        assert client.get(f"/gradio_api/file={examples / 'secret.png'}").status_code == 403
+        assert client.get(f"/gradio_api/file={folder / 'link.png'}").status_code == 403
+    with pytest.raises(TimeoutError):
+        listening.accept()  # no URL was loaded
+    listening.close()
+
+
+@pytest.mark.slow
+def test_the_command_draws_only_what_was_uploaded(started, run, image, tmp_path):
+    address, _ = started
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(image.read_bytes())
+    with httpx.Client(base_url=address, timeout=60) as client:
+        message, answer = ask(client, 0, [str(run), {"path": str(secret), **META}])
+        assert (message, answer.status_code) == (None, 403)
+        assert client.get("/gradio_api/file=http://127.0.0.1:1/a.png").status_code == 404
+        uploaded = client.post("/gradio_api/upload", files={"files": ("mine.png", image.read_bytes())}).json()[0]
+        message, _ = ask(client, 0, [str(run), {"path": uploaded, **META}])
+        assert message["success"] and client.get(message["output"]["data"][0]["url"]).status_code == 200
+        answer = client.get("/", headers={"Host": "evil.example"})  # as after DNS rebinding
+        assert answer.status_code == 400 and "evil.example" in answer.json()["error"]
 
 
 @pytest.mark.slow

@@ -2,13 +2,20 @@
 
 Nothing is loaded from elsewhere and nothing is sent anywhere: gradio brings its fonts and scripts, and what it would report and
 look up is switched off before it is imported.
+
+Only what was uploaded is read. A request names its file by a path, which gradio takes as it comes in an application that is
+mounted and not launched, and it loads URLs. So requests are checked before gradio sees them, gradio is told to check paths, and
+the page itself opens no file outside the folder of uploads, which is the demo's own and goes with it.
 """
 
 import html
 import io
+import json
 import os
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +24,10 @@ import matplotlib as mpl
 import numpy as np
 from fastapi import FastAPI
 from PIL import Image, ImageDraw
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..data.images import UPLOAD_SUFFIXES, decode
 from ..models.attention_maps import overlays, suited_stage
@@ -26,6 +37,8 @@ from .model_card import markdown
 
 SIDE = 640  # longer side of an image on the page
 MEGABYTES = 20  # of an uploaded file
+API = "/gradio_api"
+POSTS = {f"{API}/{name}" for name in ("upload", "queue/join", "cancel", "reset")}  # that the page makes
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,75 @@ class DemoResult:
     milliseconds: float
 
 
+def _inside(path: object, folder: Path) -> bool:
+    """Tell whether a path, of which nothing is known, leads to something in a folder, links followed."""
+    try:
+        return isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a circle of links
+        return False
+
+
+def _paths(value: Any) -> Iterator[object]:
+    """Yield what JSON gives as paths of files, at any depth."""
+    if isinstance(value, dict):
+        yield from (value["path"],) if "path" in value else ()
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _paths(one)
+
+
+class _Gate:
+    """ASGI: passes on to gradio what the page itself asks for, and files only by paths of uploads."""
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self._app, self._folder = app, folder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                receive = await self._check(scope, receive)
+            except HTTPException as refused:
+                await JSONResponse({"detail": refused.detail}, refused.status_code)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _check(self, scope: Scope, receive: Receive) -> Receive:
+        path = scope["path"].rstrip("/")
+        reads = scope["method"] in ("GET", "HEAD")
+        if "://" in path or not (reads or path in POSTS):  # gradio would load what a URL names
+            raise HTTPException(404, "not found")
+        most = (MEGABYTES + 1) * 1_000_000
+
+        async def bounded() -> Message:
+            nonlocal most
+            message = await receive()
+            most -= len(message.get("body", b""))
+            if most < 0:
+                raise HTTPException(413, f"the request is over {MEGABYTES} MB, the maximum allowed size")
+            return message
+
+        if path != f"{API}/queue/join":
+            return bounded
+        try:
+            asked = json.loads(await Request(scope, bounded).body())
+            named = list(_paths(asked))
+        except (ValueError, RecursionError):
+            raise HTTPException(400, "expected JSON") from None
+        if not all(_inside(one, self._folder) for one in named):
+            raise HTTPException(403, "names a file that was not uploaded")
+        body = json.dumps(asked).encode()  # what was checked, and no other reading of the same bytes
+
+        async def replay() -> Message:
+            nonlocal body
+            if not body:
+                return await receive()  # the end of the connection
+            message, body = {"type": "http.request", "body": body}, b""
+            return message
+
+        return replay
+
+
 def _for_the_page(image: Image.Image) -> Image.Image:
     factor = SIDE / max(image.size)
     return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
@@ -57,12 +139,15 @@ class Page:
 
     Args:
         runs: Predictors by the names of their runs.
+        folder: The only one whose files are read; any by default.
     """
 
-    def __init__(self, runs: Mapping[str, Any]) -> None:
-        self.runs = dict(runs)
+    def __init__(self, runs: Mapping[str, Any], folder: Path | None = None) -> None:
+        self.runs, self.folder = dict(runs), folder
 
     def _read(self, run: str, file: str) -> Image.Image:
+        if self.folder and not _inside(file, self.folder):
+            raise ValueError(f"{Path(file).name}: not uploaded")
         return decode(Path(file), Path(file).name, self.runs[run].max_pixels)
 
     def predict(self, run: str, file: str) -> DemoResult:
@@ -143,7 +228,10 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         page: What it does.
         examples: Files of images to try.
     """
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    temporary = tempfile.TemporaryDirectory(prefix="gmf-demo-")
+    folder = Path(temporary.name).resolve()
+    page = Page(page.runs, folder)
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(folder)}
     import gradio as gr
 
     names = list(page.runs)
@@ -153,14 +241,15 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
 
     def see(run: str, file: str | None) -> list[Any]:
         if file is None:
-            return [None, gr.Label(None, visible=True), gr.Image(None, visible=False), "", None, None]
+            return [None, gr.Label(None, visible=True), gr.Image(None, visible=False), "", None, None, None]
         try:
             seen = page.predict(run, file)
         except ValueError as error:
             raise refuse(error) from error
         label = gr.Label(seen.classes, visible=seen.classes is not None)
         drawn = gr.Image(seen.drawn, visible=seen.drawn is not None)
-        return [seen.shown, label, drawn, f"{markdown(seen.text)}\n\n{seen.milliseconds:.0f} ms", None, None]
+        said = f"{markdown(seen.text)}\n\n{seen.milliseconds:.0f} ms"
+        return [seen.shown, label, drawn, said, None, None, seen.shown.size]
 
     def attend(run: str, file: str | None, stage: int, point: tuple[float, float] | None) -> Any:
         if file is None or point is None:
@@ -170,15 +259,14 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         except ValueError as error:
             raise refuse(error) from error
 
-    def click(run: str, file: str | None, stage: int, shown: Any, event: gr.SelectData) -> Any:
-        if None in event.index:  # the image was still on its way to the browser
+    def click(run: str, file: str | None, stage: int, size: tuple[int, int] | None, event: gr.SelectData) -> Any:
+        if size is None or None in event.index:  # the image was still on its way to the browser
             return gr.skip(), gr.skip()
-        height, width = shown.shape[:2]
-        point = ((event.index[0] + 0.5) / width, (event.index[1] + 0.5) / height)
+        point = ((event.index[0] + 0.5) / size[0], (event.index[1] + 0.5) / size[1])
         return point, attend(run, file, stage, point)
 
     with gr.Blocks(title="GroupMixFormer", analytics_enabled=False) as blocks:
-        point = gr.State(None)
+        point, size = gr.State(None), gr.State(None)  # size: of the image that is shown
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
                 run = gr.Dropdown(names, value=names[0], label="Run", elem_id="run")
@@ -193,18 +281,26 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
                 drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
                 said = gr.Markdown(elem_id="said", latex_delimiters=[])
         stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
-        size = page.runs[names[0]].config.get("input_size", (3, 224, 224))  # others have no maps to show
-        start = suited_stage(size[1:], range(3))
+        input_size = page.runs[names[0]].config.get("input_size", (3, 224, 224))  # others have no maps to show
+        start = suited_stage(input_size[1:], range(3))
         stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
         maps = gr.Gallery(
             label="Strength of attention to each position", columns=4, height=260, buttons=[], preview=False, elem_id="maps"
         )
 
-        found, one = [shown, label, drawn, said, point, maps], {"concurrency_id": "model", "api_visibility": "private"}
+        found, one = [shown, label, drawn, said, point, maps, size], {"concurrency_id": "model", "api_visibility": "private"}
         gr.on([file.change, run.change], see, [run, file], found, **one)
-        shown.select(click, [run, file, stage, shown], [point, maps], **one)  # type: ignore[arg-type]
+        shown.select(click, [run, file, stage, size], [point, maps], **one)  # type: ignore[arg-type]
         stage.change(attend, [run, file, stage, point], maps, **one)  # type: ignore[arg-type]
-    folders = sorted({str(Path(path).resolve().parent) for path in examples})
     settings: dict[str, Any] = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False}
-    settings |= {"max_file_size": f"{MEGABYTES}mb", "allowed_paths": folders, "enable_monitoring": False, "pwa": False}
-    return gr.mount_gradio_app(FastAPI(docs_url=None, redoc_url=None), blocks, "/", **settings)
+    settings |= {"max_file_size": f"{MEGABYTES}mb", "enable_monitoring": False, "pwa": False}
+
+    @asynccontextmanager
+    async def cleaning(_: FastAPI) -> AsyncIterator[None]:
+        with temporary:
+            yield
+
+    app = gr.mount_gradio_app(FastAPI(docs_url=None, redoc_url=None, lifespan=cleaning), blocks, "/", **settings)
+    blocks.has_launched = True  # else gradio checks no paths
+    app.add_middleware(_Gate, folder=folder)
+    return app
