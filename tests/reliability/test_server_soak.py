@@ -288,7 +288,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         result = soak(Path(folder), args.minutes)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load average {before:.2f} before"
-    stamp = {"command": f"python {' '.join(sys.argv)}", "date": f"{date.today()}", "machine": machine}
+    stamp = {
+        "command": f"python tests/reliability/test_server_soak.py --minutes {args.minutes:g}",
+        "date": f"{date.today()}",
+        "machine": machine,
+    }
     text = json.dumps({**stamp, **result}, indent=1)
     print(text)
     if args.out:
