@@ -39,7 +39,7 @@ def train(recipe, model, out, options):
     run = out / f"{recipe}-{model}"
     command = ["gmf", "train", recipe, "--model", model, *(option.replace("{model}", model) for option in options)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    argv = [sys.executable, "-m", "groupmixformer.cli.main", *command[1:], "--out", str(run), "--resume", "--json"]
+    argv = [sys.executable, "-m", "groupmixformer.cli.main", *command[1:], "--out", str(run), "--auto-resume", "--json"]
     result = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (run / "metrics.csv").open(newline="") as file:

@@ -75,7 +75,7 @@ def start(recipe, data, out, workers, save_seconds):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     argv = ["train", recipe, "--data", str(data), "--out", str(out), "--workers", str(workers), *SMALL, *OPTIONS[recipe]]
-    code = main([*argv, "--save_minutes", str(save_seconds / 60), "--resume"])
+    code = main([*argv, "--save_minutes", str(save_seconds / 60), "--auto-resume"])
     os._exit(code)
 
 

@@ -747,7 +747,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(shapes, undisturbed, monkeypat
     monkeypatch.setattr(DetectionModule, "training_step", training_step)
     more = [*LONG, "--workers", workers, "--save_minutes", 0 if how is Crash else 10]
     for _ in stops:
-        gmf(capsys, "train", "nuclei", *options(shapes, run, *more), "--resume", code=1 if how is Crash else 128 + how)
+        gmf(capsys, "train", "nuclei", *options(shapes, run, *more), "--auto-resume", code=1 if how is Crash else 128 + how)
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
     assert not waiting
     fit(shapes, run, *more, resume=True)

@@ -769,7 +769,7 @@ def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys
     assert lines[-1].startswith("gmf: error: 2 of 9 training images cannot be used, more than max_unreadable (0.10%) allows: ")
     assert f"scene5.png: has no mask {masks / 'train' / 'scene5.png'}" in lines[-1]
 
-    result = gmf(capsys, *argv, "--resume", "--max-unreadable", "0.3")
+    result = gmf(capsys, *argv, "--max-unreadable", "0.3")
     assert f"1 training images left out: {spoilt / 'images' / 'train' / 'scene5.png'}: has no mask" in result.err
     no_class = "holds the number 9, which is of no class"
     rows = read_metrics(tmp_path / "run")
@@ -818,7 +818,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(data, tmp_path, capsys, monkey
 
     monkeypatch.setattr(SegmentationModule, "training_step", training_step)
     for place in [(0, 2), (1, 2)]:  # an epoch has 4 batches in 2 steps
-        result = gmf(capsys, "train", "camvid", *options(data, run, *LONG), "--resume", code=128 + signal.SIGTERM)
+        result = gmf(capsys, "train", "camvid", *options(data, run, *LONG), "--auto-resume", code=128 + signal.SIGTERM)
         assert f"continue with gmf train {run}/recipe.yaml --resume" in result.err
         last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         assert (last["epoch"], last["DataModule"]["done"]) == place

@@ -29,6 +29,7 @@ MAX_SIDE = 4096  # of the images that a model is for, in pixels
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")
 CHECKPOINT = "checkpoints/last.ckpt"
+PREVIOUS = "checkpoints/previous.ckpt"  # the one before it
 
 
 def one_line(error: Exception) -> str:
@@ -201,6 +202,27 @@ class RunFolder:
         """The recipe that it was trained by, if it is there."""
         path = self.path / RECIPE
         return path if path.is_file() else None
+
+    @property
+    def changes(self) -> str:
+        """How the recipe changed while the run was trained, in words; empty where it did not.
+
+        Raises:
+            ValueError: If recipe.yaml does not say it as a run writes it.
+        """
+        import yaml  # of the extra that trains
+
+        if self.recipe_path is None:
+            return ""
+        try:
+            return "; ".join(
+                ", ".join(f"{name} {old} -> {new}" for name, (old, new) in part["changed"].items())
+                + f" from epoch {part['epoch'] + 1} on"
+                for part in yaml.safe_load(read_text(self.recipe_path)).get("history") or []
+            )
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"{self.recipe_path}: history is not as a run writes it ({reason}): leave it out") from error
 
     @property
     def examples(self) -> Path:

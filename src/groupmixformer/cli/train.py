@@ -1,12 +1,14 @@
 """Commands that train: quickstart and train."""
 
 import itertools
+import logging
+import os
 import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .common import EXTRAS, Json, Option, PathText, Positive, Reads, UsageError, Works, Writes, command, progress, show
 
@@ -23,28 +25,44 @@ def _read_recipe(name: str, options: Sequence[str]) -> "Recipe":
         raise UsageError(str(error)) from error
 
 
-def _train(name: str, options: Sequence[str], resume: bool) -> tuple[dict[str, Any], str]:
+def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") -> tuple[dict[str, Any], str]:
     """Train, and on the first process evaluate and report."""
     import time
 
+    path = Path(name)
+    own = path.name == "recipe.yaml" and (path.parent / "versions.json").is_file()  # a run's, which may have been moved
+    if resume and own and not any(option.partition("=")[0] == "--out" for option in options):
+        options = ["--out", str(path.parent), *options]
     recipe = _read_recipe(name, options)
     from ..run import Run
+    from ..run_folder import RECIPE, one_line
     from ..tasks.registry import build_task
     from ..training.callbacks import Stopped
     from ..training.trainer import is_first_process, train
 
-    start = time.monotonic()
+    start, again = time.monotonic(), f"gmf train {shlex.quote(str(Path(recipe.out, RECIPE)))} --resume"
     try:
         folder = train(recipe, build_task, resume)
     except Stopped as stop:
         if is_first_process():
-            again = f"gmf train {shlex.quote(str(Path(recipe.out, 'recipe.yaml')))} --resume"
             print(f"gmf: stopped by {stop} and saved: continue with {again}", file=sys.stderr)
         raise SystemExit(128 + stop.number) from None
     if not is_first_process():
         raise SystemExit(0)
     seconds = time.monotonic() - start
-    measured, report, examples = Run.open(folder).report(recipe.device, recipe.workers, progress)
+    try:
+        measured, report, examples = Run.open(folder).report(recipe.device, recipe.workers, progress)
+    except Exception as error:  # the run is whole without its report
+        if os.environ.get("GMF_TRACEBACK"):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        logging.getLogger(__name__).warning(
+            f"{folder}: the run is complete, but could not be measured: {reason}: {again} does it"
+        )
+        text = f"trained in {seconds:.0f} s\nrun    {folder}"
+        return {"run": str(folder), "report": None, "examples": [], "seconds": round(seconds, 1)}, text
+    if report is None:
+        logging.getLogger(__name__).warning(f"{folder}: {again} writes the report")
     result = {
         "run": str(folder),
         "report": str(report) if report else None,
@@ -92,7 +110,12 @@ def quickstart(
 
 @command("train", "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4", *EXTRAS)
 def train(
-    recipe: Reads[str], *fields: str, print: Writes[bool] = False, resume: Works[bool] = False, json: Json = False
+    recipe: Reads[str],
+    *fields: str,
+    print: Writes[bool] = False,
+    resume: Works[bool] = False,
+    auto_resume: Works[bool] = False,
+    json: Json = False,
 ) -> None:
     """Train by a recipe.
 
@@ -102,7 +125,8 @@ def train(
         recipe: a shipped recipe or a YAML file, such as the recipe.yaml of a run
         fields: options of the recipe, such as ``--batch-size 8 --optimizer.lr=1e-4``
         print: show the resolved recipe and stop
-        resume: continue the run in the recipe's out folder
+        resume: continue the run in the recipe's out folder, or in the folder where the recipe.yaml of a run lies
+        auto_resume: continue it if it has a checkpoint, or else begin it: for jobs that are started again and again
     """
     if print:
         from ..training.recipe import fields_of, to_yaml
@@ -110,7 +134,7 @@ def train(
         resolved = _read_recipe(recipe, fields)
         show(fields_of(resolved), json, to_yaml(resolved).rstrip(), with_notes=False)  # a recipe has no such field
         return
-    result, text = _train(recipe, fields, resume)
+    result, text = _train(recipe, fields, "auto" if auto_resume else resume)
     show(result, json, text)
 
 

@@ -26,6 +26,7 @@ class CardInfo:
         best: The row of metrics.csv of the epoch that was kept; empty where there is none.
         epochs: Rows of metrics.csv.
         versions: Of the packages that trained it, and the device.
+        changes: How the recipe changed while it was trained.
     """
 
     task: TaskSpec
@@ -34,6 +35,7 @@ class CardInfo:
     best: dict[str, float]
     epochs: int
     versions: dict[str, str]
+    changes: str = ""
 
 
 def _public(value: Any) -> Any:
@@ -70,7 +72,7 @@ def read_card_info(run: RunFolder, network: NetworkInfo) -> CardInfo:
     best = max(rows, key=lambda row: row[monitor]) if monitor else {}  # of equal ones the first, as training keeps it
     packages = ("groupmixformer", "torch", "timm", "lightning", "device")
     versions = {name: run.versions[name] for name in packages if name in run.versions}
-    return CardInfo(task, network, recipe, best, len(rows), versions)
+    return CardInfo(task, network, recipe, best, len(rows), versions, run.changes)
 
 
 def _measured_on(known: CardInfo) -> str:
@@ -159,6 +161,8 @@ def _training(known: CardInfo) -> str:
         "The recipe, which is also in `recipe.yaml`:",
         _code(yaml.safe_dump(known.recipe, sort_keys=False).rstrip(), "yaml"),
     ]
+    if known.changes:
+        lines.append(f"Changed while it was trained: {known.changes}.")
     if known.versions:
         packages = ", ".join(f"{name} {version}" for name, version in known.versions.items() if name != "device")
         lines.append(f"With {packages}, on {markdown(known.versions.get('device', 'a machine that is not known'))}.")

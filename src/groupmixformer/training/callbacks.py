@@ -1,10 +1,13 @@
 """What happens during a run besides the steps: checkpoints, signals, metrics.csv, the best model, early stopping."""
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,9 +17,11 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
 
 from ..files import atomic_write, write_file, write_rows
-from ..run_folder import METRICS, UNREADABLE, read_metrics
+from ..run_folder import CHECKPOINT, METRICS, PREVIOUS, UNREADABLE, WEIGHTS, one_line, read_metrics
+from .claim import Claim
 from .loaders import STOP_SIGNALS
 from .module import Task
 
@@ -29,8 +34,53 @@ class Stopped(BaseException):
         self.number = number
 
 
+def _cause(error: BaseException | None) -> str:
+    """Return why a file could not be written; libraries hide the reason in what they raise."""
+    first = error
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            return "the disk is full"
+        if number == errno.EFBIG or "os error 27" in str(error):
+            return "it would be larger than files may be here"
+        if number:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return one_line(Exception(first)).split(". ")[0][:200]
+
+
+@contextlib.contextmanager
+def writing(name: str, folder: Path) -> Iterator[None]:
+    """Write a file of a run folder; an error names it, the cause, and what remains.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is intact.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = [kept for kept in (CHECKPOINT, PREVIOUS, WEIGHTS[0], METRICS) if (folder / kept).is_file()]
+        remains = f"intact are {', '.join(kept)} of before: continue with --resume" if kept else "nothing was saved yet"
+        raise OSError(f"{folder / name}: could not be written: {_cause(error)}; {remains}") from error
+
+
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints atomically, so that there is always a whole one."""
+    """Writes checkpoints atomically, so that there is always a whole one, and keeps the one before it.
+
+    Args:
+        folder: Of the run.
+        opened: A checkpoint that was read already, by its path: it is given out once.
+        keep: Whether the last checkpoint is whole; a damaged one does not take the place of the one before it.
+    """
+
+    def __init__(self, folder: Path, opened: dict[Path, dict[str, Any]], keep: bool) -> None:
+        super().__init__()
+        self.folder, self.opened, self.keep = folder, opened, keep
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return a checkpoint."""
+        found = self.opened.pop(Path(path), None)
+        return super().load_checkpoint(path, *args, **options) if found is None else found
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save `checkpoint` as the file `path`.
@@ -38,22 +88,26 @@ class AtomicCheckpoints(TorchCheckpointIO):
         Raises:
             OSError: If it cannot be written; the file that was there before is intact.
         """
-        path = Path(path)
-        try:
-            with atomic_write(path) as folder, (folder / path.name).open("wb") as file:
+        path, previous = Path(path), self.folder / PREVIOUS
+        with writing(str(path.relative_to(self.folder)), self.folder), atomic_write(path) as temporary:
+            with (temporary / path.name).open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            intact = f"; the checkpoint before it, {path}, is intact" if path.exists() else ""
-            raise OSError(f"{path}: the checkpoint could not be written (is the disk full?): {error}{intact}") from error
+            if self.keep and path.exists():
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)  # so that there is a last one at every moment
+                except OSError:  # a file system without links
+                    path.replace(previous)
+        self.keep = True
 
 
 class CheckpointCallback(Callback):
     """Saves the run's state after every epoch, every few minutes, and when a signal asks the run to stop."""
 
-    def __init__(self, path: Path, minutes: float, grad_accum_steps: int) -> None:
-        self.path, self.seconds, self.grad_accum_steps = path, 60 * minutes, grad_accum_steps
+    def __init__(self, path: Path, minutes: float, grad_accum_steps: int, claim: Claim | None = None) -> None:
+        self.path, self.seconds, self.grad_accum_steps, self.claim = path, 60 * minutes, grad_accum_steps, claim
         self.received = 0
         self.saved = time.monotonic()
         self.handlers: dict[int, Any] = {}
@@ -84,6 +138,8 @@ class CheckpointCallback(Callback):
             assert isinstance(reduced, torch.Tensor)
             number, now = (int(flag) for flag in reduced.tolist())
         if number or now:
+            if self.claim:
+                self.claim.check()
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
         if number:
@@ -123,8 +179,8 @@ PROBLEM_COUNTS = {"skipped_steps": "steps skipped", "unreadable": "images unread
 class MetricsCallback(Callback):
     """Writes a row of metrics.csv after every epoch, saves the best model in the run folder and prints the progress."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, claim: Claim | None = None) -> None:
+        self.folder, self.claim = folder, claim
         self.best = -1.0
         self.seconds = 0.0  # of the run, over all its parts
         self.start = time.monotonic()
@@ -161,6 +217,8 @@ class MetricsCallback(Callback):
         pl_module.check_unreadable(unreadable)  # a process counts its own as they come; here are those of all
         if not trainer.is_global_zero:
             return
+        if self.claim:
+            self.claim.check()
         seconds = self.seconds + time.monotonic() - self.start
         row = {
             "epoch": trainer.current_epoch,
@@ -172,11 +230,14 @@ class MetricsCallback(Callback):
             "unreadable": len(unreadable),
             "seconds": round(seconds, 1),
         }
-        write_rows(self.folder / METRICS, [*read_metrics(self.folder), row])
+        with writing(METRICS, self.folder):
+            write_rows(self.folder / METRICS, [*read_metrics(self.folder), row])
         if unreadable:
-            write_file(self.folder / UNREADABLE, "".join(f"{line}\n" for line in unreadable))
+            with writing(UNREADABLE, self.folder):
+                write_file(self.folder / UNREADABLE, "".join(f"{line}\n" for line in unreadable))
         if model is not None:
-            pl_module.save(model, self.folder)
+            with writing(WEIGHTS[0], self.folder):
+                pl_module.save(model, self.folder)
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
         measured = "  ".join(
             f"{name.removeprefix('val_')} {metrics[name]:.4f}"

@@ -1,7 +1,7 @@
 """Batches of a data set: shuffled by epoch, split over processes, continued in the middle of an epoch."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning
@@ -30,7 +30,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
     def __init__(self, samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.samples, self.batch_size, self.seed, self.rank, self.world_size = samples, batch_size, seed, rank, world_size
         self.epoch = 0
-        self.skip = 0  # batches of the next pass that a resumed run has done already
+        self.skip = 0  # samples of the next pass that a resumed run has done already, on all processes together
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation; Lightning calls this before every epoch."""
@@ -43,10 +43,13 @@ class TrainSampler(Sampler[tuple[int, int]]):
         # Times a prime above any number of epochs: no two pairs of seed and epoch give one permutation.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.samples, generator=generator)
-        mine = order[self.rank :: self.world_size][: len(self)]
-        first, self.skip = self.skip * self.batch_size, 0
+        skip, self.skip = self.skip, 0
+        left = order[skip:]
+        count = len(left) // (self.batch_size * self.world_size) * self.batch_size
+        if skip and not count:  # larger batches than before the run was resumed: the rest is less than one of them
+            count = len(left) // self.world_size // 2 * 2  # even, as mixup needs it
         epoch = self.epoch
-        return iter([(epoch, index) for index in mine[first:].tolist()])
+        return iter([(epoch, index) for index in left[self.rank :: self.world_size][:count].tolist()])
 
 
 class EvalSampler(Sampler[int]):
@@ -87,8 +90,9 @@ class StreamLoader(DataLoader[Any]):
 class DataModule(lightning.LightningDataModule):
     """Batches for training and validation, for any task.
 
-    The position inside an epoch is part of Lightning's checkpoints. Generators of random numbers are not: data sets seed them
-    from (seed, epoch, index) for every sample, so a sample looks the same in whatever process, worker or run it is loaded.
+    The position inside an epoch is part of Lightning's checkpoints, in samples, so that a run may be continued with other
+    batches on other processes. Generators of random numbers are not: data sets seed them from (seed, epoch, index) for every
+    sample, so a sample looks the same in whatever process, worker or run it is loaded.
 
     Args:
         train: Training set: maps (epoch, index) to a sample, or a `Stream`.
@@ -105,7 +109,9 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         self.train, self.held_out, self.batch_size, self.workers, self.seed = train, held_out, batch_size, workers, seed
         self.collate = collate
-        self.done = 0  # batches of the current epoch
+        self.epoch = -1  # the one inside which the run was resumed,
+        self.done = 0  # the batches of it that were done then, of today's size,
+        self.seen = 0  # and its samples that were done, on all processes
 
     @property
     def streams(self) -> bool:
@@ -139,16 +145,16 @@ class DataModule(lightning.LightningDataModule):
         assert self.trainer is not None
         place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        done, self.done = self.done, 0
+        self.epoch = epoch
         if isinstance(self.train, Stream):
             self.train.configure(training=True, seed=self.seed, **place)
             self.train.set_epoch(epoch)
-            self.train.skip(done, self.batch_size)
+            self.train.skip(self.done, self.batch_size)
             return StreamLoader(self.train, drop_last=True, **self._settings())
         order = TrainSampler(len(self.train), self.batch_size, self.seed, **place)
         order.set_epoch(epoch)
-        order.skip = done
-        return DataLoader(self.train, sampler=order, drop_last=True, **self._settings())
+        order.skip = self.seen
+        return DataLoader(self.train, sampler=order, **self._settings())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation batches of this process, the same number on every process."""
@@ -160,11 +166,53 @@ class DataModule(lightning.LightningDataModule):
         return DataLoader(self.held_out, sampler=EvalSampler(len(self.held_out), **place), **self._settings())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches that are done in the current epoch."""
+        """Return how much of the current epoch is done: batches, and samples on all processes."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return {"done": 0 if progress.is_last_batch else progress.current.processed}  # type: ignore[attr-defined]
+        done = 0 if progress.is_last_batch else progress.current.processed  # type: ignore[attr-defined]
+        samples = done * self.batch_size * self.trainer.world_size
+        if done and self.trainer.current_epoch == self.epoch:
+            samples += self.seen - self.done * self.batch_size * self.trainer.world_size
+        return {"done": done, "samples": samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the batches that are done."""
-        self.done = state_dict["done"]
+        """Continue after the samples that are done."""
+        self.done, self.seen = state_dict["done"], state_dict["samples"]
+
+    def move(self, checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:
+        """Count the batches of the epoch that are done in those of now, so that it ends where an epoch does.
+
+        Args:
+            checkpoint: Lightning's, whose place inside the epoch is changed.
+            before: What it says of its run.
+
+        Raises:
+            ValueError: If the rest of the epoch cannot be dealt out.
+        """
+        assert self.trainer is not None
+        state = checkpoint["DataModule"]
+        if not state["done"]:
+            return
+        world_size, recipe = self.trainer.world_size, before.get("recipe", {})
+        batch_size, workers = (recipe.get(name, getattr(self, name)) for name in ("batch_size", "workers"))
+        processes = before.get("processes", world_size)
+        seen = state.setdefault("samples", state["done"] * batch_size * processes)
+        if isinstance(self.train, Stream):
+            if (batch_size, max(1, workers), processes) != (self.batch_size, max(1, self.workers), world_size):
+                raise ValueError(
+                    f"inside an epoch, a stream is continued as it was begun, with batch_size {batch_size}, workers {workers}, "
+                    f"processes {processes}: continue with these, and change them after the end of an epoch"
+                )
+            return
+        left = len(self.train) - seen
+        if left < 2 * world_size:
+            raise ValueError(
+                f"{max(0, left)} images of the epoch are left for {world_size} processes: continue with fewer, or with the "
+                "data set that the run began with"
+            )
+        total = self.batch_size * world_size
+        done = len(self.train) // total - (left // total or 1)
+        current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        for name in current:
+            current[name] += done - state["done"]
+        state["done"] = done

@@ -20,6 +20,7 @@ from ..models.groupmixformer import GroupMixFormer, joined_name
 from . import old_names
 from .loaders import DataModule
 from .recipe import Recipe
+from .resume import describe
 
 
 class Task(lightning.LightningModule):
@@ -78,6 +79,8 @@ class Task(lightning.LightningModule):
         if self.average:
             self.average.module.requires_grad_(False)  # DDP would wait for its gradients
         self.notes: list[str] = []  # about the data: what was left out, which classes are not there
+        self.before: dict[str, Any] = {}  # what the checkpoint that the run continues from says of it
+        self.history: list[dict[str, Any]] = []  # changes of the recipe while it ran, each with its place
         for name, samples in (("training", loaders.train), ("held-out", loaders.held_out)):
             if isinstance(samples, Samples):
                 self.notes += samples.check(name, recipe.max_unreadable)
@@ -138,16 +141,22 @@ class Task(lightning.LightningModule):
         return [made], [{"scheduler": scheduler, "interval": "step"}] if scheduler else []
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step timm's scheduler, which counts updates itself less than Lightning does."""
-        scheduler.step_update(num_updates=self.global_step)
+        """Set the rate of the next step by its place among the epochs, wherever the run was resumed with other batches."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self._set_rate(scheduler, done)
+
+    def _set_rate(self, scheduler: Any, done: int) -> None:
+        steps = self.current_epoch * self.steps_per_epoch + -(-done // self.recipe.grad_accum_steps)
+        scheduler.step_update(num_updates=steps)
 
     def on_train_start(self) -> None:
         """Restore the loss of the epoch and the rate of this step, where a run is resumed."""
         if self._losses:
             self.train_loss.mean_value.fill_(sum(value for value, _ in self._losses))
             self.train_loss.weight.fill_(sum(weight for _, weight in self._losses))
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
         for config in self.trainer.lr_scheduler_configs:
-            self.lr_scheduler_step(config.scheduler, None)
+            self._set_rate(config.scheduler, 0 if progress.is_last_batch else progress.current.ready)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the random numbers of this step, so that they need no place in a checkpoint; remember the statistics of BN."""
@@ -155,7 +164,7 @@ class Task(lightning.LightningModule):
         torch.manual_seed(torch.initial_seed())  # the accelerator's generator too
         if batch_idx == 0:
             self.train_loss.reset()  # a checkpoint of an epoch's end still holds the loss of that epoch
-        if batch_idx % self.recipe.grad_accum_steps == 0:
+        if batch_idx % self.recipe.grad_accum_steps == 0 or not self._statistics:
             buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
             if self._statistics:
                 torch._foreach_copy_(self._statistics, buffers)
@@ -264,16 +273,36 @@ class Task(lightning.LightningModule):
         """Save the counts of all processes; Lightning saves the metrics of the first only."""
         loss = (float(self.train_loss.mean_value), float(self.train_loss.weight))
         checkpoint["counts"] = {"skipped": self.skipped, "unreadable": self.all_unreadable(), "losses": self._of_all(loss)}
+        checkpoint["run"] = describe(self.recipe, self.trainer.world_size, self.loaders.samples, self.class_names)
+        checkpoint["run"]["history"] = self.history
+
+    def _update_settings(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Set in an optimizer's state what the recipe says of its groups now.
+
+        Raises:
+            ValueError: If the state is that of another optimizer.
+        """
+        old = self.before.get("recipe", {}).get("optimizer", {}).get("name", self.recipe.optimizer.name)
+        sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
+        if old != self.recipe.optimizer.name or sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the checkpoint's state of {old} is not for {self.recipe.optimizer.name} with the groups of parameters that "
+                "optimizer.layer_decay and weight_decay make: continue with these fields as they were"
+            )
+        for group, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            group |= {name: new[name] for name in ("lr", "initial_lr", "weight_decay", "lr_scale") if name in group}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counts; the schedule follows from the step and the recipe, which may have more epochs now."""
         old_names.rename_state(checkpoint)
-        if any(joined_name(name) != name for name in checkpoint["state_dict"]):
-            (optimizer,), _ = self.configure_optimizers()
+        (optimizer,), _ = self.configure_optimizers()
+        if any(joined_name(name) != name for name in checkpoint.get("state_dict", ())):
             names = {parameter: name for name, parameter in self.named_parameters()}
             groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
             old_names.join_segments(checkpoint, groups)
+        self._update_settings(checkpoint["optimizer_states"][0], optimizer)
         checkpoint["lr_schedulers"] = []
+        self.loaders.move(checkpoint, self.before)
         counts = checkpoint["counts"]
         self.skipped = counts["skipped"]
         self.unreadable = dict.fromkeys(counts["unreadable"])

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
-from ..files import write_file
+from ..files import read_text, write_file
 from . import old_names
 
 
@@ -240,6 +240,7 @@ TASK_FIELDS = {
     "segmentation": ("segmenter",),
 }
 OTHER_FIELDS = ("task_options",)  # of tasks that other packages bring
+HISTORY = "history"  # what the recipe.yaml of a run has besides: how its fields changed while it was trained
 
 
 def task_fields(task: str) -> tuple[str, ...]:
@@ -255,7 +256,7 @@ def task_fields(task: str) -> tuple[str, ...]:
     return TASK_FIELDS.get(task, OTHER_FIELDS)
 
 
-class RecipeError(Exception):
+class RecipeError(ValueError):
     """A recipe or option that does not exist or has a wrong value: wrong usage, not a failed job."""
 
 
@@ -321,6 +322,17 @@ def _underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        raise RecipeError(f"{path}: not a YAML file: {reason}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected fields of a recipe, such as data and epochs")
+    return content
+
+
 def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
     """Read a recipe and override its fields; names that fields had before are understood.
 
@@ -335,13 +347,8 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         near = get_close_matches(name, shipped(), n=1, cutoff=0.0)
         raise RecipeError(f"no recipe {name}: expected a YAML file or one of {', '.join(shipped())} (nearest: {near[0]})")
-    fields = parser()
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected fields of a recipe, such as data and epochs")
+    fields, raw = parser(), _read_yaml(path)
+    raw.pop(HISTORY, None)
     try:
         raw = old_names.rename(raw)
     except ValueError as error:
@@ -357,9 +364,20 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the fields of `recipe`, so that `read_recipe` of the file gives it back."""
-    write_file(path, to_yaml(recipe))
+def write_recipe(recipe: Recipe, path: Path, history: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the fields of `recipe`, so that `read_recipe` of the file gives it back, and how they changed while it ran."""
+    changed = f"{HISTORY}:\n{yaml.safe_dump(list(history), sort_keys=False, default_flow_style=None)}" if history else ""
+    write_file(path, to_yaml(recipe) + changed)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return how the fields of a run's recipe changed while it ran.
+
+    Returns:
+        For each time that it was continued with others the ``epoch``, as metrics.csv counts them, and ``step`` from which they
+        held, and ``changed``: for each field, the value before and the one from then on. The recipe has those of the end.
+    """
+    return list(_read_yaml(path).get(HISTORY) or [])
 
 
 def to_yaml(recipe: Recipe) -> str:

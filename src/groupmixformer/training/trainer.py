@@ -1,12 +1,16 @@
 """A run by a recipe: processes, strategy, Lightning's Trainer, and the run folder that it writes."""
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -19,12 +23,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from ..run_folder import RECIPE, write_versions
+from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, WEIGHTS, write_versions
 from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, MetricsCallback
+from .claim import Claim
 from .module import Task
 from .recipe import Recipe, write_recipe
+from .resume import Start, changes, check_classes, describe, find_start
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # the recipe's names and Lightning's
+START = timedelta(seconds=float(os.environ.get("GMF_START_SECONDS", 300)))  # that processes wait for each other at the start
 
 
 def is_first_process() -> bool:
@@ -43,11 +50,51 @@ def _processes(recipe: Recipe) -> tuple[int, int]:
     return recipe.devices, recipe.nodes
 
 
+class _InTime:
+    """A strategy whose processes wait for each other for a limited time at the start, and then as long as PyTorch has it."""
+
+    _timeout: timedelta | None
+
+    def setup_environment(self) -> None:
+        usual, self._timeout = self._timeout, START
+        try:
+            super().setup_environment()  # type: ignore[misc]
+        except torch.distributed.DistError as error:
+            raise OSError(
+                f"not all processes have come within {START.total_seconds():g} s (GMF_START_SECONDS): see what ended the others"
+            ) from error
+        # Public from PyTorch 2.13 on.
+        distributed: Any = torch.distributed
+        set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
+        set_timeout(usual)
+
+
+class _DDP(_InTime, DDPStrategy):
+    pass
+
+
+class _ModelParallel(_InTime, ModelParallelStrategy):
+    pass
+
+
 def _strategy(recipe: Recipe, world_size: int) -> Strategy | str:
     if recipe.strategy == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        return _ModelParallel(data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     # Every parameter of every model has a gradient, so DDP need not look for those that have none.
-    return DDPStrategy(gradient_as_bucket_view=True) if world_size > 1 else "auto"
+    return _DDP(gradient_as_bucket_view=True) if world_size > 1 else "auto"
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, by which it would wait for others that never come."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        print(f"gmf: process {parent}, which started this one, has ended: so does this", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _print_settings(task: Task, world_size: int, device: str) -> None:
@@ -64,53 +111,114 @@ def _print_settings(task: Task, world_size: int, device: str) -> None:
         print("BatchNorm is not synchronised over the processes: PyTorch does that on GPUs only", file=sys.stderr)
 
 
-def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: bool = False) -> Path:
+def _find_start(folder: Path, resume: bool | Literal["auto"]) -> Start | None:
+    """Return where to continue, or None to begin.
+
+    Raises:
+        ValueError: If there is a run where one should begin, or none where one should continue.
+    """
+    if not resume:
+        if any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *WEIGHTS)):
+            raise ValueError(f"{folder}: holds a run already: continue it with --resume, or choose another folder with --out")
+        return None
+    start = find_start(folder)
+    if start is None and resume != "auto":
+        raise ValueError(
+            f"{folder}: holds no checkpoint to resume: --auto-resume begins a run where there is none, and continues one"
+        )
+    return start
+
+
+def _continue(task: Task, start: Start, processes: int) -> None:
+    """Tell a task what it continues from and note what has changed since.
+
+    Raises:
+        ValueError: If the data has other classes.
+    """
+    check_classes(start.before, task.class_names, start.path)
+    now = describe(task.recipe, processes, task.loaders.samples, task.class_names)
+    changed = changes(start.before, now)
+    task.before, task.history = start.before, list(start.before.get("history", []))
+    if changed:
+        task.history.append({**start.place, "changed": changed})
+    place = f"epoch {start.place['epoch'] + 1}, after step {start.place['step']}"
+    task.notes.append(f"{f'{start.damage}: ' if start.damage else ''}continues from {start.path} in {place}")
+    if changed:
+        told = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+        task.notes.append(f"changed from there on, as recipe.yaml says too: {told}")
+
+
+def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: bool | Literal["auto"] = False) -> Path:
     """Train by a recipe into its run folder, on one process or as one of several.
 
-    The folder holds recipe.yaml, versions.json, metrics.csv, TensorBoard events, checkpoints/last.ckpt, and the model of the
-    best epoch as model.safetensors and config.json, so the folder itself is a checkpoint for every command, timm and
-    transformers.
+    The folder holds recipe.yaml, versions.json, metrics.csv, TensorBoard events, checkpoints/last.ckpt and the one before it,
+    previous.ckpt, and the model of the best epoch as model.safetensors and config.json, so the folder itself is a checkpoint
+    for every command, timm and transformers.
 
     Args:
         recipe: The settings.
         build_task: Takes the recipe and the number of processes, opens the data and creates what is trained.
-        resume: Continue from the folder's last checkpoint, if there is one.
+        resume: Continue from the folder's last checkpoint, or from the one before it where the last one is damaged; ``auto``
+            begins a run where there is none.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError: If the data, model or folder cannot be used, or training goes wrong in a way that the recipe limits.
+        ValueError: If the data, model or folder cannot be used, there is nothing to resume, or training goes wrong in a way
+            that the recipe limits.
         OSError: If a file cannot be written.
         Stopped: If a signal stopped the run, after it was saved.
     """
     folder = Path(recipe.out)
     devices, nodes = _processes(recipe)
-    world_size = devices * nodes
     first = is_first_process()
-    if first:
-        if (folder / RECIPE).exists() and not resume:
-            raise ValueError(f"{folder}: holds a run already: continue it with --resume, or choose another folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
+    if TorchElasticEnvironment.detect() or not first:
+        _end_with_parent()
+    with Claim(folder) if first else contextlib.nullcontext() as claim:
+        start = _find_start(folder, resume)
+        try:
+            _fit(recipe, build_task, start, claim, devices, nodes)
+        except OSError:
+            if claim:
+                claim.check()  # a folder that was removed is the reason of all others
+            raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return folder
+
+
+def _fit(
+    recipe: Recipe,
+    build_task: Callable[[Recipe, int], Task],
+    start: Start | None,
+    claim: Claim | None,
+    devices: int,
+    nodes: int,
+) -> None:
+    folder, first, world_size = Path(recipe.out), claim is not None, devices * nodes
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     task = build_task(recipe, world_size)
+    if start:
+        _continue(task, start, world_size)
     if recipe.compile:
         task.compile_model()
     if first:
-        write_recipe(recipe, folder / RECIPE)
+        write_recipe(recipe, folder / RECIPE, task.history)
         write_versions(folder)
 
     callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
     if recipe.patience is not None:
         callbacks.append(EarlyStopping(task.monitor, recipe.patience))
     callbacks += [
-        MetricsCallback(folder),
-        CheckpointCallback(recipe.last_checkpoint, recipe.save_minutes, recipe.grad_accum_steps),
+        MetricsCallback(folder, claim),
+        CheckpointCallback(recipe.last_checkpoint, recipe.save_minutes, recipe.grad_accum_steps, claim),
     ]
     if sys.stderr.isatty():
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+    checkpoints = AtomicCheckpoints(folder, {start.path: start.checkpoint} if start else {}, not (start and start.damage))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice
         warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, about PyTorch
@@ -132,7 +240,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
             deterministic=recipe.deterministic,
             logger=TensorBoardLogger(folder, name="", version=""),
             callbacks=callbacks,
-            plugins=[AtomicCheckpoints(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+            plugins=[checkpoints, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
             enable_checkpointing=False,
             enable_progress_bar=sys.stderr.isatty(),
             enable_model_summary=False,
@@ -146,12 +254,13 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
             _print_settings(task, world_size, device)
             for note in task.notes:
                 logging.getLogger(__name__).warning(note)
-        last = recipe.last_checkpoint
-        start = str(last) if resume and last.exists() else None
         try:
-            trainer.fit(task, datamodule=task.loaders, ckpt_path=start, weights_only=True)
+            trainer.fit(task, datamodule=task.loaders, ckpt_path=start.path if start else None, weights_only=True)
         except SystemExit:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return folder
+        except RuntimeError as error:
+            if start is None or "loading state_dict" not in str(error):
+                raise
+            raise ValueError(
+                f"{start.path}: does not fit the network of the recipe: continue with the fields that it began with"
+            ) from error

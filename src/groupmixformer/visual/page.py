@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..files import printable, read_json, read_text, write_file
-from ..run_folder import RECIPE, REPORT, VERSIONS, one_line, read_metrics
+from ..run_folder import RECIPE, REPORT, VERSIONS, RunFolder, one_line, read_metrics
 from .figures import BLUE, ORANGE, drawn
 
 
@@ -61,10 +61,12 @@ def write_page(
         write_file(folder / "report" / f"{name}.png", png)
         encoded = base64.b64encode(png).decode()
         body.append(f'<h2>{_text(title)}</h2>\n<img alt="{_text(title)}" src="data:image/png;base64,{encoded}">')
+    changes = RunFolder(folder).changes
     table = "".join(
         f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>"
         for name, value in {
             **rows,
+            **({"changed while it was trained": changes} if changes else {}),
             "seconds of training": f"{read_metrics(folder)[-1]['seconds']:.0f}",
             **read_json(folder / VERSIONS),
         }.items()
