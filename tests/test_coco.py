@@ -283,7 +283,7 @@ REFUSED = {
     },
     "a width in words": (lambda c: c["images"][1].update(width="40"), 'images[1]: width is "40", expected an integer from 1'),
     "a category without name": (lambda c: c["categories"][0].pop("name"), "categories[0]: has no name, expected a text"),
-    "no image": (lambda c: c["images"].clear(), "holds no images"),
+    "no image": (lambda c: c["images"].clear(), "images is [], expected one or more"),
     "no category": (lambda c: c["categories"].clear(), "categories is [], expected one or more"),
     "categories of one id": (
         lambda c: c["categories"][0].update(id=3),
@@ -326,7 +326,7 @@ REFUSED = {
         lambda c: c.update(
             annotations=[thing(i, box=box) for i, box in enumerate([(10, 5, 22, 13), (25, 8, 38, 28), (0, 0, 9, 9)])]
         ),
-        "1 of 3 boxes reach more than a pixel beyond their image, and as x1, y1, x2, y2 all would lie in it: expected x, y",
+        "1 of 3 boxes reach more than a pixel beyond their image, and as x1, y1, x2, y2 they would fit: expected x, y",
     ),
     "no annotation": (lambda c: c["annotations"].clear(), "holds no object with a mask to learn or to find"),
     "crowds only": (lambda c: thing_of(c).update(iscrowd=1), "holds no object with a mask to learn or to find"),

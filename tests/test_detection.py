@@ -277,7 +277,9 @@ def test_a_detector_continues_with_all_weights_that_fit(shapes, tmp_path, random
     assert {name for name in after if any(part in name for part in last) and "rpn" not in name} == different
     assert all(after[name].shape != before[name].shape for name in different)
     fresh = Detector(Backbone(variant), **other.network)
-    assert set(start_from(fresh, str(tmp_path / "first"), "detection")) == different
+    assert set(start_from(fresh, str(tmp_path / "first"), "detection", other.class_names)) == different
+    exchanged = Detector(Backbone(variant), **first.network)
+    assert set(start_from(exchanged, str(tmp_path / "first"), "detection", first.class_names[::-1])) == different
 
 
 def test_a_detector_becomes_one_of_another_architecture(shapes, tmp_path):
@@ -511,7 +513,9 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(trained, shapes, tmp_path,
         capsys, "eval", run, "--split", "test"
     )
     write_coco(tmp_path, "val", [], [])
-    assert f"{tmp_path}/annotations/instances_val.json: holds no images" in error(capsys, "eval", run, "--data", tmp_path)
+    assert f"{tmp_path}/annotations/instances_val.json: images is [], expected one or more" in error(
+        capsys, "eval", run, "--data", tmp_path
+    )
     assert "none of 1 images could be read" in gmf(capsys, "predict", run, tmp_path / "annotations", code=1).err
 
 
@@ -642,7 +646,7 @@ def changed(shapes, root, split, change):
         ("train", lambda c: c["categories"].append({"id": 9, "name": "ring"}), "the categories of train and val differ"),
         ("val", lambda c: c["annotations"].clear(), "instances_val.json: holds no object with a mask to learn or to find"),
         ("train", lambda c: c["annotations"].clear(), "instances_train.json: holds no object with a mask to learn"),
-        ("val", lambda c: c["images"].clear(), "instances_val.json: holds no images"),
+        ("val", lambda c: c["images"].clear(), "instances_val.json: images is [], expected one or more"),
         ("train", lambda c: c.pop("images"), "instances_train.json: has no images, expected a list of objects"),
         (
             "train",

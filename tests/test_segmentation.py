@@ -334,14 +334,17 @@ def test_a_segmenter_starts_from_another(make, trained, other_classes):
     same = make("resnet18", {"channels": 16}, checkpoint=str(run)).model
     assert same.backbone.name == "test_resnet"
     assert all(torch.equal(value, weights[name]) for name, value in same.state_dict().items())
-    assert start_from(same, str(run), "segmentation") == []
+    assert start_from(same, str(run), "segmentation", NAMES) == []
+    heads = ("network.segmentation_head.0", "auxiliary.4")
+    assert set(start_from(same, str(run), "segmentation", NAMES[::-1])) == {
+        f"{h}.{k}" for h in heads for k in ("weight", "bias")
+    }
 
     task = make("resnet18", {"channels": 16}, on=other_classes, checkpoint=str(run))
     differing = {name for name, value in task.model.state_dict().items() if value.shape != weights[name].shape}
-    heads = ("network.segmentation_head.0", "auxiliary.4")
     assert differing == {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
     assert all(torch.equal(v, weights[n]) for n, v in task.model.state_dict().items() if n not in differing)
-    assert set(start_from(task.model, str(run), "segmentation")) == differing
+    assert set(start_from(task.model, str(run), "segmentation", task.class_names)) == differing
     assert task.notes[0].startswith(f"{run}: does not fit 4 parameters, which stay new: network.segmentation_head.0.weight, ")
 
 

@@ -111,11 +111,11 @@ def _attempt(rng, root):
         told &= save(rng, path, Image.fromarray(numbers), turned and rng.random() < 0.3)
         doubtful |= not told  # turned by a quarter it is refused, turned by half nothing can tell
         expected[str(i)] = numbers if told else "untold"
-        if rng.random() < 0.3:
+        if told and rng.random() < 0.3:
             kinds.append(str(rng.choice(KINDS)))
             with Image.open(path) as mask:
                 stored = np.asarray(ImageOps.exif_transpose(mask))
-            expected[str(i)] = damage_mask(rng, path, stored, kinds[-1]) if told else None
+            expected[str(i)] = damage_mask(rng, path, stored, kinds[-1])
     try:
         images = SemanticImages(root, "train", transform=lambda *pair: pair)
         said = getattr(images, "check", None) or images.left_out

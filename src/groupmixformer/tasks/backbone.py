@@ -96,7 +96,13 @@ def take_any_size(features: nn.Module) -> nn.Module:
 
 
 class BackboneModel(nn.Module):
-    """A network whose first part is a backbone of timm; `features` gives it."""
+    """A network whose first part is a backbone of timm; `features` gives it.
+
+    Attributes:
+        class_layers: Names, or parts of them, of the layers that have outputs for each class.
+    """
+
+    class_layers: tuple[str, ...] = ()
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -249,16 +255,18 @@ def _check_arguments(network: Fields, make: Callable[..., Any], classes: int) ->
                 readers[kind](name)
 
 
-def start_from(network: BackboneModel, checkpoint: str | None, task: str) -> list[str]:
-    """Give a network the weights of a run for the same task, where their shapes agree.
+def start_from(network: BackboneModel, checkpoint: str | None, task: str, class_names: Sequence[str]) -> list[str]:
+    """Give a network the weights of a run for the same task, where their shapes agree, and for the classes their names too.
 
     Returns:
         The names of the parameters that stay new, as those of other classes; nothing if the checkpoint is a classifier's.
     """
     if not checkpoint or (run := RunFolder.of(checkpoint)).holds_classifier:
         return []
-    weights = checkpoint_filter_fn(run.read_network(task)[1])
-    own = network.state_dict()
+    config, weights = run.read_network(task)
+    weights, own = checkpoint_filter_fn(weights), network.state_dict()
+    if config["class_names"] != list(class_names):
+        weights = {name: w for name, w in weights.items() if not any(layer in name for layer in network.class_layers)}
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     network.load_state_dict(fitting, strict=False)
     return [name for name, _ in network.named_parameters() if name not in fitting]

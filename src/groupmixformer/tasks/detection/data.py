@@ -38,19 +38,22 @@ def find_annotations(folder: Path, split: str) -> Path:
 
 
 class _Ids:
-    """Records by their ids, which are integers or texts, all of them.
+    """Records of one kind by their ids, which are integers or texts, all of them.
 
     Args:
-        records: Of one kind, with their fields.
-        whose: What they are, in messages.
+        content: Of the file.
+        kind: images or categories.
 
     Raises:
-        ValueError: If an id is of another kind than the first, or stands for two records.
+        ValueError: If there are none, an id is of another kind than the first, or stands for two records.
     """
 
-    def __init__(self, records: Sequence[Fields], whose: str) -> None:
-        self.texts = bool(records) and isinstance(records[0].values.get("id"), str)
-        self.expected = f"{'a text' if self.texts else 'an integer'}, as the first id of the {whose} is"
+    def __init__(self, content: Fields, kind: str) -> None:
+        records = content.objects(kind)
+        if not records:
+            raise ValueError(f"{content.where}: {kind} is [], expected one or more")
+        self.texts = isinstance(records[0].values.get("id"), str)
+        self.expected = f"{'a text' if self.texts else 'an integer'}, as the first id of the {kind} is"
         self.records: dict[Any, Fields] = {}
         for record in records:
             key = self.read(record, "id")
@@ -77,6 +80,21 @@ def _whole(value: Any) -> bool:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _read_images(records: _Ids) -> dict[Any, dict[str, Any]]:
+    """Return id, file_name, width and height of each image by its id."""
+    images: dict[Any, dict[str, Any]] = {}
+    files: dict[str, str] = {}  # and where they are named
+    for key, record in records.records.items():
+        name = record.text("file_name")
+        first = files.setdefault(normpath(name), record.where)
+        if first != record.where:
+            first = _short(first)
+            raise ValueError(f"{record.where}: file_name is {name}, as in {first}, expected one record with all its objects")
+        width, height = (record.integer(side, 1, 10**6) for side in ("width", "height"))
+        images[key] = {"id": key, "file_name": name, "width": width, "height": height}
+    return images
 
 
 def _folder_of(annotations: Path, folder: Path, file_names: Iterable[str]) -> Path:
@@ -177,11 +195,11 @@ class CocoImages(Samples):
         self.annotations = find_annotations(folder, split)
         self.masks, self.transform, self.seed = masks, transform, seed
         content = Fields(read_json(self.annotations), str(self.annotations))
-        self._read_categories(content)
-        images = content.objects("images")
-        if not images:
-            raise ValueError(f"{self.annotations}: holds no images")
-        images = self._read_images(images)
+        categories, records = (_Ids(content, kind) for kind in ("categories", "images"))
+        self.category_ids = sorted(categories.records)
+        names = (categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
+        self.class_names = [str(name) for name in names]
+        images = _read_images(records)
         self.folder = _folder_of(self.annotations, folder, (image["file_name"] for image in images.values()))
 
         def problem(image: Mapping[str, Any]) -> str:
@@ -192,11 +210,10 @@ class CocoImages(Samples):
         usable = {image["id"]: image for image, problem in zip(images.values(), problems, strict=True) if not problem}
         if not usable:
             raise ValueError(f"{self.annotations}: none of its {len(images)} images can be used: {self.skipped[0]}")
-        objects = self._read_objects(content, images, usable)
-        self._learnable = [
-            annotation["label"] for found in objects.values() for annotation in found if not annotation["iscrowd"]
-        ]
-        if not self._learnable:
+        objects = self._read_objects(content.objects("annotations"), records, categories, images, usable)
+        learnable = [annotation["label"] for found in objects.values() for annotation in found if not annotation["iscrowd"]]
+        self._counts = np.bincount(np.array(learnable, dtype=np.int64), minlength=len(self.class_names) + 1)[1:].tolist()
+        if not learnable:
             reason = f": {self.dropped[0]}" if self.dropped else ""
             raise ValueError(
                 f"{self.annotations}: holds no object {'with a mask ' if masks else ''}to learn or to find{reason}"
@@ -211,36 +228,8 @@ class CocoImages(Samples):
         # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
         self._records = [json.dumps({**image, "objects": objects[key]}).encode() for key, image in usable.items()]
 
-    def _read_categories(self, content: Fields) -> None:
-        records = content.objects("categories")
-        self._categories = _Ids(records, "categories")
-        if not records:
-            raise ValueError(f"{self.annotations}: categories is [], expected one or more")
-        self.category_ids = sorted(self._categories.records)
-        names = (self._categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
-        self.class_names = [str(name) for name in names]
-
-    def _read_images(self, records: Sequence[Fields]) -> dict[Any, dict[str, Any]]:
-        """Return id, file_name, width and height of each image by its id."""
-        self._images, images = _Ids(records, "images"), {}
-        files: dict[str, str] = {}  # and where they are named
-        for key, record in self._images.records.items():
-            name = record.text("file_name")
-            first = files.setdefault(normpath(name), record.where)
-            if first != record.where:
-                first = _short(first)
-                raise ValueError(
-                    f"{record.where}: file_name is {name}, as in {first}, expected one record with all its objects"
-                )
-            images[key] = {
-                "id": key,
-                "file_name": name,
-                **{side: record.integer(side, 1, 10**6) for side in ("width", "height")},
-            }
-        return images
-
     def _read_objects(
-        self, content: Fields, images: Mapping[Any, Any], usable: Container[Any]
+        self, records: Iterable[Fields], image_ids: _Ids, category_ids: _Ids, images: Mapping[Any, Any], usable: Container[Any]
     ) -> dict[Any, list[dict[str, Any]]]:
         """Check the objects, and gather those of usable images by image; note what is odd about them."""
         labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
@@ -248,8 +237,8 @@ class CocoImages(Samples):
         self.dropped: list[str] = []
         boxes: list[tuple[float, ...]] = []  # with width and height of their images
         by_id: dict[Any, Fields] = {}
-        for number, record in enumerate(content.objects("annotations"), start=1):
-            image_id, category = self._images.read(record, "image_id"), self._categories.read(record, "category_id")
+        for number, record in enumerate(records, start=1):
+            image_id, category = image_ids.read(record, "image_id"), category_ids.read(record, "category_id")
             crowd, area = record.flag("iscrowd", False), record.number("area", default=None)
             own = record.take("id", "an integer or a text", _is_name, None)
             image, box = images.get(image_id), record.values.get("bbox")
@@ -301,11 +290,8 @@ class CocoImages(Samples):
         if not beyond.any():
             return
         line = f"{beyond.sum()} of {len(boxes)} boxes reach more than a pixel beyond their image"
-        if beyond.mean() > 0.05 and corners.mean() > 0.99:
-            raise ValueError(
-                f"{self.annotations}: {line}, and as x1, y1, x2, y2 all would lie in it: expected x, y, width, height, as COCO "
-                "has them"
-            )
+        if beyond.mean() > 0.05 and corners.mean() > 0.8:
+            raise ValueError(f"{self.annotations}: {line}, and as x1, y1, x2, y2 they would fit: expected x, y, width, height")
         self.notes = [*self.notes, f"{line}; training cuts them"]
 
     def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
@@ -319,7 +305,7 @@ class CocoImages(Samples):
 
     def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
         """Return the number of objects of each class, without crowds."""
-        return np.bincount(self._learnable, minlength=len(self.class_names) + 1)[1:].tolist(), "object", []
+        return self._counts, "object", []
 
     def __len__(self) -> int:
         return len(self._records)

@@ -67,6 +67,8 @@ class Detector(BackboneModel):
         ValueError: If there is no such architecture, or the backbone lacks features.
     """
 
+    class_layers = ("classification_head.cls_logits", "box_predictor", "mask_fcn_logits")
+
     def __init__(
         self,
         backbone: Backbone,

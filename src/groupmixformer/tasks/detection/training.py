@@ -45,7 +45,7 @@ class DetectionModule(Task):
             **used_to,
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
-        new = start_from(model, recipe.checkpoint, "detection")
+        new = start_from(model, recipe.checkpoint, "detection", train.class_names)
         if settings.freeze_bn:
             model.freeze_statistics()
         loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_detection)

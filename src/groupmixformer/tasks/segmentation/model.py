@@ -55,6 +55,8 @@ class Segmenter(BackboneModel):
         ValueError: If there is no such decoder, or the backbone does not fit it.
     """
 
+    class_layers = ("segmentation_head.", "auxiliary.4.")
+
     def __init__(
         self,
         backbone: Backbone,

@@ -57,7 +57,7 @@ class SegmentationModule(Task):
             **colors,
         }
         model = Segmenter(backbone, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
-        new = start_from(model, recipe.checkpoint, "segmentation")
+        new = start_from(model, recipe.checkpoint, "segmentation", train.class_names)
         if settings.freeze_bn:
             model.freeze_statistics()
         if recipe.batch_size < 2 and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.network.modules()):
