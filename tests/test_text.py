@@ -5,11 +5,13 @@ import io
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from groupmixformer.cli.common import LOGGER, Notes, show
 from groupmixformer.cli.main import main
@@ -116,7 +118,7 @@ def test_bytes_of_file_names_that_are_no_text_are_written_as_escapes(tmp_path):
 
 STARTED = """
 import sys
-sys.argv = ["gmf"]
+sys.argv[0] = "gmf"
 from groupmixformer.cli.main import main
 """
 
@@ -137,6 +139,22 @@ assert codes == [0] * 4 + [2] * 4, codes
 assert not {"torch", "timm", "numpy", "matplotlib"} & set(sys.modules)
 """
     assert "gmf predict" in started_as_gmf(code)
+
+
+@pytest.mark.slow
+def test_a_process_prints_what_its_terminal_can_show_and_its_reader_may_leave(tmp_path):
+    image = tmp_path / "名前\x1b[31m.png"
+    Image.new("RGB", (40, 40)).save(image)
+    command = [sys.executable, "-c", STARTED + "sys.exit(main(sys.argv[1:]))"]
+    command += ["predict", str(Path(__file__).parent / "data" / "classification"), str(image)]
+    plain = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    for environment in ({**plain, "PYTHONIOENCODING": "ascii"}, plain, {"PYTHONIOENCODING": "cp1252"}):
+        done = subprocess.run(command, capture_output=True, env={**os.environ, **environment}, check=False)
+        assert done.returncode == 0, done.stderr
+        assert rb"\x1b[31m.png: 2 53.3%" in done.stdout
+        assert (rb"\udce5\udc90\udc8d" if "LANG" in environment else rb"\u540d\u524d") in done.stdout  # as Python decodes names
+    shell = f"{shlex.join(command)} | true"
+    assert subprocess.run(shell, shell=True, capture_output=True, check=False).stderr == b""
 
 
 @pytest.mark.slow

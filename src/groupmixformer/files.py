@@ -29,10 +29,10 @@ def printable(text: str) -> str:
     )
 
 
-def short(name: str) -> str:
-    """Return a name as figures show it: printable, and cut if it is long."""
+def short(name: str, most: int = 40) -> str:
+    """Return a name as figures show it: printable, and cut if it has over `most` characters."""
     text = printable(name)
-    return text if len(text) <= 40 else f"{text[:39]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _remove(path: Path) -> None:

@@ -257,7 +257,7 @@ class Run:
     def _data(self, data: str | None) -> tuple[str, dict[str, Any]]:
         """Return the data set that is named or that it was trained on, and how that one is opened."""
         if data is not None:
-            return data, {}
+            return str(Path(data).expanduser()) if data.startswith("~") else data, {}
         if self.recipe is None:
             raise ValueError(f"{self.folder.source}: has no recipe that names a data set: name one with --data")
         own = {"root": self.recipe.root} if "root" in self.definition.data_options else {}
@@ -355,6 +355,7 @@ class Run:
         """
         from .deploy.export import Exported, export, real_image
 
+        out = Path(out).expanduser()
         check_options(self.folder, [name for name, value in (("features", features), ("int8", int8)) if value])
         if int8:
             return self._export_int8(format, out, int8, calibrate, data, progress)

@@ -63,7 +63,7 @@ def write_folder(run: str | Path | RunFolder, folder: str | Path, repo_id: str, 
     with atomic_write(folder) as temporary:
         written = temporary / folder.name
         written.mkdir()
-        (written / "README.md").write_text(_collect(run, written, repo_id, license))
+        (written / "README.md").write_text(_collect(run, written, repo_id, license), encoding="utf-8")
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -187,6 +187,7 @@ class Predictor(ABC):
         device: To run on.
         image_size: Side of the images, or the shorter side; the model's own by default.
         dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
+        options: Of the task; those that are not given are as in `DEFAULTS`.
 
     Attributes:
         model: The network, in eval mode.
@@ -207,6 +208,7 @@ class Predictor(ABC):
     class_names: list[str]
     has_names: bool = True
     batched: ClassVar[bool] = False
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     metric: tuple[str, str]
 
     def __init__(
@@ -215,8 +217,11 @@ class Predictor(ABC):
         device: torch.device | str = "cpu",
         image_size: int | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+        if unknown := options.keys() - self.DEFAULTS.keys():
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
+        self.device, self.dtype, self.options = torch.device(device), dtype, {**self.DEFAULTS, **options}
         self.model, self.config = self.load(RunFolder.of(run), image_size)
         self.model.to(self.device)
 

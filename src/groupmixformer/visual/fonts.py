@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, findSystemFonts, fontManager, get_font
 from matplotlib.text import Text
 
-from ..files import printable
+from ..files import printable, short
 
 
 @cache
@@ -71,10 +71,10 @@ def best_font(texts: Sequence[str]) -> str:
 def drawable(text: str, fonts: Iterable[str]) -> str:
     """Return a text in which characters that no font has are escapes; a note says which font to install."""
     text = "\n".join(map(printable, text.split("\n")))
-    for character in sorted(set(text) - {"\n"}.union(*map(_characters, fonts))):
+    for character in sorted(missing := set(text) - {"\n"}.union(*map(_characters, fonts))):
         _note(_font_that_has(character))
         text = text.replace(character, character.encode("unicode_escape").decode())
-    return text
+    return "\n".join(short(line, 60) for line in text.split("\n")) if missing else text  # escapes are long
 
 
 def set_plain(figure: Figure) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,12 +57,8 @@ class ClassificationResult(EvalResult):
 class ClassificationPredictor(Predictor):
     """A classifier.
 
-    Args:
-        run, device, dtype: As `Predictor` takes them.
-        image_size: Side of the images; the model's own by default.
-        top: Number of classes to name.
-        test_size: Take size and crop that the model stores for tests, if any.
-        crop: crop_pct, crop_mode or interpolation by timm's names, where they are not the model's own.
+    Options are ``top``, the number of classes to name; ``test_size``, to take size and crop that the model stores for tests, if
+    any; and ``crop_pct``, ``crop_mode`` and ``interpolation`` by timm's names, where they are not the model's own.
 
     Attributes:
         config: Size, crop and colours of the model's input.
@@ -72,25 +68,15 @@ class ClassificationPredictor(Predictor):
     batched = True
     metric = ("val_top1", "top-1")
 
-    def __init__(
-        self,
-        run: str | Path | RunFolder,
-        device: torch.device | str = "cpu",
-        image_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        top: int = 5,
-        test_size: bool = False,
-        **crop: Any,
-    ) -> None:
-        self.top, self.test_size, self.crop = top, test_size, crop
-        super().__init__(run, device, image_size, dtype)
-        self.transform: Any = eval_transform(self.config)
+    DEFAULTS: ClassVar = {"top": 5, "test_size": False, "crop_pct": None, "crop_mode": None, "interpolation": None}
 
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the classifier, and how images are prepared for it."""
         model = load_model(run)
         self.class_names, self.has_names = class_names(model), bool(model.pretrained_cfg.get("label_names"))
-        return model, data_config(model, image_size, self.test_size, **self.crop)
+        config = data_config(model, image_size, **{name: value for name, value in self.options.items() if name != "top"})
+        self.transform: Any = eval_transform(config)
+        return model, config
 
     def view(self, image: Image.Image) -> View:
         """Prepare an image (RGB), following the transform step by step to know where each pixel goes."""
@@ -128,7 +114,7 @@ class ClassificationPredictor(Predictor):
         """Name the likeliest classes of each image (B, C, H, W) that `prepare` made."""
         found = []
         for probabilities in self.probabilities(images):
-            best = probabilities.topk(min(self.top, len(probabilities)))
+            best = probabilities.topk(min(self.options["top"], len(probabilities)))
             classes = [
                 {"class": self.class_names[index], "index": index, "probability": probability}
                 for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)

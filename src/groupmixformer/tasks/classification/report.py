@@ -24,14 +24,15 @@ from .metrics import Evaluation, reliability
 
 
 def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> Figure:
-    side = min(14, 3 + 0.35 * len(class_names))
+    names = [short(name) for name in class_names]
+    side = min(14, 3 + 0.35 * len(names) + 0.08 * max(map(len, names)))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
         true,
         predicted,
         labels=range(len(class_names)),
-        display_labels=[short(name) for name in class_names],
+        display_labels=names,
         include_values=len(class_names) <= 20,
         cmap="Blues",
         xticks_rotation="vertical",

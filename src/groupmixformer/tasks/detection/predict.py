@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -23,22 +23,10 @@ from .model import load_detector
 class DetectionPredictor(Predictor):
     """A detector: boxes, and masks if it is Mask R-CNN.
 
-    Args:
-        run, device, dtype: As `Predictor` takes them.
-        image_size: Shorter side of the images; the model's own by default.
-        score_threshold: Least score of an object that is drawn and listed.
+    Its option ``score_threshold`` is the least score of an object that is drawn and listed.
     """
 
-    def __init__(
-        self,
-        run: str | Path | RunFolder,
-        device: torch.device | str = "cpu",
-        image_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        score_threshold: float = 0.5,
-    ) -> None:
-        self.score_threshold = score_threshold
-        super().__init__(run, device, image_size, dtype)
+    DEFAULTS: ClassVar = {"score_threshold": 0.5}
 
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the detector, and the names and ids of its classes."""
@@ -99,7 +87,7 @@ class DetectionPredictor(Predictor):
         """Find objects; those of at least the least score are drawn and listed, all are in COCO's results."""
         found = self._find(to_tensor(image))
         results = to_results(found, _image_id(name), self.config["category_ids"])
-        sure = found["scores"] >= self.score_threshold
+        sure = found["scores"] >= self.options["score_threshold"]
         objects = {key: value[sure] for key, value in found.items()}
         if "masks" in objects:
             objects["masks"] = objects["masks"][:, 0] >= 0.5

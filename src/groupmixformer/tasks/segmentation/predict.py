@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,28 +24,13 @@ from .model import STRIDE, load_segmenter, segment
 class SegmentationPredictor(Predictor):
     """A segmenter: a class for every pixel.
 
-    Args:
-        run, device, dtype: As `Predictor` takes them.
-        image_size: Shorter side of the images; the model's own by default.
-        sliding_window: Look through windows of the training size, which overlap by a third, instead of at the whole image.
-        scales: Factors by which an image is resized; the probabilities are averaged.
-        flip: Average with the mirrored image.
+    Options are ``sliding_window``, to look through windows of the training size, which overlap by a third, instead of at the
+    whole image; ``scales``, factors by which an image is resized, over which probabilities are averaged; and ``flip``, to
+    average with the mirrored image.
     """
 
     metric = ("val_mIoU", "mIoU")
-
-    def __init__(
-        self,
-        run: str | Path | RunFolder,
-        device: torch.device | str = "cpu",
-        image_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        sliding_window: bool = False,
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
-    ) -> None:
-        super().__init__(run, device, image_size, dtype)
-        self.settings: dict[str, Any] = {"sliding_window": sliding_window, "scales": scales, "flip": flip}
+    DEFAULTS: ClassVar = {"sliding_window": False, "scales": (1.0,), "flip": False}
 
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the segmenter, and the names, ids and colours of its classes."""
@@ -66,7 +51,7 @@ class SegmentationPredictor(Predictor):
 
     def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         with self.autocast():
-            return segment(self.model, image.to(self.device), size, **self.settings).argmax(dim=0).cpu()
+            return segment(self.model, image.to(self.device), size, **self.options).argmax(dim=0).cpu()
 
     def evaluate(self, images: SemanticImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
         """Compute mIoU and accuracies from one confusion matrix over all pixels, in the size of the files."""
@@ -94,7 +79,7 @@ class SegmentationPredictor(Predictor):
             **metrics,
             "images": seen,
             **watch.rates(seen),
-            **self.settings,
+            **self.options,
             "ignored_label": IGNORE,
             "per_class": classes,
         }
