@@ -204,6 +204,12 @@ LOGGER = logging.getLogger("groupmixformer")
 note = LOGGER.warning
 
 
+def tell(notes: Iterable[str], skipped: Iterable[str]) -> None:
+    """Note what is said of data, and what was skipped of it."""
+    for line in [*notes, *(f"skipped {problem}" for problem in skipped)]:
+        note(line)
+
+
 def show(result: dict[str, Any], as_json: bool, text: str, with_notes: bool = True) -> None:
     """Print a result: one JSON object, with the notes that were taken, or `text`, whose lines are made printable."""
     taken = [text for handler in LOGGER.handlers if isinstance(handler, Notes) for text in handler.texts]

@@ -23,6 +23,7 @@ from .common import (
     open_run,
     progress,
     show,
+    tell,
 )
 
 Format = Literal["onnx", "pt2", "aoti", "openvino"]
@@ -80,8 +81,7 @@ def export(
         progress=lambda line: print(f"gmf export: {line}", file=sys.stderr),
     )
     if int8:
-        for line in [*result["notes"], *(f"skipped {problem}" for problem in result["skipped"])]:
-            note(line)
+        tell(result["notes"], result["skipped"])
         text = f"{out}: {target.title}, int8 {int8}"
         if calibration := result["calibration"]:
             text += f", calibrated on {calibration['images']} images of {calibration['data']}"

@@ -42,6 +42,7 @@ from .common import (
     open_run,
     progress,
     show,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ def evaluate(
     stored = opened.config.get("pretrained_cfg", {})
     if test_size and not any(stored.get(key) for key in ("test_input_size", "test_crop_pct")):
         note(f"{run} stores no size or crop for tests: its usual ones are used")
-    for line in [*measured.notes, *(f"skipped {problem}" for problem in measured.skipped)]:
-        note(line)
+    tell(measured.notes, measured.skipped)
     if plot:
         figure = measured.figure()
         assert figure is not None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .common import EXTRAS, Json, Option, PathText, Positive, Reads, UsageError, Works, Writes, command, progress, show
+from .common import EXTRAS, Json, Option, PathText, Positive, Reads, UsageError, Works, Writes, command, progress, show, tell
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
@@ -63,6 +63,7 @@ def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") 
         return {"run": str(folder), "report": None, "examples": [], "seconds": round(seconds, 1)}, text
     if report is None:
         logging.getLogger(__name__).warning(f"{folder}: {again} writes the report")
+    tell(measured.notes, measured.skipped)
     result = {
         "run": str(folder),
         "report": str(report) if report else None,

@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..data.images import UPLOAD_SUFFIXES, decode
+from ..files import to_json
 from ..models.attention_maps import overlays, suited_stage
 from ..models.groupmixformer import GroupMixFormer
 from ..visual.figures import GROUPS, ORANGE
@@ -117,7 +118,7 @@ class _Gate:
             raise HTTPException(400, "expected JSON") from None
         if not all(_inside(one, self._folder) for one in named):
             raise HTTPException(403, "names a file that was not uploaded")
-        body = json.dumps(asked).encode()  # what was checked, and no other reading of the same bytes
+        body = to_json(asked).encode()  # what was checked, and no other reading of the same bytes
 
         async def replay() -> Message:
             nonlocal body

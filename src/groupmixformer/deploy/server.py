@@ -7,7 +7,6 @@ limit neither together with the number of connections, so a subclass of uvicorn'
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import os
 import socket
@@ -25,6 +24,8 @@ import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..files import to_json
 
 # Seconds that a connection may spend in a state; after those it is cut.
 SECONDS = {
@@ -203,7 +204,7 @@ class _Front:
                     "bytes": size,
                 }
                 with contextlib.suppress(OSError):  # nobody reads it any more
-                    print(json.dumps(line), flush=True)
+                    print(to_json(line), flush=True)
 
 
 def _hosts(listening: socket.socket, host: str, allowed: Sequence[str]) -> Callable[[str], bool]:

@@ -44,10 +44,12 @@ def _fonts_for(missing: frozenset[str]) -> tuple[str, ...]:
 
 def _font_that_has(character: str) -> str:
     """Return one by the names of the Noto fonts, which are by script."""
-    script = unicodedata.name(character, "SYMBOLS").split()[0]
+    kind, script = unicodedata.category(character), unicodedata.name(character, "").split(" ")[0]
     if script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "FULLWIDTH", "IDEOGRAPHIC"):
         return "Noto Sans CJK"
-    return "Noto Emoji" if unicodedata.category(character) == "So" else f"Noto Sans {script.title()}"
+    if kind == "So":
+        return "Noto Emoji"
+    return f"Noto Sans {script.title() if kind[0] == 'L' else 'Symbols'}"
 
 
 @cache
