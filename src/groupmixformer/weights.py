@@ -251,7 +251,8 @@ def _named(loaded: Any, path: Path) -> dict[str, Any]:
     if "pytorch-lightning_version" in outer:
         averaged = any(name.startswith("average.module.") for name in loaded)  # as `training.module.Task` has them
         prefix, kind = ("average.module.", "EMA weights") if averaged else ("model.", "weights")
-        loaded = {name.removeprefix(prefix): view for name, view in loaded.items() if name.startswith(prefix)}
+        ours = {name.removeprefix(prefix): view for name, view in loaded.items() if name.startswith(prefix)}
+        loaded = ours or loaded  # another LightningModule may be the network itself
         LOGGER.warning("%s: took the %s after step %s", path, kind, outer.get("global_step"))
     return clean_state_dict(dict(loaded))  # drops 'module.' and '_orig_mod.'
 

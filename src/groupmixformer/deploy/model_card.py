@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from ..files import printable, read_text
-from ..run_folder import RunFolder
+from ..run_folder import WEIGHTS, RunFolder
 from ..tasks.registry import NetworkInfo, TaskSpec, find_task
 
 
@@ -68,7 +68,8 @@ def read_card_info(run: RunFolder, network: NetworkInfo) -> CardInfo:
     task, rows = find_task(run.task), run.metrics
     recipe = _read_yaml(run.recipe_path) if run.recipe_path else {}
     recipe |= {name: _public(recipe[name]) for name in ("data", "root", "checkpoint", "out") if name in recipe}
-    monitor = next((column for column in task.hub_metrics if rows and column in rows[0]), None)
+    of_best = run.weights.name in WEIGHTS  # and not of the last step
+    monitor = next((column for column in task.hub_metrics if of_best and rows and column in rows[0]), None)
     best = max(rows, key=lambda row: row[monitor]) if monitor else {}  # of equal ones the first, as training keeps it
     packages = ("groupmixformer", "torch", "timm", "lightning", "device")
     versions = {name: run.versions[name] for name in packages if name in run.versions}
