@@ -16,8 +16,9 @@ import torch
 
 from groupmixformer import GroupMixFormer, Run, load_checkpoint, load_detector, load_segmenter
 from groupmixformer.cli.main import main
+from groupmixformer.files import Fields
 from groupmixformer.models.checkpoint import save_checkpoint
-from groupmixformer.run_folder import RunFolder, read_metrics
+from groupmixformer.run_folder import RunFolder, _check_config, read_metrics
 from groupmixformer.weights import EXPANSION, read_tensors, write_tensors
 
 DATA = Path(__file__).parent / "data"
@@ -371,7 +372,7 @@ def test_no_field_of_config_is_taken_for_what_it_is_not(tmp_path, task):
             [3, 40000, 40000],
             r"pretrained_cfg: input_size is \[3, 40000, 40000\], .*from 1 to 4096",
         ),
-        ("classification", ["pretrained_cfg", "crop_pct"], 0, "crop_pct is 0, expected a finite number from 0.01 to 1"),
+        ("classification", ["pretrained_cfg", "crop_pct"], 0, "crop_pct is 0, expected a finite number from 0.01 to 2"),
         ("classification", ["pretrained_cfg", "std"], [1, 0, 1], r"std is \[1, 0, 1\]"),
         ("classification", ["pretrained_cfg", "mean"], [float("nan")] * 3, r"mean is \[NaN"),
         ("classification", ["pretrained_cfg", "mean"], [1, 2], r"mean is \[1, 2\], expected a number for each of 3 channels"),
@@ -402,6 +403,14 @@ def test_a_wrong_field_is_named(tmp_path, task, place, value, message):
         Run.open(run) and load(run)
     assert "\n" not in str(caught.value)
     assert "config.json" in str(caught.value) or message == "misshapen tensors"
+
+
+@pytest.mark.slow
+def test_every_configuration_of_timm_is_taken():
+    for name in timm.list_pretrained():
+        cfg = timm.get_pretrained_cfg(name).to_dict()
+        present = {key: value for key, value in json.loads(json.dumps(cfg)).items() if value is not None}
+        _check_config(Fields({"architecture": cfg["architecture"], "pretrained_cfg": present}, name))
 
 
 @pytest.mark.parametrize(
