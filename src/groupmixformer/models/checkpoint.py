@@ -235,7 +235,7 @@ def save_checkpoint(
         with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
             write_tensors(model.state_dict(), temporary / WEIGHTS[0])
             written = temporary / CONFIG
-            save_config_for_hf(model, written, model_config=labels, model_args=model_args)
+            save_config_for_hf(model, written, model_config=labels, model_args=model_args)  # type: ignore[arg-type]
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
             written.write_text(to_json(config, indent=2))
