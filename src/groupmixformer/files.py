@@ -35,6 +35,11 @@ def short(name: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def one_line(text: object) -> str:
+    """Return what an error or another text says, without its line breaks."""
+    return " ".join(str(text).split())
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

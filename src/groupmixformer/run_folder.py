@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .files import Fields, atomic_write, read_json, read_text, to_json, write_file
+from .files import one_line as one_line
 from .weights import read_tensors, write_tensors
 
 CONFIG = "config.json"  # architecture, task, class names, input of the model
@@ -30,11 +31,6 @@ CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")
 CHECKPOINT = "checkpoints/last.ckpt"
 PREVIOUS = "checkpoints/previous.ckpt"  # the one before it
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error says, without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def _local(path: str | Path) -> Path:

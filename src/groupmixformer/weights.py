@@ -28,6 +28,8 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from .files import one_line
+
 LOGGER = logging.getLogger(__name__)
 CHECKSUM = "crc32"  # in the metadata of our safetensors, beside what timm and transformers put there
 EXPANSION = "GROUPMIXFORMER_CHECKPOINT_GB"  # environment variable: memory that a file may take beyond its size
@@ -281,7 +283,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             continue
         values = tensor.detach() if tensor.element_size() > 1 else tensor.float()  # 8 bits cannot be summed
         if not values.sum().isfinite() and (count := int((~values.isfinite()).sum())):  # the sum is 8 times as fast
-            bad.append(f"{name} ({count:,} of {tensor.numel():,})")
+            bad.append(f"{one_line(name)} ({count:,} of {tensor.numel():,})")
     if bad:
         few = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         raise ValueError(
@@ -322,9 +324,9 @@ def read_tensors(path: Path, allow_nonfinite: bool = False) -> dict[str, Tensor]
     except _NoTensors as error:
         raise ValueError(f"{path}: {error}") from error
     except _Refused as error:
-        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+        raise ValueError(f"{path}: not a readable checkpoint: {one_line(error)}") from error
     except Exception as error:  # a hostile file can make the readers raise anything
-        reason = " ".join(str(error).split()).split(". ")[0]
+        reason = one_line(error).split(". ")[0]
         kind = f"it is damaged or of another kind ({type(error).__name__}: {reason}): copy or download it again"
         raise ValueError(f"{path}: not a readable checkpoint: {kind}") from error
     if not allow_nonfinite:

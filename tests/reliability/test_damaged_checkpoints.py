@@ -171,6 +171,14 @@ def bomb_pickle(rng, content):
     return zipped(members, zipfile.ZIP_DEFLATED)
 
 
+def bomb_bytes(rng, content):
+    """A pickle that asks for two billion bytes."""
+    members = members_of(content)
+    name = next(name for name in members if name.endswith("data.pkl"))
+    members[name] = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x94\x35\x77\x85R."
+    return zipped(members, any_compression(rng))
+
+
 # Headers of safetensors
 
 
@@ -233,7 +241,12 @@ def bad_numbers(rng, kind):
 
 
 def expanded(rng, kind):
-    return written(rng, kind, lambda tensor: torch.ones(1).expand(30_000, 30_000))
+    """A classifier of 60 million classes, each with the same weights."""
+    width = originals()[1]["head.fc.weight"].shape[1]
+    wide = {"head.fc.weight": torch.ones(1).expand(60_000_000, width), "head.fc.bias": torch.ones(1).expand(60_000_000)}
+    file = io.BytesIO()
+    torch.save(originals()[1] | wide, file, _use_new_zipfile_serialization=kind != "legacy")
+    return bytearray(file.getvalue())
 
 
 def misshapen(rng, kind):
@@ -243,6 +256,8 @@ def misshapen(rng, kind):
 BYTES = (flip_one, flip_one, flip, truncate, delete, insert, blank, swap)
 ARCHIVES = (rezip, rezip, shorten, shorten, exchange, lose)
 CONTENTS = (bad_numbers, misshapen)
+BOMBS = [(kind, change) for kind in ("zip", "last", "bin") for change in (bomb_member, bomb_pickle, bomb_bytes, expanded)]
+BOMBS += [("legacy", expanded)] * 3
 
 
 def in_a_process(call):
@@ -288,18 +303,22 @@ def weights_are_right(path):
 
 
 def attempt_weights(rng):
-    folder, _ = originals()
     kind = list(FILES)[rng.integers(len(FILES))]
     changes = [*BYTES, *CONTENTS]
     if kind in ("zip", "last", "bin"):
         changes += ARCHIVES
-        if rng.random() < 0.01:
-            changes = [bomb_member, bomb_pickle]
     if kind == "safetensors":
         changes += [header] * 6
-    elif rng.random() < 0.01:
-        changes = [expanded]
-    change = changes[rng.integers(len(changes))]
+    return attempt_file(rng, kind, changes[rng.integers(len(changes))])
+
+
+def attempt_bombs(rng):
+    kind, change = BOMBS[rng.integers(len(BOMBS))]
+    return attempt_file(rng, kind, change)
+
+
+def attempt_file(rng, kind, change):
+    folder, _ = originals()
     whole = change in (*CONTENTS, expanded)
     content = change(rng, kind) if whole else change(rng, bytearray((folder / FILES[kind]).read_bytes()))
     with tempfile.TemporaryDirectory() as temporary:
@@ -402,4 +421,4 @@ def test_damaged_checkpoints(attempt, count):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    campaign.main({"weights": (attempt_weights, 1500), "configs": (attempt_configs, 500)})
+    campaign.main({"weights": (attempt_weights, 1500), "bombs": (attempt_bombs, 40), "configs": (attempt_configs, 500)})

@@ -102,7 +102,7 @@ def check_tensors(state_dict: Mapping[str, Tensor], model: torch.nn.Module) -> N
         ],
     }
     if any(problems.values()):
-        raise ValueError("; ".join(f"{kind} tensors: {_few(names)}" for kind, names in problems.items() if names))
+        raise ValueError("; ".join(f"{kind} tensors: {one_line(_few(names))}" for kind, names in problems.items() if names))
 
 
 def variant_of(arguments: Mapping[str, Any]) -> tuple[str, bool]:
