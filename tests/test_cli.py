@@ -328,7 +328,7 @@ def test_predict_skips_what_it_cannot_read(run, photos, capsys, tmp_path):
     found = json.loads(result.out)
     assert len(found["images"]) == 1 + len(list(photos.glob("val/*/*")))
     assert len(found["skipped"]) == 6
-    assert "left out, as they are no images: 1 .txt, 1 hidden or of the system" in found["notes"]
+    assert "files left out: 1 .txt, 1 hidden or of the system" in found["notes"]
     for name in (*bad, "gone.png", "dangling.png", "fifo.jpg"):
         assert name in result.err
     nothing = output(capsys, "predict", run, *(tmp_path / name for name in bad), code=1)

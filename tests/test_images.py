@@ -297,14 +297,14 @@ def test_leftovers_are_neither_classes_nor_images(tmp_path, write_digits):
             path.removeprefix(f"{tmp_path}/clean") for path, _ in expected.samples
         ]
         assert found.notes == [
-            "left out, as they are no images: 10 hidden or of the system, 1 .txt, 1 without ending",
+            "files left out: 10 hidden or of the system, 1 .txt, 1 without ending",
             "left out beside the folders of the classes: readme.md",
         ]
     samples = images.train(lambda image: image, 0)
     assert samples.notes == images.train_source.notes
     left_out = Counter()
     assert len(find_images([str(tmp_path / "photos")], left_out)) == 10
-    assert describe_left_out(left_out)[0].startswith("left out, as they are no images: 20 hidden or of the system, 2 .")
+    assert describe_left_out(left_out)[0].startswith("files left out: 20 hidden or of the system, 2 .")
 
 
 def test_a_class_without_images_is_named(tmp_path, write_digits):
@@ -312,7 +312,7 @@ def test_a_class_without_images_is_named(tmp_path, write_digits):
     for name in ("two", "three"):
         (root / "train" / name).mkdir()
     (root / "train" / "two" / "Thumbs.db").write_bytes(b"left")
-    with pytest.raises(ValueError, match=r"without images: three, two; left out, as they are no images: 1 hidden"):
+    with pytest.raises(ValueError, match=r"without images: three, two; files left out: 1 hidden"):
         open_images(str(root))
 
 
@@ -354,7 +354,7 @@ def test_formats_that_reach_further_are_never_read(tmp_path):
     (tmp_path / "x.eps").write_bytes(file.getvalue())
     (tmp_path / "y.heic").write_bytes(b"\0\0\0\x18ftypheic")
     assert list_images(tmp_path, left_out := Counter()) == []
-    assert describe_left_out(left_out) == ["left out, as they are no images: 1 .eps, 1 .heic (pillow-heif reads .heic)"]
+    assert describe_left_out(left_out) == ["files left out: 1 .eps, 1 .heic (pillow-heif reads .heic)"]
     assert {"EPS", "WMF"} <= UNREAD_FORMATS
     file = io.BytesIO()
     quarters().save(file, "TGA")

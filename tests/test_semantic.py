@@ -300,6 +300,16 @@ def test_a_pair_that_cannot_be_used_is_named_and_left_out(copied, kind):
         images.read(i)
 
 
+def test_what_systems_leave_is_no_image(copied):
+    folder, plain = copied / "images" / "train", SemanticImages(copied, "train")
+    assert plain.notes == []
+    for name in ("._scene1.png", "Thumbs.db", "labels.txt"):
+        (folder / name).write_bytes(b"left")
+    found = SemanticImages(copied, "train")
+    assert (found.names, found.skipped) == (plain.names, [])
+    assert found.notes == ["files left out: 2 hidden or of the system, 1 .txt"]
+
+
 def test_without_a_usable_pair_there_is_no_data_set(tmp_path):
     write_classes(tmp_path)
     write_pair(tmp_path, "train", "a", np.zeros((2, 2, 3)), np.zeros((3, 3)))

@@ -154,7 +154,7 @@ def describe_left_out(left_out: Counter[str]) -> list[str]:
     """Return a line about the files that were left out, nothing if there are none."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
     hint = " (pillow-heif reads .heic)" if {".heic", ".heif"} & set(left_out) and not find_spec("pillow_heif") else ""
-    return [f"left out, as they are no images: {kinds}{hint}"] if left_out else []
+    return [f"files left out: {kinds}{hint}"] if left_out else []
 
 
 def find_images(paths: Iterable[str], left_out: Counter[str] | None = None) -> list[Path]:

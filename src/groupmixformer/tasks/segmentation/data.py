@@ -1,5 +1,6 @@
 """Data sets with a class for every pixel: found, checked before training, turned into samples."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...data.images import IMAGE_SUFFIXES, image_sizes, read_image
+from ...data.images import describe_left_out, image_sizes, list_images, read_image
 from ...data.samples import Samples, in_threads, size_problem
 from ...files import Fields, read_json, read_text
 from ...visual.drawing import palette
@@ -138,7 +139,12 @@ class SemanticImages(Samples):
         for place in (images, masks):
             if not place.is_dir():
                 raise ValueError(f"{place}: no such folder, expected images in {images} and masks in {masks}")
-        files = sorted(file for file in images.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        left_out: Counter[str] = Counter()
+        found = list_images(images, left_out)
+        files = [file for file in found if file.parent == images]
+        if deeper := len(found) - len(files):
+            left_out["in deeper folders"] = deeper
+        self.notes = describe_left_out(left_out)
         if not files:
             raise ValueError(f"{images}: holds no images")
         pairs = [(file, masks / f"{file.stem}.png") for file in files]
