@@ -86,10 +86,11 @@ def saved(rng: np.random.Generator) -> tuple[bytes, str, Image.Image | None]:
         exif[0x112] = orientation
         options = options | {"exif": exif}
     image = of_mode(image, mode, rng)
-    if kind == "PPM" and mode == "I":
-        image = image.point(lambda value: value * 65535 // max(1, image.getextrema()[1]))
-    if kind == "PPM" and mode == "F":
-        image = image.point(lambda value: value / max(1.0, image.getextrema()[1]))
+    if kind == "JPEG2000" and mode == "I;16":  # which says that white is 65535, as Pillow saves it
+        image = Image.fromarray((np.asarray(image) / np.asarray(image).max() * 65535).astype(np.uint16))
+    if kind == "PPM" and mode in "IF":  # which say that white is 65535, or 1
+        values = np.asarray(image, dtype=np.float64) / np.asarray(image).max()
+        image = Image.fromarray(values.astype(np.float32) if mode == "F" else (values * 65535).astype(np.int32))
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue(), f".{kind.lower()}", None if kind in RESIZED else upright
