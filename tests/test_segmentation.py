@@ -786,7 +786,7 @@ def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys
     line = gmf(
         capsys, "train", "camvid", *options(spoilt, tmp_path / "again", "--max-unreadable", "0.12"), code=1
     ).err.splitlines()[-1]
-    assert "2 of 9 training images cannot be read, more than max_unreadable (12.00%) allows: " in line
+    assert "2 of 9 training images cannot be used, more than max_unreadable (12.00%) allows: " in line
     assert no_class in line
 
 
