@@ -46,6 +46,8 @@ def run(tmp_path_factory, randomise):
     folder = tmp_path_factory.mktemp("runs") / "trees"
     config = {"input_size": (3, 64, 64), "crop_pct": 0.8}
     save_checkpoint(randomise(GroupMixFormer(num_classes=6, **TINY)), folder, NAMES, config)
+    (folder / "examples").mkdir()
+    Image.new("RGB", (90, 90), "red").save(folder / "examples" / "red.png")
     return folder
 
 
@@ -234,6 +236,9 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
         tab.until(f"document.querySelector('{field}') !== null")
         tab.upload(field, broken)
         tab.until("document.body.innerText.includes('broken.png: not a readable image: no known format')")
+        tab.click(".gallery-item")  # the run's example
+        tab.until("/red\\s*.png/.test(document.querySelector('#file').innerText)")
+        tab.until("document.querySelector('#shown img')?.naturalHeight == 640")  # of the uploads none is square
         tab.click("#file button[aria-label='Clear']")
         tab.until(f"document.querySelector('{field}') !== null")
         tab.upload(field, large)
@@ -316,7 +321,8 @@ def test_requests_name_uploaded_files_only(tmp_path, hostile):
     client, join = TestClient(demo._Gate(gradio, folder)), "/gradio_api/queue/join"
     for path in hostile(folder):
         for asked in ({"data": [[{"deep": {"path": path}}]]}, {"data": {"path": path, **META}}, {"event_data": {"path": path}}):
-            assert [client.post(url, json=asked).status_code for url in (join, f"{join}/")] == [403, 403], asked
+            urls = [join, f"{join}/", "/gradio_api/run/predict", "/gradio_api/run/see/"]
+            assert [client.post(url, json=asked).status_code for url in urls] == [403] * 4, asked
     del passed[:]
 
     def twice(first, second):
@@ -332,9 +338,8 @@ def test_requests_name_uploaded_files_only(tmp_path, hostile):
     assert json.loads(passed.pop()) == {"path": f"{folder}/a"}
 
     for endpoint in (
-        "run/predict",
-        "run/see",
         "api/see",
+        "run",
         "call/see",
         "call/v2/see",
         "process_recording",
@@ -419,6 +424,9 @@ def test_only_uploads_and_examples_are_drawn(classes, image, hostile, tmp_path, 
                 for value in bad:
                     data = [value if i == place else usual.get(kind) for i, kind in enumerate(each)]
                     message, answer = ask(client, number, data, event)
+                    name = {one["id"]: one["api_name"] for one in config["dependencies"]}[number]
+                    run = client.post(f"/gradio_api/run/{name}", json={"data": data, "fn_index": number, "event_data": event})
+                    assert run.status_code == 403 if gate else drawn(run.text) == []
                     if gate:
                         assert answer.status_code == 403, (number, place, value)
                     elif each[place] == "file":
@@ -430,8 +438,8 @@ def test_only_uploads_and_examples_are_drawn(classes, image, hostile, tmp_path, 
         uploaded = client.post("/gradio_api/upload", files={"files": ("mine.png", image.read_bytes())}).json()[0]
         see = next(number for number, each in inputs.items() if each == ["dropdown", "file"])
         load = next(number for number, each in inputs.items() if each == ["dataset"])
-        message, _ = ask(client, load, [0])
-        example = message["output"]["data"][0]
+        answer = client.post("/gradio_api/run/load_example", json={"data": [0], "fn_index": load, "session_hash": "a"})
+        example = answer.json()["data"][0]
         example = example.get("value", example)  # as an update of the component
         assert Path(example["path"]).read_bytes() == image.read_bytes()
         for path in (uploaded, example["path"]):
@@ -451,11 +459,13 @@ def test_the_command_draws_only_what_was_uploaded(started, run, image, tmp_path)
     secret = tmp_path / "secret.png"
     secret.write_bytes(image.read_bytes())
     with httpx.Client(base_url=address, timeout=60) as client:
-        message, answer = ask(client, 0, [str(run), {"path": str(secret), **META}])
+        functions = client.get("/config").json()["dependencies"]
+        see = next(one["id"] for one in functions if one["api_name"] == "see")
+        message, answer = ask(client, see, [str(run), {"path": str(secret), **META}])
         assert (message, answer.status_code) == (None, 403)
         assert client.get("/gradio_api/file=http://127.0.0.1:1/a.png").status_code == 404
         uploaded = client.post("/gradio_api/upload", files={"files": ("mine.png", image.read_bytes())}).json()[0]
-        message, _ = ask(client, 0, [str(run), {"path": uploaded, **META}])
+        message, _ = ask(client, see, [str(run), {"path": uploaded, **META}])
         assert message["success"] and client.get(message["output"]["data"][0]["url"]).status_code == 200
         answer = client.get("/", headers={"Host": "evil.example"})  # as after DNS rebinding
         assert answer.status_code == 400 and "evil.example" in answer.json()["error"]

@@ -39,7 +39,9 @@ from .model_card import markdown
 SIDE = 640  # longer side of an image on the page
 MEGABYTES = 20  # of an uploaded file
 API = "/gradio_api"
-POSTS = {f"{API}/{name}" for name in ("upload", "queue/join", "cancel", "reset")}  # that the page makes
+UPLOAD = f"{API}/upload"
+# The other requests that the page makes, all of JSON. Those of run/ load examples.
+POSTS = tuple(f"{API}/{name}" for name in ("queue/join", "run/", "cancel", "reset"))
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class _Gate:
     async def _check(self, scope: Scope, receive: Receive) -> Receive:
         path = scope["path"].rstrip("/")
         reads = scope["method"] in ("GET", "HEAD")
-        if "://" in path or not (reads or path in POSTS):  # gradio would load what a URL names
+        if "://" in path or not (reads or path == UPLOAD or path.startswith(POSTS)):  # gradio would load what a URL names
             raise HTTPException(404, "not found")
         most = (MEGABYTES + 1) * 1_000_000
 
@@ -109,7 +111,7 @@ class _Gate:
                 raise HTTPException(413, f"the request is over {MEGABYTES} MB, the maximum allowed size")
             return message
 
-        if path != f"{API}/queue/join":
+        if reads or path == UPLOAD:
             return bounded
         try:
             asked = json.loads(await Request(scope, bounded).body())
