@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .models.checkpoint import load_checkpoint
     from .models.fuse import fuse
     from .models.groupmixformer import GroupMixAttention, GroupMixFormer
+    from .models.mixers.replace import replace_attention
     from .run import Run
     from .tasks.detection.model import load_detector
     from .tasks.segmentation.model import load_segmenter
@@ -25,6 +26,7 @@ __all__ = [
     "load_detector",
     "load_segmenter",
     "push_to_hub",
+    "replace_attention",
 ]
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ _PLACES = {
     "load_detector": "tasks.detection.model",
     "load_segmenter": "tasks.segmentation.model",
     "push_to_hub": "deploy.hub",
+    "replace_attention": "models.mixers.replace",
 }
 
 

@@ -31,8 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..data.images import UPLOAD_SUFFIXES, decode
 from ..files import to_json
-from ..models.attention_maps import overlays, suited_stage
-from ..models.groupmixformer import GroupMixFormer
+from ..models.attention_maps import has_attention_maps, overlays, suited_stage
 from ..visual.figures import GROUPS, ORANGE
 from .model_card import markdown
 
@@ -194,7 +193,7 @@ class Page:
             ValueError: If the run holds no classifier with Group-Mix Attention, or the model does not see this point.
         """
         predictor = self.runs[run]
-        if not isinstance(predictor.model, GroupMixFormer):
+        if not has_attention_maps(predictor.model):
             raise ValueError(
                 f"{run} holds a {type(predictor.model).__name__}: attention is shown for classifiers with Group-Mix Attention"
             )

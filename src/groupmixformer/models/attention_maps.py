@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,11 @@ def implied_attention(attention: GroupMixAttention, x: Tensor, queries: Sequence
     return ImpliedAttention(maps, local, constant)
 
 
+def has_attention_maps(model: nn.Module | None) -> TypeGuard[GroupMixFormer]:
+    """Say whether a network is a `GroupMixFormer` with Group-Mix Attention as published."""
+    return isinstance(model, GroupMixFormer) and model.mixer_name == "group_mix"
+
+
 def attend(
     model: nn.Module, images: Tensor, queries: Sequence[Sequence[int]], stages: Collection[int] = (2,), block: int = -1
 ) -> dict[int, ImpliedAttention]:
@@ -72,6 +77,10 @@ def attend(
     if not isinstance(model, GroupMixFormer) or model.training:
         state = "in training mode" if isinstance(model, GroupMixFormer) else type(model).__name__
         raise ValueError(f"got a model {state}, expected a GroupMixFormer in eval mode: call model.eval()")
+    if not has_attention_maps(model):
+        raise ValueError(
+            f"got a network with the mixer {model.mixer_name}, expected group_mix as published: only it has these maps"
+        )
     network: Any = model.stages
     for stage in stages:
         if not 0 <= stage < len(network):

@@ -79,6 +79,12 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def model_arguments(model: GroupMixFormer) -> dict[str, Any]:
+    """Return the arguments of `GroupMixFormer` that make a network like `model`; of the mixer, if it is another."""
+    mixer = {"mixer": model.mixer, "mixer_options": model.mixer_options}
+    return architecture(model.state_dict()) | (mixer if model.mixer_name != "group_mix" else {})
+
+
 def _few(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
@@ -156,10 +162,18 @@ def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False)
     config, state_dict = run.config, read_state_dict(run)
     try:
         arguments = architecture(state_dict)
+        stored = config.get("model_args") or {}
+        made = arguments | {key: stored[key] for key in ("mixer", "mixer_options") if key in stored}
+        made["global_pool"] = config.get("global_pool", "avg")
         with torch.device("meta"):
-            model: Any = GroupMixFormer(**arguments, global_pool=config.get("global_pool", "avg"))
-        check_tensors(state_dict, model)
-        model.to_empty(device="cpu")
+            model: Any = GroupMixFormer(**made)
+        try:
+            check_tensors(state_dict, model)
+        except ValueError as error:
+            hint = "" if "mixer" in made else ", and another mixer is named by mixer under model_args of config.json"
+            raise ValueError(f"as a network with mixer {model.mixer_name}: {error}{hint}") from error
+        # Layers of timm's have tables that are not stored, which no empty model holds.
+        model = GroupMixFormer(**made) if "mixer" in made else model.to_empty(device="cpu")
         model.load_state_dict(state_dict)
         variant, _ = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
@@ -192,9 +206,11 @@ def load_model(path: str | Path | RunFolder) -> Any:
         return load_checkpoint(run)
     weights = {"state_dict": run.read_weights()}
     try:
-        return timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights).eval()
+        model: Any = timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights)
     except Exception as error:  # arguments from config.json can make a constructor raise anything
         raise ValueError(f"{run.path}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+    model.model_options = {key: value for key, value in run.config.get("model_args", {}).items() if key != "img_size"}
+    return model.eval()
 
 
 def save_checkpoint(
@@ -216,14 +232,15 @@ def save_checkpoint(
     folder = Path(folder)
     original = getattr(model, "pretrained_cfg", None)
     pretrained_cfg = dict(original or {})
-    model_args: dict[str, Any] | None = None
+    model_args: dict[str, Any] = dict(getattr(model, "model_options", {}))
     if pretrained_cfg.get("fixed_input_size") and data_config:
-        model_args = {"img_size": data_config["input_size"][-1]}  # as a ViT needs to know
+        model_args["img_size"] = data_config["input_size"][-1]  # as a ViT needs to know
     if isinstance(model, GroupMixFormer):
-        arguments = architecture(model.state_dict())
+        arguments = model_arguments(model)
         variant, exact = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | pretrained_cfg | {"architecture": variant}
-        model_args = None if exact else {key: arguments[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+        stored = ("mixer", "mixer_options") if exact else ("embed_dims", "depths", "mlp_ratios", "mixer", "mixer_options")
+        model_args = {key: arguments[key] for key in stored if key in arguments}
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
     names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
@@ -235,7 +252,7 @@ def save_checkpoint(
         with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
             write_tensors(model.state_dict(), temporary / WEIGHTS[0])
             written = temporary / CONFIG
-            save_config_for_hf(model, written, model_config=labels, model_args=model_args)  # type: ignore[arg-type]
+            save_config_for_hf(model, written, model_config=labels, model_args=model_args or None)  # type: ignore[arg-type]
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
             written.write_text(to_json(config, indent=2))

@@ -18,6 +18,7 @@ Letters are those of `groupmixformer`: B batch, H x W map, N = H * W tokens, D w
 
 import copy
 from collections import Counter
+from itertools import pairwise
 from typing import Any, Self
 
 import timm.layers
@@ -33,6 +34,7 @@ from . import groupmixformer as network
 from . import layers
 from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem
 from .layers import check_images, check_map
+from .mixers.base import Mixer
 
 
 def _within_heads(segment_dim: int, like: Tensor) -> Tensor:
@@ -294,15 +296,29 @@ def _check_own(name: str, module: nn.Module) -> None:
             )
 
 
+def _fold_norms(mixer: Mixer) -> bool:
+    """Fold each BN of another mixer into the convolution before it, and say whether there was one."""
+    found = False
+    for sequence in [module for module in mixer.modules() if isinstance(module, nn.Sequential)]:
+        for (first, conv), (second, norm) in pairwise(list(sequence.named_children())):
+            if type(conv) in (nn.Conv2d, layers.Depthwise) and type(norm) in (nn.BatchNorm2d, layers.BatchNorm2d):
+                setattr(sequence, first, _conv_with_norm(conv, norm))
+                setattr(sequence, second, nn.Identity())
+                found = True
+    return found
+
+
 def _fold(name: str, module: nn.Module, done: dict[nn.Module, nn.Module], folded: Counter[str]) -> nn.Module:
     """Return the module or what takes its place, the same wherever it is used."""
     if module not in done:
         done[module] = module
-        if type(module) in _FUSED:
+        if type(module) in _FUSED and not (isinstance(module, Block) and isinstance(module.attn, Mixer)):
             _check_own(name, module)
             folded[type(module).__name__] += 1
             done[module] = _FUSED[type(module)](module)
         else:
+            if isinstance(module, Mixer) and _fold_norms(module):
+                folded[type(module).__name__] += 1
             for inner, child in module._modules.items():
                 if child is not None:
                     module._modules[inner] = _fold(f"{name}.{inner}".lstrip("."), child, done, folded)

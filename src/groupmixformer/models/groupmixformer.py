@@ -43,7 +43,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from ..ops.attention import attend
-from .layers import GELU, BatchNorm2d, Blocks, Depthwise, Hardswish, LayerNorm2d, Linear, check_images, check_map
+from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, Linear, check_images, check_map
+from .mixers import make_blocks
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
@@ -214,14 +215,25 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolutional position encoding, Group-Mix Attention and MLP, each with a residual. (B, D, H, W) -> same."""
+    """Convolutional position encoding, Group-Mix Attention and MLP, each with a residual. (B, D, H, W) -> same.
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+    `attn` is another token mixer in place of Group-Mix Attention, if any.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        attn: nn.Module | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.cpe = Depthwise(dim, 3, bias=True, **dd)
         self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
-        self.attn = GroupMixAttention(dim, **dd)
+        self.attn: Any = GroupMixAttention(dim, **dd) if attn is None else attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm2d(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
@@ -271,13 +283,16 @@ class Stage(nn.Module):
         stride: int,
         mlp_ratio: float,
         drop_path: Sequence[float],
+        index: int = 0,
+        mixer: str = "group_mix",
+        mixer_options: dict[str, Any] | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.patch_embed = SeparableConv(in_dim, dim, 3, stride, **dd)
-        self.blocks = Blocks(*(Block(dim, mlp_ratio, rate, **dd) for rate in drop_path))
+        self.blocks = make_blocks(Block, dim, mlp_ratio, drop_path, index, mixer, mixer_options, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, ceil(H/s), ceil(W/s))."""
@@ -297,9 +312,12 @@ class GroupMixFormer(nn.Module):
         mlp_ratios: Hidden width of the MLP over the stage's width, per stage.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 over all blocks.
+        mixer: What stands in the place of Group-Mix Attention, by its name in `mixers.MIXERS`.
+        mixer_options: Options of the mixer.
 
     Raises:
-        ValueError: If the stages' settings differ in number or a width is not a multiple of 10.
+        ValueError: If the stages' settings differ in number, a width is not a multiple of 10 (or does not fit another mixer),
+            or there is no such mixer or option.
     """
 
     def __init__(
@@ -312,6 +330,8 @@ class GroupMixFormer(nn.Module):
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        mixer: str = "group_mix",
+        mixer_options: dict[str, Any] | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -325,6 +345,7 @@ class GroupMixFormer(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = embed_dims[-1]
+        self.mixer, self.mixer_options = mixer, dict(mixer_options or {})
 
         self.stem = Stem(in_chans, embed_dims[0], **dd)
         drop_path: list[Any] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -332,13 +353,19 @@ class GroupMixFormer(nn.Module):
         self.feature_info = []
         in_dim = embed_dims[0]
         for i, (dim, mlp_ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
-            stages.append(Stage(in_dim, dim, 1 if i == 0 else 2, mlp_ratio, drop_path[i], **dd))
+            stages.append(Stage(in_dim, dim, 1 if i == 0 else 2, mlp_ratio, drop_path[i], i, mixer, mixer_options, **dd))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features, **dd)
         self.head = self._head(num_classes, global_pool, drop_rate, **dd)
         self.apply(self._init_weights)
+
+    @property
+    @torch.jit.unused
+    def mixer_name(self) -> str:
+        """The mixer with its options."""
+        return " ".join([self.mixer, *(f"{name}={value}" for name, value in self.mixer_options.items())])
 
     def _head(self, num_classes: int, pool_type: str, drop_rate: float, **dd: Any) -> ClassifierHead:
         head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)

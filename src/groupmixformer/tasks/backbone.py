@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ..files import Fields
-from ..models.checkpoint import architecture, check_tensors, load_model, model_name
+from ..models.checkpoint import check_tensors, load_model, model_arguments, model_name
 from ..models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from ..run_folder import CONFIG, MAX_SIDE, RunFolder
 from ..training.old_names import rename
@@ -171,7 +171,7 @@ Network = TypeVar("Network", bound=BackboneModel)
 
 
 def open_backbone(
-    variant: str, checkpoint: str | None, task: str
+    variant: str, checkpoint: str | None, task: str, model_options: Mapping[str, Any] | None = None
 ) -> tuple[Backbone, dict[str, Tensor] | None, dict[str, list[float]]]:
     """Find the backbone that a recipe asks for.
 
@@ -179,6 +179,7 @@ def open_backbone(
         variant: Its name; that of the checkpoint counts more.
         checkpoint: A classifier that `load_model` reads, or the folder of a run for `task`; none for new weights.
         task: What the network is for.
+        model_options: Further arguments of the backbone's constructor; not with a checkpoint.
 
     Returns:
         The backbone, the classifier's weights, if there is one, and mean and std of the pixels that it is used to.
@@ -194,7 +195,9 @@ def open_backbone(
     if not checkpoint:
         name = model_name(variant)
         known = timm.get_pretrained_cfg(name)
-        return Backbone(name), None, colors(known.to_dict() if known else None)
+        return Backbone(name, dict(model_options or {})), None, colors(known.to_dict() if known else None)
+    if model_options:
+        raise ValueError("got model_options and a checkpoint, expected one of them: a checkpoint has its own architecture")
     run = RunFolder.of(checkpoint)
     if not run.holds_classifier:
         config, weights = run.read_network(task)
@@ -205,10 +208,19 @@ def open_backbone(
     if cfg["input_size"][0] != 3:
         raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: images are read as RGB")
     if not isinstance(source, GroupMixFormer):
-        return Backbone(cfg["architecture"]), weights, colors(cfg)
-    found = architecture(weights)
-    arguments = {key: found[key] for key in ("embed_dims", "depths", "mlp_ratios")}
+        return Backbone(cfg["architecture"], source.model_options), weights, colors(cfg)
+    arguments = model_arguments(source)
+    for key in ("num_classes", "in_chans"):
+        del arguments[key]
     return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
+
+
+def _largest(value: Any) -> float:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def _read_backbone(network: Fields, weights: Mapping[str, Tensor]) -> Backbone:
@@ -226,8 +238,9 @@ def _read_backbone(network: Fields, weights: Mapping[str, Tensor]) -> Backbone:
     for name, high in (("embed_dims", 1 << 16), ("depths", len(weights))):
         arguments.integers(name, low=1, high=high, default=None)
     arguments.numbers("mlp_ratios", low=0, high=100, default=None)
-    if unknown := set(arguments.values) - {"embed_dims", "depths", "mlp_ratios"}:
-        raise ValueError(f"{arguments.where}: has {min(unknown)}, expected embed_dims, depths and mlp_ratios alone")
+    for name, value in arguments.values.items():  # what a recipe's model_options may be
+        if name in inspect.signature(timm.create_model).parameters or _largest(value) > 1 << 16:
+            raise ValueError(f"{arguments.where}: has {name}={value!r}, expected arguments of the model, no number above 65536")
     try:
         return Backbone(model_name(backbone.text("name")), arguments.values)
     except ValueError as error:

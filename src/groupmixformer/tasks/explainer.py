@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import short
-from ..models.attention_maps import GROUP_SIZES, attend, by_group_size, relevance, stages_of, suited_stage
+from ..models.attention_maps import GROUP_SIZES, attend, by_group_size, has_attention_maps, relevance, stages_of, suited_stage
 from ..models.groupmixformer import GroupMixFormer
 from .predictor import Point, Predicted, Predictor, View
 
@@ -177,7 +177,7 @@ class BackboneExplainer(Explainer):
         self.predictor, self.model = predictor, predictor.model
         features = self.model.features
         network = getattr(features, "model", None)
-        self.backbone = network if isinstance(network, GroupMixFormer) else None
+        self.backbone = network if has_attention_maps(network) else None
         if getattr(features, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(
                 f"{self.model.backbone.name} gives features as {features.output_fmt}, expected NCHW: not explained"

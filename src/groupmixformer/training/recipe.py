@@ -155,6 +155,8 @@ class Recipe:
         download: Fetch a torch/ data set that is not there.
         model: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm; for detection and
             segmentation, the backbone.
+        model_options: Arguments of the model's constructor by timm's names, such as mixer, mixer_options or embed_dims of ours;
+            not with a checkpoint, which has its own.
         checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
         image_size: Side of the training images, in pixels; also of the test images. For detection and segmentation, the shorter
             side.
@@ -194,6 +196,7 @@ class Recipe:
     root: str = "data"
     download: bool = False
     model: str = "groupmixformer_mobile"
+    model_options: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     image_size: int = 224
     crop_pct: float = 0.875
@@ -299,7 +302,7 @@ def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
 def _refuse_unknown(given: Sequence[str], source: str) -> None:
     known = _fields(asdict(Recipe(data="")))
     for name in given:
-        if name not in known and name.split(".")[0] not in OTHER_FIELDS:
+        if name not in known and name.split(".")[0] not in ("model_options", *OTHER_FIELDS):
             near = get_close_matches(name, known, n=1, cutoff=0.4) or [
                 other for other in known if other.split(".")[-1] == name.split(".")[-1]
             ]

@@ -93,7 +93,7 @@ class ClassificationTask(TaskSpec):
 
     def publish(self, run: RunFolder, folder: Path) -> NetworkInfo:
         """Write the folder that `load_checkpoint`, timm and transformers read."""
-        from ...models.checkpoint import architecture, load_model, save_checkpoint, variant_of
+        from ...models.checkpoint import load_model, model_arguments, save_checkpoint, variant_of
         from ...models.groupmixformer import GroupMixFormer
 
         model = load_model(run)
@@ -108,13 +108,14 @@ class ClassificationTask(TaskSpec):
         }
         ours, name = isinstance(model, GroupMixFormer), f"`{cfg['architecture']}`"
         if ours:
-            stages = architecture(model.state_dict())
+            stages = model_arguments(model)
             if not variant_of(stages)[1]:
                 name = "GroupMixFormer of other widths and depths than the published ones"
             facts |= {
                 "widths of the stages": as_text(stages["embed_dims"]),
                 "blocks of the stages": as_text(stages["depths"]),
                 "MLP ratios": as_text(stages["mlp_ratios"]),
+                "token mixer": model.mixer_name,
             }
         facts["classes"] = f"{model.num_classes:,}"
         paper = "([paper](https://arxiv.org/abs/2311.15157))"

@@ -11,9 +11,8 @@ from timm.data import ImageNetInfo
 from timm.data.config import resolve_data_config
 from torch import Tensor
 
-from ...models.attention_maps import class_relevance, stages_of
+from ...models.attention_maps import class_relevance, has_attention_maps, stages_of
 from ...models.checkpoint import load_model
-from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import RunFolder
 from ..explainer import Explainer, Target, class_index
 from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, View, class_table
@@ -182,7 +181,7 @@ class ClassificationExplainer(Explainer):
     ) -> None:
         self.predictor = ClassificationPredictor(run, device, image_size)
         model = self.predictor.model
-        self.backbone = model if isinstance(model, GroupMixFormer) else None
+        self.backbone = model if has_attention_maps(model) else None
         self.stages = stages_of(model)
         self.wanted = None if wanted_class is None else class_index(self.predictor.class_names, wanted_class)
 

@@ -13,7 +13,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor, nn
 
 from ...files import short, write_file
-from ...models.attention_maps import attention_maps, by_group_size, suited_stage
+from ...models.attention_maps import attention_maps, by_group_size, has_attention_maps, suited_stage
 from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import EXAMPLES
 from ...visual.figures import BLUE, ORANGE, Row, overlay_figure
@@ -148,7 +148,7 @@ def write_report(
         sections["Held-out images it gets wrong, the most confident first"] = ("wrong", lambda: shown(wrong))
     if right:
         sections["Held-out images it gets right"] = ("right", lambda: shown(right))
-    if isinstance(model, GroupMixFormer) and right:
+    if has_attention_maps(model) and right:
         caption = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
         sections[caption] = ("attention", lambda: _attention(model, [chosen[i] for i in right[:4]], config))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ...models.checkpoint import architecture, load_model, model_name, save_checkpoint
+from ...models.checkpoint import load_model, model_arguments, model_name, save_checkpoint
 from ...models.groupmixformer import GroupMixFormer
 from ...training.loaders import DataModule
 from ...training.module import Task
@@ -31,17 +31,25 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     """
     settings: dict[str, Any] = {"num_classes": len(class_names), "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
-        name = model_name(recipe.model)
-        return timm.create_model(name, **settings, **_size(name, recipe))
+        name, options = model_name(recipe.model), recipe.model_options
+        try:
+            model: Any = timm.create_model(name, **settings, **_size(name, recipe), **options)
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be made with model_options {options}: {error}") from error
+        model.model_options = options
+        return model
+    if recipe.model_options:
+        raise ValueError("got model_options and a checkpoint, expected one of them: a checkpoint has its own architecture")
     source = load_model(recipe.checkpoint)
     named = list(source.pretrained_cfg.get("label_names") or class_names)
     if named != list(class_names) or source.num_classes != len(class_names):
         source.reset_classifier(len(class_names))
     if isinstance(source, GroupMixFormer):
-        model: Any = GroupMixFormer(**architecture(source.state_dict()) | settings)
+        model = GroupMixFormer(**model_arguments(source) | settings)
     else:
-        other = source.pretrained_cfg["architecture"]
-        model = timm.create_model(other, **settings, **_size(other, recipe))
+        other, options = source.pretrained_cfg["architecture"], source.model_options
+        model = timm.create_model(other, **options | settings | _size(other, recipe))
+        model.model_options = options
     model.load_state_dict(source.state_dict())
     model.pretrained_cfg = source.pretrained_cfg
     return model

@@ -31,7 +31,7 @@ class DetectionModule(Task):
 
     def __init__(self, recipe: Recipe, train: CocoImages, held_out: CocoImages, world_size: int = 1) -> None:
         settings = recipe.detector
-        backbone, weights, used_to = open_backbone(recipe.model, recipe.checkpoint, "detection")
+        backbone, weights, used_to = open_backbone(recipe.model, recipe.checkpoint, "detection", recipe.model_options)
         self.category_ids = train.category_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),

@@ -119,7 +119,7 @@ class SegmentationModule(Task):
             ValueError: If one of them cannot be used.
         """
         settings = recipe.segmenter
-        backbone, weights, colors = open_backbone(recipe.model, recipe.checkpoint, "segmentation")
+        backbone, weights, colors = open_backbone(recipe.model, recipe.checkpoint, "segmentation", recipe.model_options)
         mean, std = colors.get("mean", IMAGENET_DEFAULT_MEAN), colors.get("std", IMAGENET_DEFAULT_STD)
         augment = segmentation_transform(recipe.image_size, settings.scale, settings.hflip, settings.photometric, mean, std)
         prepare = partial(prepare_image, image_size=recipe.image_size, mean=mean, std=std)
