@@ -198,7 +198,8 @@ class MetricsCallback(Callback):
         self.start = time.monotonic()
         if trainer.is_global_zero:
             done = [row for row in read_metrics(self.folder) if row["epoch"] < trainer.current_epoch]
-            write_rows(self.folder / METRICS, done)
+            with writing(METRICS, self.folder):
+                write_rows(self.folder / METRICS, done)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Tell a stream, which has no sampler that Lightning could tell."""

@@ -1,5 +1,6 @@
 """A run folder belongs to one run at a time."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -40,9 +41,10 @@ class Claim:
                     f"{folder}: another run writes to it, {owner}: wait for its end, or choose another folder with --out"
                 ) from None
             print(f"{folder}: its file system has no locks ({error.strerror}): start no second run in it", file=sys.stderr)
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self.file.flush()
+        with contextlib.suppress(OSError):  # on a full disk nobody reads it
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            self.file.flush()
 
     def __enter__(self) -> "Claim":
         return self

@@ -23,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, WEIGHTS, write_versions
-from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, MetricsCallback
+from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, VERSIONS, WEIGHTS, write_versions
+from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, MetricsCallback, writing
 from .claim import Claim
 from .module import Task
 from .recipe import Recipe, write_recipe
@@ -179,9 +179,12 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
         start = _find_start(folder, resume)
         try:
             _fit(recipe, build_task, start, claim, devices, nodes)
-        except OSError:
+        except OSError as error:
             if claim:
                 claim.check()  # a folder that was removed is the reason of all others
+            if str(folder) not in str(error):  # TensorBoard's, which names no file
+                with writing("TensorBoard's events", folder):
+                    raise
             raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -206,8 +209,10 @@ def _fit(
     if recipe.compile:
         task.compile_model()
     if first:
-        write_recipe(recipe, folder / RECIPE, task.history)
-        write_versions(folder)
+        with writing(RECIPE, folder):
+            write_recipe(recipe, folder / RECIPE, task.history)
+        with writing(VERSIONS, folder):
+            write_versions(folder)
 
     callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
     if recipe.patience is not None:
