@@ -71,7 +71,7 @@ def test_models_lists_what_it_counts(capsys):
         (["train", "digit"], "nearest: digits"),
         (["train", "digits", "--epoch", "3"], "the nearest is epochs"),
         (["train", "digits", "--optimizer.learning", "3"], "optimizer"),
-        (["train", "digits", "--epochs", "many"], "Expected a <class 'int'>"),
+        (["train", "digits", "--epochs", "many"], '--epochs is "many", expected an integer of at least 1'),
         (["train", "digits", "--print", "--lr=1"], "the nearest is optimizer.lr"),
         (["train", "digits", "--print", "--batch-sise=1"], "the nearest is batch_size"),
         (["eval", "x", "--image_sise", "64"], "unknown option --image_sise: did you mean --image-size?"),

@@ -1,14 +1,18 @@
 """Recipes: every setting of a training run, typed, with its default, from a YAML file and dotted options."""
 
 import json
+import math
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -17,8 +21,85 @@ from ..files import read_text, write_file
 from . import old_names
 
 
+class RecipeError(ValueError):
+    """A recipe or option that does not exist or has a wrong value: wrong usage, not a failed job."""
+
+
+# Least and greatest value of fields, by their names in whatever section; numbers of other fields are finite.
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("batch_size", "grad_accum_steps", "image_size", "epochs", "devices", "nodes", "log_steps"), (1, math.inf)),
+    **dict.fromkeys(("workers", "patience", "max_skipped_steps", "save_minutes", "seed", "warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("max_unreadable", "drop_path_rate", "ema", "hflip", "vflip", "random_erasing", "label_smoothing"), (0, 1)),
+    **dict.fromkeys(("lr", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
+    **dict.fromkeys(("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "max_size", "channels"), (1, math.inf)),
+    "crop_pct": (0.01, 1),
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as fields of a recipe have them."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, kind) for kind in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if hint in (int, float):
+        number = isinstance(value, int) if hint is int else isinstance(value, int | float) and math.isfinite(value)
+        return number and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _expected(name: str, hint: Any) -> str:
+    """Say what a field takes."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null", dict: "fields"}
+    origin, inner = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        return f"fields, such as {', '.join(field.name for field in fields(hint)[:3])}"
+    if origin in (Union, UnionType):
+        return " or ".join(_expected(name if kind in (int, float) else "", kind) for kind in inner)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin in (list, tuple):
+        kind = _expected("", inner[0]).rpartition(" ")[2]
+        return f"a list of {len(inner) if origin is tuple else ''} {kind}s".replace("  ", " ")
+    low, high = LIMITS.get(name, (-math.inf, math.inf))
+    span = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
+    return names[origin or hint] + span
+
+
+def _problem(name: str, value: Any, hint: Any, where: str = "") -> str:
+    """Say what is wrong with the value of a field; nothing if it is right."""
+    short = name.rpartition(".")[2]
+    low, high = LIMITS.get(short, (-math.inf, math.inf))
+    fits = _fits(value, hint) and (not isinstance(value, int | float) or low <= value <= high)
+    shown = json.dumps(value, default=repr, ensure_ascii=False)
+    return "" if fits else f"{where}{name} is {shown[:60]}, expected {_expected(short, hint)}"
+
+
+@dataclass  # or else jsonargparse would not take what is made of it for one
+class _Checked:
+    """Fields whose values are checked when they are set together; ``~`` in paths is expanded."""
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            RecipeError: If one is not of its type or outside its limits.
+        """
+        hints = get_type_hints(type(self))
+        for name, value in vars(self).items():
+            if problem := _problem(name, value, hints[name]):
+                raise RecipeError(problem)
+            if name in ("data", "root", "checkpoint", "out") and value is not None:
+                setattr(self, name, os.path.expanduser(value))  # noqa: PTH111 - Path drops the slashes of a URL
+
+
 @dataclass
-class Optimizer:
+class Optimizer(_Checked):
     """The optimiser, by timm's names.
 
     Args:
@@ -40,7 +121,7 @@ class Optimizer:
 
 
 @dataclass
-class Schedule:
+class Schedule(_Checked):
     """The learning rate over time, by timm's names; updated after every step.
 
     Args:
@@ -61,7 +142,7 @@ class Schedule:
 
 
 @dataclass
-class Augmentation:
+class Augmentation(_Checked):
     """What is done to training images, by timm's names.
 
     Args:
@@ -88,7 +169,7 @@ class Augmentation:
 
 
 @dataclass
-class DetectorSettings:
+class DetectorSettings(_Checked):
     """A detector of torchvision over a backbone of timm, and what is done to its images.
 
     Args:
@@ -119,7 +200,7 @@ class DetectorSettings:
 
 
 @dataclass
-class SegmenterSettings:
+class SegmenterSettings(_Checked):
     """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its images.
 
     Args:
@@ -142,7 +223,7 @@ class SegmenterSettings:
 
 
 @dataclass
-class Recipe:
+class Recipe(_Checked):
     """A training run.
 
     Args:
@@ -259,10 +340,6 @@ def task_fields(task: str) -> tuple[str, ...]:
     return TASK_FIELDS.get(task, OTHER_FIELDS)
 
 
-class RecipeError(ValueError):
-    """A recipe or option that does not exist or has a wrong value: wrong usage, not a failed job."""
-
-
 def fields_of(recipe: Recipe) -> dict[str, Any]:
     """Every field of `recipe` that its task has a use for, with its value."""
     unused = {*OTHER_FIELDS, *(name for names in TASK_FIELDS.values() for name in names)} - {*task_fields(recipe.task)}
@@ -325,6 +402,33 @@ def _underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
+def _explained(error: RecipeError, values: Mapping[str, Any], where: str) -> RecipeError:
+    """Return an error of jsonargparse in the words of `_problem`; another one, with where it comes from."""
+    name = ".".join(re.findall(r'Parser key "([\w.]+)"', str(error)))  # sections name theirs inside
+    hint: Any = Recipe
+    value: Any = values
+    for part in name.split("."):
+        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
+        value = value.get(name, value.get(part)) if isinstance(value, Mapping) else value
+    problem = "" if hint is None else _problem(name, value, hint, where)
+    return RecipeError(problem or (str(error) if str(error).startswith(where) else f"{where}{error}"))
+
+
+def _check_fields(values: Mapping[str, Any], kind: Any, where: str, prefix: str = "") -> None:
+    """Check the values that jsonargparse would take without a word, or refuse in words of its own."""
+    for name, hint in get_type_hints(kind).items():
+        if name in values and is_dataclass(hint):
+            if not isinstance(values[name], dict):
+                raise RecipeError(_problem(prefix + name, values[name], hint, where))
+            _check_fields(values[name], hint, where, f"{name}.")
+        elif (
+            name in values
+            and isinstance(values[name], int | float)
+            and (problem := _problem(prefix + name, values[name], hint, where))
+        ):
+            raise RecipeError(problem)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(path))
@@ -350,7 +454,7 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         near = get_close_matches(name, shipped(), n=1, cutoff=0.0)
         raise RecipeError(f"no recipe {name}: expected a YAML file or one of {', '.join(shipped())} (nearest: {near[0]})")
-    fields, raw = parser(), _read_yaml(path)
+    made, raw = parser(), _read_yaml(path)
     raw.pop(HISTORY, None)
     try:
         raw = old_names.rename(raw)
@@ -360,9 +464,21 @@ def read_recipe(name: str, options: Sequence[str] = ()) -> Recipe:
     named = [option[2:].split("=")[0] for option in options if option.startswith("--")]
     _refuse_unknown(_fields(raw), str(path))
     _refuse_unknown(named, "a recipe")
-    values = fields.parse_object(raw, defaults=False)
-    values = fields.parse_args(options, namespace=values)
-    recipe = Recipe(**fields.instantiate(values).as_dict())
+    given = {}
+    for option, word in pairwise([*options, ""]):
+        name, equals, value = option[2:].partition("=")
+        given[name] = value if equals else word
+    try:
+        _check_fields(raw, Recipe, f"{path}: ")
+        values = made.parse_object(raw, defaults=False)
+    except RecipeError as error:
+        raise _explained(error, raw, f"{path}: ") from None
+    try:
+        values = made.parse_args(options, namespace=values)
+        _check_fields(values.as_dict(), Recipe, "--")
+        recipe = Recipe(**made.instantiate(values).as_dict())
+    except RecipeError as error:
+        raise _explained(error, given, "--" if named else f"{path}: ") from None
     _refuse_unused([*_fields(raw), *named], recipe.task)
     return recipe
 
@@ -380,7 +496,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         For each time that it was continued with others the ``epoch``, as metrics.csv counts them, and ``step`` from which they
         held, and ``changed``: for each field, the value before and the one from then on. The recipe has those of the end.
     """
-    return list(_read_yaml(path).get(HISTORY) or [])
+    history = _read_yaml(path).get(HISTORY) or []
+    if not isinstance(history, list):
+        raise RecipeError(f"{path}: {HISTORY} is {history}, expected what a run writes: leave it out")
+    return history
 
 
 def to_yaml(recipe: Recipe) -> str:
