@@ -152,11 +152,11 @@ def test_only_what_is_given_reaches_the_command():
 
 
 def test_fields_of_recipes_take_dashes_and_underscores(capsys):
-    dashes = ["--batch-size", "8", "--detector.max-size=500", "--optimizer.lr", "-1", "--out=a-b"]
-    underscores = ["--batch_size", "8", "--detector.max_size=500", "--optimizer.lr", "-1", "--out=a-b"]
+    dashes = ["--batch-size", "8", "--detector.max-size=500", "--optimizer.weight-decay", "-1", "--out=a-b"]
+    underscores = ["--batch_size", "8", "--detector.max_size=500", "--optimizer.weight_decay", "-1", "--out=a-b"]
     recipe = output(capsys, "train", "nuclei", *dashes, "--print").out
     assert recipe == output(capsys, "train", "nuclei", *underscores, "--print").out
-    for line in ("batch_size: 8\n", "  max_size: 500\n", "  lr: -1", "out: a-b\n"):
+    for line in ("batch_size: 8\n", "  max_size: 500\n", "  weight_decay: -1", "out: a-b\n"):
         assert line in recipe
 
 

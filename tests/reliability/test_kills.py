@@ -37,6 +37,7 @@ from groupmixformer.training.resume import find_start
 from groupmixformer.training.trainer import train
 
 KILLS = 5  # of an attempt
+campaign.MOST_SECONDS = 600.0  # it is a run started up to six times
 SMALL = ["--workers", "0", "--device", "cpu", "--epochs", "2", "--grad-accum-steps", "2", "--ema", "0.9", "--save-minutes", "0"]
 TASKS = {
     "classification": [
