@@ -296,7 +296,7 @@ def test_a_file_elsewhere_belongs_to_no_run(run, tmp_path):
         assert load_checkpoint(path).pretrained_cfg["input_size"] == (3, 224, 224)
 
 
-@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("task", ["detection", pytest.param("segmentation", marks=pytest.mark.slow)])
 def test_a_detectors_last_checkpoint(tmp_path, task):
     run = shutil.copytree(DATA / task, tmp_path / "run")
     expected = Run.open(run).predict(IMAGE, device="cpu").result
