@@ -45,7 +45,7 @@ def implied_attention(attention: GroupMixAttention, x: Tensor, queries: Sequence
     """
     H, W = x.shape[-2:]
     proxies, _ = attention.group_proxies(x)
-    q, k, _ = (attention.heads(part) for part in proxies.chunk(3))  # 3 x (B, 8, N, E)
+    q, k, _ = proxies.flatten(2).unflatten(1, (8, -1)).transpose(2, 3).chunk(3)  # 3 x (B, 8, N, E)
     at_queries = q[:, :, [row * W + column for row, column in queries]]  # (B, 8, queries, E)
     maps = attention.scale * torch.einsum("bhqe,bhne->bqhn", at_queries, k.softmax(dim=2)).unflatten(3, (H, W))
     weight, bias = attention.position.joined()

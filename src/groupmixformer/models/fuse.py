@@ -37,15 +37,6 @@ from .layers import check_images, check_map
 from .mixers.base import Mixer
 
 
-def _within_heads(segment_dim: int, like: Tensor) -> Tensor:
-    """Return (C, C) with 1 within each of the two heads of a segment and 0 between them.
-
-    One matrix product serves both heads then: what crosses them is multiplied by zero.
-    """
-    head = torch.arange(segment_dim, device=like.device) // (segment_dim // 2)
-    return (head[:, None] == head).to(like.dtype)
-
-
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return what a BN in eval mode multiplies by and what it adds, in float64."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d)
@@ -172,7 +163,7 @@ class FusedAttention(Fused):
             ]
             self.register_buffer("position_weights", ops.join_kernels(position))
         self.scale = attention.scale
-        self.register_buffer("mask", _within_heads(C, like))
+        self.register_buffer("mask", ops.within_heads(C, like))
         # The branch without attention takes Q, K and V of the last segment side by side, which is how they come.
         self.non_attention = attention.non_attention
         self.proj = _linear_layer(attention.proj.weight, attention.proj.bias)

@@ -42,7 +42,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..ops.attention import attend
+from ..ops.attention import attend_heads
 from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, Linear, check_images, check_map
 from .mixers import make_blocks
 
@@ -99,8 +99,8 @@ class GroupAggregators(nn.Module):
         self.act = Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four segments side by side (B, 4C, H, W) -> their proxies, likewise."""
-        segments = x.chunk(4, dim=1)  # 4 x (B, C, H, W)
+        """Four segments (4, B, C, H, W) -> their proxies side by side (B, 4C, H, W)."""
+        segments = x.unbind(0)  # 4 x (B, C, H, W)
         proxies = [segments[0]]
         for i, (depthwise, pointwise) in enumerate(zip(self.depthwise, self.pointwise)):  # noqa: B905 (TorchScript)
             proxies.append(pointwise(depthwise(segments[i + 1])))
@@ -177,24 +177,20 @@ class GroupMixAttention(nn.Module):
         C = D // 5
         qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
         groups, local = qkv.split([4, 1], dim=4)  # (B, H, W, 3, 4, C) and (B, H, W, 3, 1, C)
-        groups = groups.permute(3, 0, 1, 2, 4, 5).contiguous().view(3 * B, H, W, 4 * C).permute(0, 3, 1, 2)  # (3B, 4C, H, W)
+        groups = groups.permute(4, 3, 0, 1, 2, 5).contiguous().view(4, 3 * B, H, W, C)  # each segment in memory of its own
         local = local.reshape(B, H, W, 3 * C).permute(0, 3, 1, 2)  # (B, 3C, H, W)
-        return self.aggregators(groups), local
-
-    def heads(self, x: Tensor) -> Tensor:
-        """Read the channels as heads: (B, nE, H, W) -> (B, n, N, E)."""
-        return x.flatten(2).unflatten(1, (-1, self.head_dim)).transpose(2, 3)
+        return self.aggregators(groups.permute(0, 1, 4, 2, 3)), local
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend. `x` and the result are (B, D, H, W)."""
         check_map(x, self.dim)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
-        q, k, v = proxies.chunk(3)  # 3 x (B, 8E, H, W)
-        position = self.position(v)  # (B, 8E, H, W)
-        attended = attend(self.heads(q), self.heads(k), self.heads(v), self.heads(position), self.scale)  # (B, 8, N, E)
-        local = self.heads(self.non_attention(local))  # (B, 2, N, E)
-        mixed = torch.cat([attended.transpose(1, 2), local.transpose(1, 2)], dim=2)  # (B, N, 10, E)
+        position = self.position(proxies[2 * B :])  # of V (B, 8E, H, W)
+        qkv = proxies.permute(0, 2, 3, 1).reshape(3, B, H * W, 8, self.head_dim)
+        position = position.permute(0, 2, 3, 1).reshape(B, H * W, 8, self.head_dim)
+        local = self.non_attention(local).permute(0, 2, 3, 1).reshape(B, H * W, 2, self.head_dim)
+        mixed = attend_heads(qkv, position, local, self.scale)  # (B, N, 10, E)
         return self.proj(mixed.view(B, H, W, D)).permute(0, 3, 1, 2)  # (B, D, H, W)
 
 

@@ -1,6 +1,6 @@
 """The door to the operations of Group-Mix Attention: Triton's kernels where they serve, otherwise plain PyTorch.
 
-- `attend` is the attention of any number of heads. The network has no other.
+- `attend_heads` is what the network does, with all heads at once or, on large maps of a CPU, two at a time, without copies.
 - `aggregate_groups` and `attend_segments` are what the fused form does with a map's tokens. On a GPU they are bound by memory
   traffic and launches, so each is one pass there, of `triton_kernels`; elsewhere it is its definition in `reference`.
 
@@ -21,7 +21,19 @@ from torch import Tensor
 from . import dispatch, reference
 from .reference import GROUP_SIZES, POSITION_SIZES, attend, join_kernels
 
-__all__ = ["GROUP_SIZES", "POSITION_SIZES", "aggregate_groups", "attend", "attend_segments", "join_kernels"]
+__all__ = [
+    "GROUP_SIZES",
+    "POSITION_SIZES",
+    "aggregate_groups",
+    "attend",
+    "attend_heads",
+    "attend_segments",
+    "join_kernels",
+    "within_heads",
+]
+
+# Tokens from which a CPU is faster with two heads at a time, which it reads where they lie, than with all, which it copies.
+_LONG = 512
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -31,6 +43,41 @@ def _device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def _takes_kernels(x: Tensor) -> bool:
     return x.shape[-1] <= dispatch.MAX_SEGMENT_DIM and dispatch.kernels_available(x)
+
+
+def within_heads(segment_dim: int, like: Tensor) -> Tensor:
+    """Return (C, C) with 1 within each of the two heads of a segment and 0 between them, the mask of `attend`."""
+    head = torch.arange(segment_dim, device=like.device) // (segment_dim // 2)
+    return (head[:, None] == head).to(like.dtype)
+
+
+def _attend_in_pairs(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
+    C = 2 * qkv.shape[4]
+    mask = within_heads(C, qkv)
+    parts = zip(*(x.flatten(2).split(C, dim=2) for x in (*qkv.unbind(0), position)), strict=True)  # h / 2 x 4 x (B, N, C)
+    mixed = [attend(*part, scale, mask) for part in parts]
+    return torch.cat([*mixed, local.flatten(2)], dim=2).view(*local.shape[:2], -1, local.shape[3])
+
+
+def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
+    """Attend with heads side by side, as `attend` does with one, beside the branch without attention.
+
+    Args:
+        qkv: Q, K and V (3, B, N, h, E), h even.
+        position: The relative position encoding of V (B, N, h, E).
+        local: What the branch without attention gives (B, N, 2, E).
+        scale: Factor of the attention, not of the position encoding.
+
+    Returns:
+        (B, N, h + 2, E).
+    """
+    if torch.jit.is_scripting():
+        mixed = reference.attend_heads(qkv, position, local, scale)
+    elif dispatch.is_eager() and isinstance(qkv, Tensor) and qkv.device.type == "cpu" and qkv.shape[2] >= _LONG:
+        mixed = _attend_in_pairs(qkv, position, local, scale)
+    else:
+        mixed = reference.attend_heads(qkv, position, local, scale)
+    return mixed
 
 
 @torch.library.custom_op("groupmixformer::aggregate_groups", mutates_args=())

@@ -153,6 +153,10 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (B, C, H, W).
     """
+    if isinstance(x, Tensor) and x.shape[2:] == (1, 1) and dispatch.is_eager():  # 20 to 200 times as fast, and its gradient
+        centre = weight.shape[-1] // 2
+        x = x * weight[:, 0, centre, centre, None, None]
+        return x if bias is None else x + bias[:, None, None]
     if _has_faster_gradient(x, weight):
         return _with_fast_gradient(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])

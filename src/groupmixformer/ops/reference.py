@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GROUP_SIZES", "POSITION_SIZES", "aggregate_groups", "attend", "attend_segments", "join_kernels"]
+__all__ = ["GROUP_SIZES", "POSITION_SIZES", "aggregate_groups", "attend", "attend_heads", "attend_segments", "join_kernels"]
 
 # k of the depthwise kernels: of the segments that are aggregated, and of the position encoding of the four that attend.
 GROUP_SIZES = (3, 5, 7)
@@ -33,10 +33,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float, mask
     Returns:
         (..., N, E).
     """
-    context = scale * (k.softmax(dim=-2).transpose(-2, -1) @ v)  # (..., E, E)
+    encoded = q * position
+    q, k, v = q.flatten(0, -3), k.flatten(0, -3), v.flatten(0, -3)  # 3 x (heads, N, E)
+    context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v)  # (heads, E, E)
     if mask is not None:
         context = context * mask
-    return torch.addcmul(q @ context, q, position)
+    return torch.baddbmm(encoded.flatten(0, -3), q, context, alpha=scale).view(encoded.shape)
+
+
+def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
+    """Do what `ops.attention.attend_heads` does."""
+    q, k, v = qkv.transpose(2, 3).contiguous().unbind(0)  # 3 x (B, h, N, E)
+    return torch.cat([attend(q, k, v, position.transpose(1, 2), scale).transpose(1, 2), local], dim=2)
 
 
 def join_kernels(weights: Sequence[Tensor]) -> Tensor:
