@@ -115,11 +115,26 @@ def test_the_operations_are_the_function_of_the_network(randomise):
     parts = zip(weights.split(C), ops.POSITION_SIZES, strict=True)
     inner = [weight[..., 3 - k // 2 : 4 + k // 2, 3 - k // 2 : 4 + k // 2] for weight, k in parts]
     mixed = ops.attend_segments(proxies.unbind(0), local, ops.join_kernels(inner), bias.view(4, C), attention.scale)
-    q, k, v = proxies.permute(1, 2, 0, 5, 3, 4).flatten(2, 3)  # 3 x (B, 4C, H, W)
-    q, k, v, position = (attention.heads(x) for x in (q, k, v, attention.position(v)))  # (B, 8, N, E)
-    expected = ops.attend(q, k, v, position, attention.scale).transpose(1, 2).reshape(B, H, W, 4 * C)
-    torch.testing.assert_close(mixed[..., : 4 * C], expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(mixed[..., 4 * C :], local)
+    maps = proxies.permute(1, 2, 3, 4, 0, 5).flatten(4)  # (3, B, H, W, 4C)
+    position = attention.position(maps[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, 4C)
+    qkv, position, beside = (x.reshape(*x.shape[:-3], H * W, -1, C // 2) for x in (maps, position, local))
+    expected = ops.attend_heads(qkv, position, beside, attention.scale).reshape(mixed.shape)
+    torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_heads_in_pairs_are_heads_at_once(monkeypatch, dtype, tolerance):
+    found, calls = [], []
+    monkeypatch.setattr(ops, "attend", lambda *x, attend=ops.attend: calls.append(x[0].shape) or attend(*x))
+    inputs = [torch.randn(shape, dtype=dtype) for shape in ((3, 2, 30, 8, 4), (2, 30, 8, 4), (2, 30, 2, 4))]
+    for tokens in (30, 31):  # from which on heads are taken in pairs
+        monkeypatch.setattr(ops, "_LONG", tokens)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        mixed = ops.attend_heads(*leaves, 0.3)
+        found.append((mixed, *torch.autograd.grad(mixed.square().sum(), leaves)))
+    assert calls == [(2, 30, 8)] * 4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 # Building for GPUs that are not here

@@ -1,7 +1,5 @@
 """What oneDNN is asked for is what PyTorch computes, with its gradient."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer.models.groupmixformer import Block
-from groupmixformer.models.layers import Depthwise, Linear
+from groupmixformer.models.layers import Depthwise
 from groupmixformer.ops import onednn as module
 from groupmixformer.ops.onednn import depthwise, linear
 
@@ -135,6 +133,18 @@ def test_module(taken):
 # Linear layers
 
 
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten.convolution.default
+        return function(*args, **(kwargs or {}))
+
+
 class Products(TorchDispatchMode):
     """Counts the products that oneDNN was asked for."""
 
@@ -196,46 +206,34 @@ def test_products_of_pytorch():
         linear(x, weight.double(), bias.double())
 
 
-def test_linear_layer():
-    layer = Linear(96, 192)
-    plain = torch.nn.Linear(96, 192)
-    plain.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 8, 8, 96)
-    expected = plain(x)
-    for form in (layer, torch.jit.script(layer), torch.fx.symbolic_trace(layer), copy.deepcopy(layer)):
-        torch.testing.assert_close(form(x), expected)
-    exported = torch.export.export(layer, (x,))
-    assert torch.ops.aten.linear.default in [node.target for node in exported.graph.nodes]
-    torch.testing.assert_close(exported.module()(x), expected)
-
-
+@needs_onednn
 def test_its_operations_are_counted():
+    x, weight, bias = operands()
     counts = []
-    for kind in (Linear, torch.nn.Linear):
-        layer = kind(96, 192)
+    for function in (linear, F.linear):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            layer(torch.randn(2, 8, 8, 96))
+            function(x, weight, bias)
         counts.append(counter.get_total_flops())
     assert counts == [2 * 128 * 96 * 192] * 2
 
 
-@needs_onednn
-def test_a_block_takes_them():
-    block, x = Block(160, 4), torch.randn(1, 160, 16, 16)
+def test_the_plain_network_leaves_products_to_pytorch():
     with Products() as products, torch.no_grad():
-        block(x)
-    assert products.number == 4  # Q, K and V; the projection; two of the MLP
+        Block(80, 4).eval()(torch.randn(1, 80, 28, 28))
+    assert products.number == 0
 
 
-@needs_onednn
-@pytest.mark.parametrize("wanted", [False, True])
-def test_compiled_without_a_gradient(wanted):
-    layer, x, targets = Linear(96, 192).requires_grad_(wanted), operands()[0].detach(), []
-
-    def look(graph, inputs):
-        targets.extend(node.target for node in graph.graph.nodes)
-        return graph
-
-    compiled = torch.compile(layer, backend=look, fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(x), torch.nn.Linear.forward(layer, x))
-    assert any("groupmixformer" in str(target) for target in targets) is not wanted
+@pytest.mark.parametrize("k", [3, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_maps_of_one_pixel_need_no_convolution(k, bias):
+    layer = Depthwise(16, k, bias=bias)
+    x = torch.randn(8, 16, 1, 1).contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves, found = [x, *layer.parameters()], []
+    for function in (layer, lambda x: plain(x, layer.weight, layer.bias)):
+        with Convolutions() as convolutions:
+            result = function(x)
+        found.append((result, *torch.autograd.grad(result.square().sum(), leaves), convolutions.number))
+    *ours, number = found[0]
+    *expected, of_pytorch = found[1]
+    assert (number, of_pytorch) == (0, 1)
+    torch.testing.assert_close(ours, expected)

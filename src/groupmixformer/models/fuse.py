@@ -268,7 +268,7 @@ _FUSED: dict[type[nn.Module], Any] = {
 _OWN = {
     *_FUSED,
     *(network.NonAttention, network.GroupAggregators, network.ConvRelativePosition, network.Mlp),
-    *(layers.BatchNorm2d, layers.LayerNorm2d, layers.Hardswish, layers.GELU, layers.Depthwise, layers.Linear, layers.Blocks),
+    *(layers.BatchNorm2d, layers.LayerNorm2d, layers.Hardswish, layers.GELU, layers.Depthwise, layers.Blocks),
     *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, timm.layers.LayerNorm2d),
     *(nn.Hardswish, nn.GELU, nn.Identity, timm.layers.DropPath, nn.Sequential, nn.ModuleList),
 }

@@ -43,7 +43,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from ..ops.attention import attend_heads
-from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, Linear, check_images, check_map
+from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, check_images, check_map
 from .mixers import make_blocks
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
@@ -156,11 +156,11 @@ class GroupMixAttention(nn.Module):
         self.dim = dim
         self.head_dim = dim // 10
         self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.aggregators = GroupAggregators(dim // 5, **dd)
         self.non_attention = NonAttention(dim // 5, **dd)
         self.position = ConvRelativePosition(self.head_dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def group_proxies(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the group proxies of Q, K and V, and the input of the branch without attention.
@@ -199,9 +199,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = GELU()
-        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import recompute
-from ..ops.onednn import depthwise, linear
+from ..ops.onednn import depthwise
 
-__all__ = ["GELU", "BatchNorm2d", "Blocks", "Depthwise", "Hardswish", "LayerNorm2d", "Linear", "check_images", "check_map"]
+__all__ = ["GELU", "BatchNorm2d", "Blocks", "Depthwise", "Hardswish", "LayerNorm2d", "check_images", "check_map"]
 
 
 @torch.fx.wrap
@@ -41,18 +41,6 @@ def check_map(x: Tensor, dim: int) -> None:
     """
     if x.dim() != 4 or x.shape[1] != dim:
         raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
-
-
-class Linear(nn.Linear):
-    """A linear layer, by oneDNN on a CPU where that is faster. (..., D_in) -> (..., D_out)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return (..., D_out)."""
-        if torch.jit.is_scripting():
-            x = F.linear(input, self.weight, self.bias)
-        else:
-            x = linear(input, self.weight, self.bias)
-        return x
 
 
 class Depthwise(nn.Conv2d):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear
 
 OptTensor = Optional[Tensor]  # noqa: UP045 - TorchScript
 
@@ -93,8 +92,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, **dd: Any) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(dim, 3 * dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, mask: OptTensor = None) -> Tensor:
         """Return (B, N, D)."""

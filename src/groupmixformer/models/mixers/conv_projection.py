@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import BatchNorm2d, Depthwise, Linear
+from ..layers import BatchNorm2d, Depthwise
 from .base import Mixer, heads_of, multi_head
 
 
@@ -22,7 +22,7 @@ class ConvProjection(Mixer):
         self.conv_q, self.conv_k, self.conv_v = (
             nn.Sequential(Depthwise(dim, 3, stride, **dd), BatchNorm2d(dim, **dd)) for stride in (1, 2, 2)
         )
-        self.q, self.k, self.v, self.proj = (Linear(dim, dim, **dd) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, **dd) for _ in range(4))
 
     def _macs(self, height: int, width: int) -> float:
         N, D = height * width, self.dim

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Depthwise, Linear
+from ..layers import Depthwise
 from .base import Mixer, by_stage, heads_of, merge, multi_head, partition
 
 
@@ -49,13 +49,13 @@ class CrossWindow(Mixer):
         self.dim = dim
         self.stripe = by_stage((1, 2, 7, 0), stage, stripe)
         heads = heads_of(dim, head_dim, multiple=2)
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         if self.stripe == 0:
             self.branches = nn.ModuleList([_Stripes(dim, heads, 0, 0, **dd)])
         else:
             shapes = ((0, self.stripe), (self.stripe, 0))
             self.branches = nn.ModuleList([_Stripes(dim // 2, heads // 2, *shape, **dd) for shape in shapes])
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def _macs(self, height: int, width: int) -> float:
         N, D = height * width, self.dim

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...ops.attention import attend
 from ..groupmixformer import ConvRelativePosition, NonAttention
-from ..layers import BatchNorm2d, Depthwise, Hardswish, Linear, check_map
+from ..layers import BatchNorm2d, Depthwise, Hardswish, check_map
 from .base import Mixer
 
 SHARED = 4  # segments that attend, with two heads each
@@ -111,11 +111,11 @@ class GroupMix(Mixer):
         if aggregator == "none":
             self.kernel_macs = []
         self.scale = (inner / 8) ** -0.5  # as published
-        self.qkv = Linear(dim, 3 * inner, **dd)
+        self.qkv = nn.Linear(dim, 3 * inner, **dd)
         self.aggregators = _Aggregators(C, aggregator, tuple(kernel_sizes), **dd)
         self.non_attention = NonAttention(C, **dd) if non_attention else None
         self.position = ConvRelativePosition(C // 2, **dd) if position else None
-        self.proj = Linear(inner, dim, **dd)
+        self.proj = nn.Linear(inner, dim, **dd)
 
     def _macs(self, height: int, width: int) -> float:
         D, C = self.dim, self.segment_dim

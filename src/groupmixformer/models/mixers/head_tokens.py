@@ -6,7 +6,6 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..layers import Linear
 from .base import Mixer, SelfAttention, heads_of
 
 
@@ -24,7 +23,7 @@ class HeadTokens(Mixer):
     def __init__(self, dim: int, *, stage: int = 0, depth: int = 0, head_dim: int = 32, **dd: Any) -> None:
         super().__init__()
         self.dim, self.heads = dim, heads_of(dim, head_dim)
-        self.to_tokens = nn.Sequential(Linear(dim // self.heads, dim, **dd), nn.LayerNorm(dim, **dd), nn.GELU())
+        self.to_tokens = nn.Sequential(nn.Linear(dim // self.heads, dim, **dd), nn.LayerNorm(dim, **dd), nn.GELU())
         self.position = nn.Parameter(torch.empty(self.heads, dim, **dd))
         trunc_normal_(self.position, std=0.02)
         self.attn = SelfAttention(dim, self.heads, **dd)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import Linear
 from .base import Mixer, by_stage, cell_means, heads_of, merge, multi_head, partition
 
 
@@ -43,11 +42,11 @@ class HiLo(Mixer):
         self.low_heads = heads if self.window == 1 else round(heads * alpha)
         self.high_heads = heads - self.low_heads
         self.low, self.high = (n * (dim // heads) for n in (self.low_heads, self.high_heads))  # widths
-        self.high_qkv = Linear(dim, 3 * self.high, **dd) if self.high else None
-        self.high_proj = Linear(self.high, self.high, **dd) if self.high else None
-        self.low_q = Linear(dim, self.low, **dd) if self.low else None
-        self.low_kv = Linear(dim, 2 * self.low, **dd) if self.low else None
-        self.low_proj = Linear(self.low, self.low, **dd) if self.low else None
+        self.high_qkv = nn.Linear(dim, 3 * self.high, **dd) if self.high else None
+        self.high_proj = nn.Linear(self.high, self.high, **dd) if self.high else None
+        self.low_q = nn.Linear(dim, self.low, **dd) if self.low else None
+        self.low_kv = nn.Linear(dim, 2 * self.low, **dd) if self.low else None
+        self.low_proj = nn.Linear(self.low, self.low, **dd) if self.low else None
 
     def _macs(self, height: int, width: int) -> float:
         N, D, low, high, s = height * width, self.dim, self.low, self.high, self.window**2

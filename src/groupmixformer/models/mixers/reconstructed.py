@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..layers import Depthwise, Linear
+from ..layers import Depthwise
 from .base import Mixer, SelfAttention, by_stage, heads_of, merge, multi_head, partition
 from .window import Window
 
@@ -31,8 +31,8 @@ class Strip(Mixer):
         self.dim, self.heads = dim, heads_of(dim, head_dim)
         self.ratio = by_stage((8, 4, 2, 1), stage, ratio)
         self.reduce = Depthwise(dim, 2 * self.ratio - 1, self.ratio, bias=True, **dd)
-        self.q, self.k = Linear(dim, self.heads, **dd), Linear(dim, self.heads, **dd)
-        self.v, self.proj = Linear(dim, dim, **dd), Linear(dim, dim, **dd)
+        self.q, self.k = nn.Linear(dim, self.heads, **dd), nn.Linear(dim, self.heads, **dd)
+        self.v, self.proj = nn.Linear(dim, dim, **dd), nn.Linear(dim, dim, **dd)
 
     def _macs(self, height: int, width: int) -> float:
         N, D, h, r = height * width, self.dim, self.heads, self.ratio
@@ -62,9 +62,9 @@ class PooledFusion(Mixer):
     def __init__(self, dim: int, *, stage: int = 0, depth: int = 0, window: int = 7, head_dim: int = 32, **dd: Any) -> None:
         super().__init__()
         self.dim, self.heads, self.window = dim, heads_of(dim, head_dim), window
-        self.qkv = Linear(dim, 3 * dim, **dd)
-        self.global_q, self.global_kv = Linear(dim, dim, **dd), Linear(dim, 2 * dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.global_q, self.global_kv = nn.Linear(dim, dim, **dd), nn.Linear(dim, 2 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def _macs(self, height: int, width: int) -> float:
         N, D, T = height * width, self.dim, self.window**2
@@ -102,10 +102,10 @@ class LatentWindow(Mixer):
         self.dim, self.heads, self.window, self.latents = dim, heads_of(dim, head_dim), window, latents
         self.latent = nn.Parameter(torch.empty(latents, dim, **dd))
         trunc_normal_(self.latent, std=0.02)
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.mix = SelfAttention(dim, self.heads, **dd)
-        self.latent_kv = Linear(dim, 2 * dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.latent_kv = nn.Linear(dim, 2 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def _macs(self, height: int, width: int) -> float:
         N, D, T, m = height * width, self.dim, self.window**2, self.latents
