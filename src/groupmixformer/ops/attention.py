@@ -55,7 +55,7 @@ def _attend_in_pairs(qkv: Tensor, position: Tensor, local: Tensor, scale: float)
     C = 2 * qkv.shape[4]
     mask = within_heads(C, qkv)
     parts = zip(*(x.flatten(2).split(C, dim=2) for x in (*qkv.unbind(0), position)), strict=True)  # h / 2 x 4 x (B, N, C)
-    mixed = [attend(*part, scale, mask) for part in parts]
+    mixed = [attend(q, k, v, encoded, scale, mask) for q, k, v, encoded in parts]
     return torch.cat([*mixed, local.flatten(2)], dim=2).view(*local.shape[:2], -1, local.shape[3])
 
 
