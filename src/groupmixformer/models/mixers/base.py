@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 OptTensor = Optional[Tensor]  # noqa: UP045 - TorchScript
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Mixer, by_stage, cell_means, heads_of, merge, multi_head, partition
 
