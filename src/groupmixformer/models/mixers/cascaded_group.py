@@ -1,6 +1,6 @@
 """Heads that take chunks of the channels, one after another: EfficientViT's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
@@ -13,6 +13,9 @@ class _Cascade(CascadedGroupAttention):
     """timm's layer on a whole map (B, D, H, W): windows are cut within, so that no norm or convolution meets their padding."""
 
     attention_bias_idxs: Tensor
+    if TYPE_CHECKING:  # TorchScript refuses comments on types
+        qkvs: Any
+        dws: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
@@ -27,10 +30,12 @@ class _Cascade(CascadedGroupAttention):
                 feature = feature + chunks[i]
             q, k, v = qkv(feature).split([self.key_dim, self.key_dim, self.val_dim], dim=1)
             windows, real, _ = partition(q.permute(0, 2, 3, 1), window, window)
-            windows = (windows.view(B, -1, window**2, self.key_dim) * real[:, :, None]).view(-1, window, window, self.key_dim)
-            convolved = depthwise.conv(windows.permute(0, 3, 1, 2))  # type: ignore[operator]
+            windows = (windows.view(B, -1, window * window, self.key_dim) * real[:, :, None]).view(
+                -1, window, window, self.key_dim
+            )
+            convolved = depthwise.conv(windows.permute(0, 3, 1, 2))
             convolved = convolved.permute(0, 2, 3, 1).flatten(1, 2)
-            q = depthwise.bn(merge(convolved, window, window, H, W).permute(0, 3, 1, 2))  # type: ignore[operator]
+            q = depthwise.bn(merge(convolved, window, window, H, W).permute(0, 3, 1, 2))
             windows, _, seen = partition(torch.cat([q, k, v], dim=1).permute(0, 2, 3, 1), window, window)
             q, k, v = windows.split([self.key_dim, self.key_dim, self.val_dim], dim=2)
             attended = multi_head(q, k, v, 1, additive(bias[i][None, None], seen))

@@ -1,6 +1,6 @@
 """Queries of the whole image for the keys of a window: GC ViT's."""
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import timm.models
 import torch
@@ -77,6 +77,10 @@ class GlobalQueryBlocks(Blocks):
 
     needs_query: Final[bool]
 
+    if TYPE_CHECKING:  # TorchScript refuses comments on types
+
+        def __getitem__(self, idx: Any) -> Any: ...
+
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
         self.needs_query = len(blocks) > 1  # a single block has local queries
@@ -86,7 +90,7 @@ class GlobalQueryBlocks(Blocks):
         x = input
         query: OptTensor = None
         if self.needs_query:
-            query = self[1].attn.make_query(x)  # type: ignore[operator, union-attr]
+            query = self[1].attn.make_query(x)
         for block in self:
             if torch.jit.is_scripting():
                 x = block(x, query)

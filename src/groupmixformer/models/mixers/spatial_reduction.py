@@ -1,12 +1,36 @@
 """Keys and values of a reduced map: PVTv2's."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch.nn.functional as F
 from timm.models.pvt_v2 import Attention
 from torch import Tensor
 
 from .base import Mixer, by_stage, heads_of, multi_head
+
+
+class _Attention(Attention):
+    """timm's layer, from its parts, for maps of any size. (B, D, H, W) -> same."""
+
+    def __init__(self, dim: int, heads: int, ratio: int, linear: bool, **dd: Any) -> None:
+        super().__init__(dim, heads, ratio, linear, **dd)
+        self.ratio = ratio
+
+    def forward(self, x: Tensor, feat_size: Optional[list[int]] = None) -> Tensor:  # noqa: UP045 (TorchScript)
+        """Return (B, D, H, W)."""
+        B, D, H, W = x.shape
+        r = self.ratio
+        q = self.q(x.flatten(2).transpose(1, 2))  # (B, N, D)
+        if self.pool is not None and self.sr is not None and self.norm is not None and self.act is not None:
+            x = self.act(self.norm(self.sr(self.pool(x)).flatten(2).transpose(1, 2)))  # (B, 49, D)
+        elif self.sr is not None and self.norm is not None:
+            x = F.pad(x, [0, (W + r - 1) // r * r - W, 0, (H + r - 1) // r * r - H])
+            x = self.norm(self.sr(x).flatten(2).transpose(1, 2))  # (B, M, D)
+        else:
+            x = x.flatten(2).transpose(1, 2)
+        k, v = self.kv(x).chunk(2, dim=2)
+        x = self.proj(multi_head(q, k, v, self.num_heads))
+        return x.view(B, H, W, D).permute(0, 3, 1, 2)
 
 
 class SpatialReduction(Mixer):
@@ -36,26 +60,10 @@ class SpatialReduction(Mixer):
         super().__init__()
         self.dim, self.linear = dim, linear
         self.ratio = by_stage((8, 4, 2, 1), stage, ratio)
-        self.attn = Attention(dim, heads_of(dim, head_dim), self.ratio, linear, **dd)
+        self.attn = _Attention(dim, heads_of(dim, head_dim), self.ratio, linear, **dd)
 
     def _macs(self, height: int, width: int) -> float:
         N, D, r = height * width, self.dim, self.ratio
         M: float = 49 if self.linear else N / r**2
         reduction = D**2 if self.linear else (r**2 * D**2 if r > 1 else 0)
         return N * (2 * D**2 + 2 * M * D) + M * (2 * D**2 + reduction)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, D, H, W)."""
-        B, D, H, W = x.shape
-        attn, r = self.attn, self.ratio
-        q = attn.q(x.flatten(2).transpose(1, 2))  # (B, N, D)
-        if attn.pool is not None and attn.sr is not None and attn.norm is not None and attn.act is not None:
-            x = attn.act(attn.norm(attn.sr(attn.pool(x)).flatten(2).transpose(1, 2)))  # (B, 49, D)
-        elif attn.sr is not None and attn.norm is not None:
-            x = F.pad(x, [0, (W + r - 1) // r * r - W, 0, (H + r - 1) // r * r - H])
-            x = attn.norm(attn.sr(x).flatten(2).transpose(1, 2))  # (B, M, D)
-        else:
-            x = x.flatten(2).transpose(1, 2)
-        k, v = attn.kv(x).chunk(2, dim=2)
-        x = attn.proj(multi_head(q, k, v, attn.num_heads))
-        return x.view(B, H, W, D).permute(0, 3, 1, 2)
