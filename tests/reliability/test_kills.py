@@ -61,7 +61,7 @@ TASKS = {
     ],
 }
 POINTS = ("rename", "link", "remove", "sync", "checkpoint", "model")
-SECONDS = 120  # that a process may go on after the other was killed
+SECONDS = 330  # that a process may go on after the other was killed
 
 
 @cache
@@ -195,7 +195,7 @@ def attempt_two_processes(rng):
 
     def job(out):
         argv = [sys.executable, __file__, "train", *recipe("classification", out, *words), "--auto-resume"]
-        environment = {**os.environ, "KILLS_RUN": "1", "GMF_START_SECONDS": "60"}
+        environment = {**os.environ, "KILLS_RUN": "1"}
         with Path(f"{out}.log").open("a") as log:
             return subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
 

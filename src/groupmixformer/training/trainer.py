@@ -33,6 +33,8 @@ from .resume import Start, changes, check_classes, describe, find_start
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # the recipe's names and Lightning's
 START = timedelta(seconds=float(os.environ.get("GMF_START_SECONDS", 300)))  # that processes wait for each other at the start
 
+PARENT = "GMF_PARENT"  # environment variable: number of the process that starts the others
+
 
 def is_first_process() -> bool:
     """Whether this is the process that writes and reports."""
@@ -86,7 +88,8 @@ def _strategy(recipe: Recipe, world_size: int) -> Strategy | str:
 
 def _end_with_parent() -> None:
     """End this process when the one that started it has ended, by which it would wait for others that never come."""
-    parent = os.getppid()
+    # Lightning's processes inherit it: the first may have ended before this one came here.
+    parent = os.getppid() if TorchElasticEnvironment.detect() else int(os.environ.get(PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -175,6 +178,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
     first = is_first_process()
     if TorchElasticEnvironment.detect() or not first:
         _end_with_parent()
+    os.environ[PARENT] = str(os.getpid())
     with Claim(folder) if first else contextlib.nullcontext() as claim:
         start = _find_start(folder, resume)
         try:
