@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
-from .base import Mixer, OptTensor, additive, heads_of, merge, partition
+from .base import Mixer, additive, heads_of, merge, multi_head, partition
 
 
 class Window(Mixer):
@@ -33,8 +32,8 @@ class Window(Mixer):
 
     def _windows(self, x: Tensor) -> Tensor:  # TorchScript has no super()
         _, _, H, W = x.shape
-        windows, real, seen = partition(x.permute(0, 2, 3, 1), self.window, self.window, self.shift)
-        mask: OptTensor = None
-        if seen is not None:  # timm's layer repeats the mask of one image's windows (n, T, T)
-            mask = additive(torch.zeros(1, device=x.device, dtype=x.dtype), seen[: real.shape[0]])[:, 0]
-        return merge(self.attn(windows, mask), self.window, self.window, H, W, self.shift).permute(0, 3, 1, 2)
+        windows, _, seen = partition(x.permute(0, 2, 3, 1), self.window, self.window, self.shift)
+        q, k, v = self.attn.qkv(windows).chunk(3, dim=2)
+        mask = additive(self.attn._get_rel_pos_bias(), seen)
+        windows = self.attn.proj(multi_head(q, k, v, self.attn.num_heads, mask))
+        return merge(windows, self.window, self.window, H, W, self.shift).permute(0, 3, 1, 2)
