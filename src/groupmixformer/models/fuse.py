@@ -188,8 +188,8 @@ class FusedAttention(Fused):
             return self._forward_kernels(x)
         single, *groups, last = self.segments(x)
         proxies = [single.reshape(B, N, 3, C)]
-        for group, kernel, pointwise in zip(groups, self.depthwise, self.pointwise, strict=True):
-            grouped = F.conv2d(group.permute(0, 3, 1, 2), kernel, padding=kernel.shape[-1] // 2, groups=3 * C)  # (B, 3C, H, W)
+        for k, group, kernel, pointwise in zip(ops.GROUP_SIZES, groups, self.depthwise, self.pointwise, strict=True):
+            grouped = F.conv2d(group.permute(0, 3, 1, 2), kernel, padding=k // 2, groups=3 * C)  # (B, 3C, H, W)
             grouped = grouped.permute(0, 2, 3, 1).reshape(B, N, 3, C)
             assert isinstance(pointwise, nn.Linear)
             proxies.append(linear(grouped, pointwise.weight, pointwise.bias, "hardswish"))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import recompute
+from ..ops import dispatch, recompute
 from ..ops.onednn import depthwise
 
 __all__ = ["GELU", "BatchNorm2d", "Blocks", "Depthwise", "Hardswish", "LayerNorm2d", "check_images", "check_map"]
@@ -53,10 +53,12 @@ class Depthwise(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (B, C, ceil(H/s), ceil(W/s))."""
-        if torch.jit.is_scripting() or self.stride != (1, 1):
+        if torch.jit.is_scripting():
             x = self._conv_forward(input, self.weight, self.bias)
-        else:
+        elif self.stride == (1, 1) and isinstance(input, Tensor) and dispatch.is_eager():
             x = depthwise(input, self.weight, self.bias)
+        else:  # in a graph, of torch.fx too, padding and groups have to be numbers
+            x = self._conv_forward(input, self.weight, self.bias)
         return x
 
 
