@@ -361,13 +361,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(photos, tm
     assert not differences(fit(photos, tmp_path / "whole", "--epochs", "2"), run)
 
 
-@pytest.mark.parametrize("size", [1000, 1_000_000], ids=["metrics", "model"])
+@pytest.mark.parametrize("size", [1000, 1_000_000], ids=["recipe", "model"])
 def test_a_full_disk_ends_a_run_in_one_line_and_leaves_no_halves(photos, tmp_path, capsys, size):
     argv = ["train", "folder", *options(photos, tmp_path / "run", "--epochs", "2")]
     with disk_full(size):
         result = gmf(capsys, *argv, code=1)
     assert "Traceback" not in result.err
-    name = "metrics.csv" if size == 1000 else "model.safetensors"
+    name = "recipe.yaml" if size == 1000 else "model.safetensors"
     line = result.err.strip().splitlines()[-1]
     assert line.startswith(
         f"gmf: error: {tmp_path}/run/{name}: could not be written: it would be larger than files may be here"
