@@ -6,7 +6,7 @@ python benchmarks/training_step.py [--model small] [--batch-size 4] [--dtype bf1
 First, with --gradients, the gradient of the depthwise kernels, of the sizes that the model has: PyTorch's beside ours, in
 float32 and bfloat16, and their relative difference. Then a whole step on one thread: as it is; with all activations kept; with
 PyTorch's selective activation checkpointing, which keeps results of convolutions and matrix products alone; with PyTorch's
-gradient of depthwise kernels. With --inference instead a forward pass, as it is and with PyTorch's products of linear layers.
+gradient of depthwise kernels.
 """
 
 import argparse
@@ -54,11 +54,6 @@ FORMS: dict[str, tuple[Any, ...]] = {
     "all kept": (recompute, "forget", lambda *_: None),
     "selective checkpointing": (layers.Blocks, "forward", selective),
     "PyTorch's gradient": (onednn, "_has_faster_gradient", lambda *_: False),
-}
-# Of inference: oneDNN's products of linear layers, which training leaves to PyTorch.
-INFERENCE: dict[str, tuple[Any, ...]] = {
-    "as it is": (),
-    "PyTorch's products": (onednn, "_has_faster_product", lambda *_: False),
 }
 
 
@@ -109,29 +104,23 @@ def main() -> None:
     parser.add_argument("--model", type=model_name, default=model_name("small"))
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is by autocast")
-    parser.add_argument("--inference", action="store_true", help="a forward pass instead of a training step")
     parser.add_argument("--gradients", action="store_true", help="the gradients of the depthwise kernels too")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = Settings(train=not args.inference, batch_size=args.batch_size, rounds=args.rounds, dtype=args.dtype)
+    settings = Settings(train=True, batch_size=args.batch_size, rounds=args.rounds, dtype=args.dtype)
     found = conditions(settings)
     result: dict[str, Any] = {**found, "model": args.model, "dtype": args.dtype}
     if args.gradients:
         result["gradients"] = gradients(timm.create_model(args.model), settings)
-    builds = {
-        form: partial(build, args.model, settings, *replaced)
-        for form, replaced in (INFERENCE if args.inference else FORMS).items()
-    }
+    builds = {form: partial(build, args.model, settings, *replaced) for form, replaced in FORMS.items()}
     result["steps"] = measure(builds, settings)
     for row in result["steps"]:
-        row["tensor_memory"] = None if args.inference else tensor_memory(builds[row["model"]])
-        memory = "" if args.inference else f", tensors {row['tensor_memory']:6.0f} MiB"
-        print(f"  {row['model']:25} {row['milliseconds']:8.0f} ms{memory}", flush=True)
+        row["tensor_memory"] = tensor_memory(builds[row["model"]])
+        print(f"  {row['model']:25} {row['milliseconds']:8.0f} ms, tensors {row['tensor_memory']:6.0f} MiB", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    kind = "inference" if args.inference else "training-step"
-    path = args.out / f"{kind}-{args.model.removeprefix('groupmixformer_')}-{args.dtype}-{found['date']}.json"
+    path = args.out / f"training-step-{args.model.removeprefix('groupmixformer_')}-{args.dtype}-{found['date']}.json"
     write_file(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
