@@ -1,26 +1,24 @@
 """Files of weights: read without running code or trusting what they say of their sizes, checked, written with a checksum.
 
-A pickle gets no class and no function but those below, which keep what they are given: tensors are described, and made when
-the description has been compared with the bytes that are there. A class from elsewhere, such as the configuration in a file
-of the release's training script, is never imported, and an empty dictionary takes its place. In a zip archive (PyTorch since
-1.6) every member is compared with its CRC; what is stored as it is, and not compressed, is mapped into memory.
+Pickles are read by PyTorch with ``weights_only=True``, which runs nothing but what makes tensors. It believes what a file says
+of its sizes, though, maps compressed bytes as if they were numbers, and compares no checksum of what it maps. So a file is
+looked through first: the operations of its pickle, which are not run, and the parts of its zip archive (PyTorch since 1.6).
+A class from elsewhere, such as the configuration in a file of the release's training script, is never imported, and an empty
+dictionary takes its place.
 """
 
 import io
 import logging
-import math
-import mmap
 import os
 import pickle
 import pickletools
-import struct
-import sys
+import re
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -35,20 +33,11 @@ CHECKSUM = "crc32"  # in the metadata of our safetensors, beside what timm and t
 EXPANSION = "GROUPMIXFORMER_CHECKPOINT_GB"  # environment variable: memory that a file may take beyond its size
 MAX_OPERATIONS = 1_000_000  # of a pickle; each takes 250 bytes at most, and a checkpoint of training has some 100,000
 MAX_HEADER = 16 << 20  # of safetensors, in bytes; a tensor takes about 100
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of PyTorch before 1.6
-DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
+ELEMENT_SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2} | {
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
 }
+PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")  # into and from a pickle's memory
 
 
 class _Refused(Exception):
@@ -61,7 +50,7 @@ class _NoTensors(Exception):
 
 class _NeverCalled(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise _Refused(f"it asks to run {cls.__name__}, and only tensors are read from a checkpoint")
+        raise pickle.UnpicklingError(f"asks to call {cls.__name__}, which is refused")
 
 
 class _Inert:
@@ -74,101 +63,66 @@ class _Inert:
         pass
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: torch.dtype
-    numel: int
+def _stand_in(name: str) -> type:
+    """Return what PyTorch's restricted unpickler shall take for `name`: a class whose objects are empty dictionaries."""
+    if name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"):
+        return _Inert
+    return _NeverCalled(name, (), {"__new__": lambda cls, *args: OrderedDict()})
 
 
-class _View(NamedTuple):
-    """A tensor, as a pickle describes it."""
+def _look_through(pickled: bytes | IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yield the operations of a pickle with their arguments, without running them.
 
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def tensor(self, storages: Mapping[str, Any]) -> Tensor:
-        """Make it, of the bytes of its storage."""
-        key, dtype, count = self.storage
-        if len(storages[key]) != count * dtype.itemsize:
-            raise _Refused(f"its storage {key} has {len(storages[key]):,} bytes, expected {count * dtype.itemsize:,}")
-        if math.prod(self.shape) > count:
-            raise _Refused(f"a tensor has {math.prod(self.shape):,} numbers, and {count:,} are stored for it")
-        whole = torch.frombuffer(storages[key], dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        return whole.as_strided(self.shape, self.stride, self.offset)  # which checks the bounds
-
-
-def _view(
-    storage: Any, offset: Any, shape: Any, stride: Any, gradient: Any = None, hooks: Any = None, dtype: Any = None
-) -> _View:
-    if not isinstance(storage, _Storage):
-        raise _Refused("it describes a tensor without a storage")
-    if not all(type(number) is int for number in (offset, *shape, *stride)):
-        raise _Refused("it describes a tensor by other things than numbers")
-    if isinstance(dtype, torch.dtype):  # of a storage of bytes
-        storage = _Storage(storage.key, dtype, storage.numel // dtype.itemsize)
-    return _View(storage, offset, tuple(shape), tuple(stride))
-
-
-class _Unpickler(pickle._Unpickler):  # that in C takes memory by the numbers in a file
-    """Reads a pickle to plain values, and tensors to `_View`."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
-        self.known: dict[str, Any] = {  # of this file: a pickle may set attributes of what it gets
-            "collections.OrderedDict": lambda: OrderedDict(),
-            "torch._utils._rebuild_tensor": lambda *args: _view(*args),
-            "torch._utils._rebuild_tensor_v2": lambda *args: _view(*args[:4]),
-            "torch._utils._rebuild_tensor_v3": lambda *args: _view(*args[:7]),
-            "torch._utils._rebuild_parameter": lambda data, *args: data,
-            "torch._utils._rebuild_parameter_with_state": lambda data, *args: data,
-            "torch._tensor._rebuild_from_type_v2": self.rebuild,
-        }
-        inert: tuple[str, ...] = (
-            "_codecs.encode",
-            "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray.scalar",
-            "numpy.dtype",
-            "torch.Size",
-        )
-        inert += ("torch.device", "torch.serialization._get_layout", "builtins.set", "__builtin__.set", "collections.Counter")
-        self.known |= {name: type("_Inert", (_Inert,), {}) for name in inert}
-
-    def rebuild(self, make: Any, kind: Any, args: Any, state: Any) -> Any:
-        if not any(make is function for function in self.known.values()) or make == self.rebuild:
-            raise _Refused("it describes a tensor in a way that is not known")
-        return make(*args)
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what takes the place of a class or a function; never the thing itself."""
-        full = f"{module}.{name}"
-        if module in ("torch", "torch.storage") and name in DTYPES:
-            return DTYPES[name]
-        if full not in self.known:
-            self.known[full] = _NeverCalled(full, (), {"__new__": lambda cls, *args: OrderedDict()})
-        return self.known[full]
-
-    def persistent_load(self, saved: Any) -> _Storage:
-        """Return a storage, as it is described."""
-        _, dtype, key, _, count, *view = saved
-        if not isinstance(dtype, torch.dtype) or not isinstance(count, int) or count < 0 or any(view):
-            raise _Refused(f"it describes a storage as {saved}, which is not known")
-        return self.storages.setdefault(str(key), _Storage(str(key), dtype, count))
-
-
-def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
-    """Read a pickle from where a file stands, with the storages that it names; look through it before anything is made."""
-    start = file.tell()
-    for number, (operation, _, _) in enumerate(pickletools.genops(file)):
+    Operations that `torch.save` does not use are refused, and more of them than any checkpoint needs.
+    """
+    for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
         if operation.proto > 2 or operation.name.startswith("EXT"):
             raise _Refused(f"its pickle uses {operation.name}, which torch.save does not")
         if number > MAX_OPERATIONS:
             raise _Refused(f"its pickle has more than {MAX_OPERATIONS:,} operations, which no checkpoint needs")
-    file.seek(start)
-    unpickler = _Unpickler(file)
-    return unpickler.load(), unpickler.storages
+        if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise _Refused("it asks for memory that holds no tensor")
+        yield operation.name, argument
+
+
+def _declared_sizes(pickled: bytes | IO[bytes]) -> dict[str, int]:
+    """Return the bytes of each storage, by its key, that a pickle declares.
+
+    A storage is constants in a tuple: "storage", its type, key, device, number of elements, before PyTorch 1.6 also None. Those
+    that were used before are taken from the pickle's memory.
+    """
+    sizes: dict[str, int] = {}
+    memory: dict[int, Any] = {}
+    last: list[tuple[bool, Any]] = []  # whether a constant, and the constant or the operation that made something else
+    for name, argument in _look_through(pickled):
+        if name in PUTS:
+            memory[int(argument)] = last[-1] if last else (False, name)
+        elif name in GETS:
+            last.append(memory.get(int(argument), (False, name)))
+        elif name == "BINPERSID":
+            if last[-2:-1] == [(False, "NONE")]:
+                del last[-2]
+            match last[-7:]:
+                case [
+                    (False, "MARK"),
+                    (True, "storage"),
+                    (True, str(kind)),
+                    (True, str(key)),
+                    _,
+                    (True, int(count)),
+                    (False, "TUPLE"),
+                ]:
+                    kind = kind.rpartition(" ")[2].removesuffix("Storage")
+                    size = count * ELEMENT_SIZES.get(kind, 1)  # others count bytes
+                case _:
+                    raise _Refused("it describes a storage in a way that torch.save does not")
+            if sizes.setdefault(key, size) != size:
+                raise _Refused(f"it describes the storage {key} twice")
+            last.append((False, name))
+        else:
+            last.append((argument is not None, name if argument is None else argument))
+        del last[:-9]
+    return sizes
 
 
 def _check_memory(needed: int, path: Path) -> None:
@@ -180,49 +134,39 @@ def _check_memory(needed: int, path: Path) -> None:
         )
 
 
-def _read_zip(path: Path, content: mmap.mmap) -> tuple[Any, Mapping[str, Any]]:
-    """Return what a zip archive holds, and the bytes of its storages."""
-    members: dict[str, Any] = {}
+def _checked_zip(path: Path) -> tuple[Path | IO[bytes], dict[str, int]]:
+    """Compare the parts of a zip archive with their checksums, and their sizes with those that its pickle declares.
+
+    Returns:
+        The file, which may be mapped, or, if parts are compressed, the same archive in memory, with none that is; and the bytes
+        of each storage.
+    """
     with zipfile.ZipFile(path) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        _check_memory(sum(entry.file_size for entry in entries), path)
-        for entry in entries:
-            name = entry.filename.partition("/")[2]
-            if name in members:
-                raise _Refused(f"it holds {name} twice")
-            if entry.compress_type == zipfile.ZIP_STORED:
-                start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
-                data: Any = memoryview(content)[start : start + entry.file_size]
-                if len(data) != entry.compress_size or zlib.crc32(data) != entry.CRC:
-                    raise _Refused(f"it is damaged: the checksum of its part {name} differs: copy or download it again")
-                members[name] = bytearray(data) if start % 8 else data  # numbers must be aligned
-            else:
-                members[name] = bytearray(archive.read(entry))  # which compares the checksum too
-    order = bytes(members.get("byteorder", b"little")).decode("ascii", "replace")
-    if order != sys.byteorder:
-        raise _Refused(f"its numbers are written in the byte order {order}, expected {sys.byteorder}")
-    loaded, storages = _unpickle(io.BytesIO(members["data.pkl"]))
-    return loaded, {key: members[f"data/{key}"] for key in storages}
-
-
-def _read_legacy(content: mmap.mmap) -> tuple[Any, Mapping[str, Any]]:
-    """Return what a file of the format before PyTorch 1.6 holds: five pickles, then the storages."""
-    if _unpickle(content)[0] != LEGACY_MAGIC:
-        raise _Refused("it is no checkpoint of PyTorch")
-    for _ in ("version", "system"):
-        _unpickle(content)
-    loaded, storages = _unpickle(content)
-    keys, found = _unpickle(content)[0], dict[str, Any]()
-    for key in keys:
-        _, dtype, count = storages[str(key)]
-        start = content.tell() + 8
-        found[str(key)] = bytearray(memoryview(content)[start : start + count * dtype.itemsize])
-        if content.read(8) != count.to_bytes(8, "little") or len(found[str(key)]) != count * dtype.itemsize:
-            raise _Refused(f"its storage {key} is not of the size that it declares")
-        content.seek(start + len(found[str(key)]))
-    if found.keys() != storages.keys() or content.read(1):
-        raise _Refused("it holds fewer or more storages than it declares")
-    return loaded, found
+        parts = {entry.filename.partition("/")[2]: entry for entry in archive.infolist() if not entry.is_dir()}
+        _check_memory(sum(entry.file_size for entry in archive.infolist()), path)
+        if len(parts) < len(archive.namelist()):
+            raise _Refused("it holds a part twice")
+        plain = io.BytesIO()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in parts.values())
+        with zipfile.ZipFile(plain, "w") as unfolded:
+            for name, entry in parts.items():
+                try:
+                    with archive.open(entry) as part:  # compares the checksum at the end
+                        while stored and part.read(1 << 20):
+                            pass
+                        if not stored:
+                            unfolded.writestr(entry.filename, part.read())
+                except zipfile.BadZipFile:
+                    raise _Refused(
+                        f"it is damaged: the checksum of its part {name} differs: copy or download it again"
+                    ) from None
+        sizes = _declared_sizes(archive.read(parts["data.pkl"]))
+        for key, size in sizes.items():
+            entry = parts[f"data/{key}"]
+            if entry.file_size != size:
+                raise _Refused(f"its storage {key} has {entry.file_size:,} bytes, expected {size:,}")
+        plain.seek(0)
+    return path if stored else plain, sizes
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -245,7 +189,7 @@ def _named(loaded: Any, path: Path) -> dict[str, Any]:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             outer, loaded = loaded, loaded[wrapper]
     if not (
-        isinstance(loaded, Mapping) and all(isinstance(k, str) and isinstance(v, _View) for k, v in loaded.items()) and loaded
+        isinstance(loaded, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()) and loaded
     ):
         raise _NoTensors(
             "holds no state dict, expected tensors by name, alone or under 'model' or 'state_dict': is it another kind of file?"
@@ -260,13 +204,29 @@ def _named(loaded: Any, path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    source: Path | IO[bytes] = path
+    unknown = list[str]()
     with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a write to it leaves the file as it is
-    is_zip = content[:4] == b"PK\3\4"
-    loaded, storages = _read_zip(path, content) if is_zip else _read_legacy(content)
-    if not is_zip:
-        LOGGER.warning("%s: has no checksum (it is of a PyTorch before 1.6): save it with gmf convert", path)
-    tensors = {name: view.tensor(storages) for name, view in _named(loaded, path).items()}
+        is_zip = file.read(4) == b"PK\3\4"
+        file.seek(0)
+        if is_zip:
+            source, sizes = _checked_zip(path)
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+            if not isinstance(source, Path):
+                source.seek(0)
+        else:  # before PyTorch 1.6: pickles of a magic number, a version, the system, the tensors, the keys; then the storages
+            _, _, _, sizes, _ = [_declared_sizes(file) for _ in range(5)]
+            LOGGER.warning("%s: has no checksum (it is of a PyTorch before 1.6): save it with gmf convert", path)
+    with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip and source is path)
+    tensors = _named(loaded, path)
+    for name, tensor in tensors.items():
+        stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
+        if tensor.nbytes > stored or stored not in {
+            0,
+            *sizes.values(),
+        }:  # PyTorch makes a storage longer where a shape asks for it
+            raise _Refused(f"its tensor {name} has {tensor.numel():,} numbers, more than are stored for it")
     _check_memory(sum(tensor.nbytes for tensor in tensors.values()), path)  # which may share a storage
     return tensors
 
@@ -326,6 +286,9 @@ def read_tensors(path: Path, allow_nonfinite: bool = False) -> dict[str, Tensor]
     except _Refused as error:
         raise ValueError(f"{path}: not a readable checkpoint: {one_line(error)}") from error
     except Exception as error:  # a hostile file can make the readers raise anything
+        if asked := re.search(r"GLOBAL (\S+)|asks to call (\S+),", str(error)):
+            kind = f"it asks to run {asked[1] or asked[2]}, and only tensors are read from a checkpoint"
+            raise ValueError(f"{path}: not a readable checkpoint: {one_line(kind)}") from error
         reason = one_line(error).split(". ")[0]
         kind = f"it is damaged or of another kind ({type(error).__name__}: {reason}): copy or download it again"
         raise ValueError(f"{path}: not a readable checkpoint: {kind}") from error

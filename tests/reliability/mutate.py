@@ -2,8 +2,8 @@
 
     python tests/reliability/mutate.py models/fuse.py tests/test_fuse.py tests/test_forms.py --sample 200 --out fuse.json
 
-cosmic-ray makes the faults. Its own runner starts a process for each, most of whose time would go into importing torch; here the
-process that runs the tests is forked from one that has imported it. Of the operators that could replace another, one is tried.
+cosmic-ray makes the faults. Its own runner starts a process for each, most of whose time would go into importing torch; here
+the tests run in a process forked from one that has imported it. Of the operators that could replace another, one is tried.
 """
 
 import argparse

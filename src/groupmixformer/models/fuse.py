@@ -197,8 +197,8 @@ class FusedAttention(Fused):
         values = torch.cat([v for _, _, v in qkv], dim=2).view(B, H, W, 4 * C)
         position = self.position(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(B, N, 4 * C)
         mixed = []
-        for (q, k, v), encoded in zip(qkv, position.split(C, dim=2), strict=True):
-            mixed.append(ops.attend(q, k, v, encoded, self.scale, self.mask))  # (B, N, C)
+        for (query, key, value), encoded in zip(qkv, position.split(C, dim=2), strict=True):
+            mixed.append(ops.attend(query, key, value, encoded, self.scale, self.mask))  # (B, N, C)
         local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, C, H, W)
         mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
         return linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
