@@ -63,6 +63,7 @@ def write_segmenter(randomise):
             "task": "segmentation",
             "class_names": NAMES,
             "class_ids": [0, 1, 2],
+            "colors": [[0, 0, 0], [255, 0, 0], [0, 255, 0]],
             "network": {**network, "channels": channels},
         }
         save_network(segmenter, folder, config)

@@ -77,10 +77,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path, 
         file.write(b"half of it")
         raise OSError("No space left on device")
 
-    path, checkpoints = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpoints()
+    path, checkpoints = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpoints(tmp_path, {}, True)
     checkpoints.save_checkpoint({"step": 1}, path)
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match=r"last\.ckpt: the checkpoint could not be written .*: No space left .*, is intact"):
+    with pytest.raises(OSError, match=r"last\.ckpt: could not be written: No space left .*; intact are checkpoints/last\.ckpt"):
         checkpoints.save_checkpoint({"step": 2}, path)
     assert [path.name for path in path.parent.iterdir()] == ["last.ckpt"]
     assert torch.load(path, weights_only=True) == {"step": 1}

@@ -207,11 +207,9 @@ def open_backbone(
     weights, cfg = source.state_dict(), source.pretrained_cfg
     if cfg["input_size"][0] != 3:
         raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: images are read as RGB")
-    if not isinstance(source, GroupMixFormer):
-        return Backbone(cfg["architecture"], source.model_options), weights, colors(cfg)
-    arguments = model_arguments(source)
-    for key in ("num_classes", "in_chans"):
-        del arguments[key]
+    arguments = model_arguments(source) if isinstance(source, GroupMixFormer) else dict(source.model_options)
+    for key in ("num_classes", "in_chans", "global_pool"):  # of a classifier, and what a library that makes the backbone sets
+        arguments.pop(key, None)
     return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
 
 
