@@ -272,6 +272,7 @@ def test_the_command_prints_json_and_writes_csv(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["rows.csv"]
 
 
+@pytest.mark.slow
 def test_an_earlier_result_is_compared_with(tmp_path, capsys):
     assert main([*COMMAND, "--json"]) == 0
     earlier = json.loads(capsys.readouterr().out)

@@ -344,6 +344,7 @@ def test_predict_reads_every_kind_of_image(run, capsys, tmp_path, mode):
     assert json.loads(output(capsys, "predict", run, path, "--json").out)["images"]
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_a_checkpoint_with_a_new_classifier(run, photos, capsys, tmp_path):
     three = tmp_path / "three"
     shutil.copytree(photos, three)

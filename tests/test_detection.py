@@ -226,7 +226,10 @@ def classifier(tmp_path, randomise, golden):
     return save
 
 
-@pytest.mark.parametrize("name", ["groupmixformer_mobile", "custom widths", "resnet18", "pvt_v2_b0", "coat_lite_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("groupmixformer_mobile", marks=pytest.mark.slow), "custom widths", "resnet18", "pvt_v2_b0", "coat_lite_tiny"],
+)
 def test_the_weights_of_a_classifier_arrive_in_the_backbone(shapes, classifier, tmp_path, name):
     source = classifier(name)
     made = task(shapes, "mask_rcnn", variant="test_resnet", checkpoint=str(tmp_path / "classifier"))
@@ -372,7 +375,7 @@ def test_what_its_authors_do_not_decay_is_not_decayed(shapes, variant):
         assert (names[name] == 0) == (name in left_alone or p.ndim <= 1), name
 
 
-@pytest.mark.parametrize("variant", ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"])
+@pytest.mark.parametrize("variant", [pytest.param("groupmixformer_mobile", marks=pytest.mark.slow), "resnet18", "pvt_v2_b0"])
 def test_recomputed_activations_give_the_same_losses_and_gradients(shapes, variant):
     made = task(shapes, "mask_rcnn", variant, drop_path_rate=0.1 if variant != "resnet18" else 0.0)
     images, targets = batch(made, 0, 1)
@@ -475,6 +478,7 @@ def test_evaluation_gives_the_numbers_of_the_run(trained, shapes, tmp_path, caps
     assert larger["mask_AP"] != measured["mask_AP"]
 
 
+@pytest.mark.slow
 def test_evaluation_on_other_ids_of_the_same_classes(trained, shapes, tmp_path, capsys):
     run, result = trained
     shutil.copytree(shapes, tmp_path / "data")

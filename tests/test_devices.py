@@ -28,7 +28,8 @@ def device(request, monkeypatch):
     ("name", "form", "dtype"),
     [
         *(("test", form, torch.float64) for form in ("eager", "fused")),
-        *(("test", form, torch.float32) for form in ("eager", "fused", "fused, exported")),
+        *(("test", form, torch.float32) for form in ("eager", "fused")),
+        pytest.param("test", "fused, exported", torch.float32, marks=pytest.mark.slow),
         # Compiled for the CPU they are tested beside the modules; benchmarks/gpu.py checks the large ones.
         *(pytest.param("test", form, torch.float32, marks=needs_gpu) for form in list(FORMS)[3:]),
         *(

@@ -139,6 +139,7 @@ def contents(path):
             yield from (archive.read(name) for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_onnx_names_what_is_free_and_its_opset(run, tmp_path, capsys):
     import onnx
 

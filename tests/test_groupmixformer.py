@@ -565,6 +565,7 @@ def test_created_in_a_type(dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
+@pytest.mark.slow
 def test_import_is_light():
     heavy = {"lightning", "pytorch_lightning", "torchmetrics", "matplotlib", "tensorboard", "transformers"}
     command = f"import sys, groupmixformer; print(*sorted({heavy} & set(sys.modules)))"

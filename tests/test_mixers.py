@@ -122,6 +122,7 @@ def test_counted_macs_are_those_of_the_formula(name):
             assert found / side**2 == pytest.approx(expected, rel=0.03), (stage, depth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_network_of_any_size_and_its_features(name, randomise):
     model = randomise(timm.create_model("groupmixformer_mobile", **TINY, mixer=name)).eval()

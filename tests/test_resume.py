@@ -129,6 +129,7 @@ def test_an_epoch_continued_with_other_batches_shows_every_image_once(
 # What has changed since
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_named_and_the_recipe_keeps_its_history(photos, copied, capsys):
     more = ["--epochs", "3", "--batch-size", "4", "--optimizer.weight-decay", "0.5", "--save-minutes", "5"]
     result = gmf(capsys, "train", "folder", *options(photos, copied, *more), "--resume")
@@ -181,6 +182,7 @@ def test_where_nothing_is_to_resume_it_says_so_and_stops(photos, run, tmp_path, 
     assert not (tmp_path / "other" / "recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_auto_resume_begins_and_continues(photos, tmp_path, capsys):
     argv = ["train", "folder", *options(photos, tmp_path / "run"), "--auto-resume"]
     gmf(capsys, *argv)
@@ -286,6 +288,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_had_been_whole(photos, ru
 # One run in a folder
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_run_at_a_time(photos, tmp_path, capsys):
     code = (
         f"from groupmixformer.training.claim import Claim\nfrom pathlib import Path\nimport time\n"

@@ -28,6 +28,7 @@ TINY = {"embed_dims": [20, 30, 40, 50], "depths": [1] * 4, "mlp_ratios": [2] * 4
 NAMES = ["ash", "birch", "cedar"]
 SMALL = ["--image_size", "32", "--batch_size", "8", "--workers", "0"]
 TASKS = ["classification", "detection", "segmentation"]
+SLOW_TASKS = ["classification", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_predictions_have_the_coordinates_that_people_see(runs, image, tmp_path,
     assert seen.files or task == "classification"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SLOW_TASKS)
 def test_a_notebook(runs, image, counted, task):
     run = Run.open(runs / task)
     assert (run.path, run.task, run.class_names) == (runs / task, task, NAMES)
@@ -163,7 +164,7 @@ def test_a_checkpoint_file(runs, image, tmp_path):
     assert len(run.predict(image).result["classes"]) == 3
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SLOW_TASKS)
 def test_a_hub_is_asked_once(runs, image, monkeypatch, counted, task):
     asked = []
 
@@ -237,7 +238,7 @@ def fresh(script, *argv):
 TRAINING = {"lightning", "torchmetrics", "jsonargparse", "tensorboard", "sklearn"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SLOW_TASKS)
 def test_inference_imports_nothing_of_training(runs, image, task):
     load = {"detection": "load_detector", "segmentation": "load_segmenter"}.get(task, "load_checkpoint")
     imported = fresh(

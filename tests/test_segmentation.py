@@ -302,7 +302,7 @@ def classifiers(tmp_path_factory, randomise):
     return find
 
 
-@pytest.mark.parametrize("name", ["groupmixformer_mobile", "resnet18", "custom"])
+@pytest.mark.parametrize("name", [pytest.param("groupmixformer_mobile", marks=pytest.mark.slow), "resnet18", "custom"])
 def test_the_weights_of_a_classifier_arrive_in_the_body(make, classifiers, tmp_path, name):
     folder, weights = classifiers(name)
     task = make("swin_tiny_patch4_window7_224", {"channels": 16}, checkpoint=str(folder))  # the checkpoint's network counts
@@ -808,6 +808,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_if_it_had_not_been(data, tmp_path, capsys, monkeypatch):
     whole = fit(data, tmp_path / "whole", *LONG)
     run, waiting = tmp_path / "run", [(0, 1), (1, 0)]

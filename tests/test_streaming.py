@@ -525,6 +525,7 @@ def test_hugging_face_images_may_be_missing(parquet, tmp_path):
     assert len({problem for *_, problem in samples}) == 4
 
 
+@pytest.mark.slow
 def test_a_run_on_shards(photos, shards, parquet, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # PyTorch waits as long for failed workers
     options = ["--model", "test_resnet", "--epochs", "1", "--image_size", "32", "--batch_size", "8", "--workers", "2"]

@@ -909,6 +909,7 @@ def resnet(photos, tmp_path_factory):
     return fit(photos, tmp_path_factory.mktemp("resnet") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "names", "kept"),
     [
