@@ -150,8 +150,13 @@ def test_scripted(name, network):
             torch.testing.assert_close(scripted(batch), model(batch))
 
 
+# The others' windows are cut by sizes that the exporter does not keep free (docs/mixers.md).
+ANY_SIZE_IN_ONNX = ["group_mix", "factorised", "softmax", "cross_window", "hilo", "spatial_reduction", "uniformer"]
+ANY_SIZE_IN_ONNX += ["none", "pool", "conv", "head_tokens", "strip", "latent_window"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY_SIZE_IN_ONNX)
 def test_onnx_file_of_any_size(name, network, tmp_path):
     model = fuse(network(name)) if name == "group_mix" else network(name)
     names = {"dynamic_shapes": ({0: "batch", 2: "height", 3: "width"},), "input_names": ["images"]}
