@@ -130,6 +130,7 @@ def test_latency_is_of_one_image_and_has_its_percentiles(monkeypatch):
         assert "p50" not in table(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])
 def test_detectors_and_segmenters_are_fused(task):
     settings = Settings(task=task, fuse=True, size=(64, 64))

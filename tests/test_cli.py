@@ -284,6 +284,7 @@ def test_a_run_folder_holds_everything(run, photos, capsys):
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten_but_resumed(run, photos, capsys, tmp_path):
     argv = ["train", "folder", "--data", photos, "--out", run, *FAST]
     assert "holds a run already" in error(capsys, *argv, code=1)
@@ -484,6 +485,7 @@ def test_the_installed_command_leaves_stdout_to_the_result(run, photos):
     assert json.loads(result.stdout)["images"] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [

@@ -692,6 +692,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:3000])  # its head is whole
 
 
+@pytest.mark.slow
 def test_truncated_images_are_replaced_counted_and_named(shapes, trained, tmp_path, capsys):
     data = shutil.copytree(shapes, tmp_path / "data")
     bad = [data / "images" / name for name in ("train-1.png", "val-0.png")]

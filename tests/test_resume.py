@@ -275,6 +275,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(copied, damage):
         find_start(copied)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_had_been_whole(photos, run, copied, capsys):
     last, previous = (copied / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
     flip(last)

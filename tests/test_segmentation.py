@@ -122,7 +122,8 @@ class PixelByPixel(nn.Module):
 DECODERS = {"upernet": 32, "fpn": 128, "unet": None, "segformer": None}  # with a width
 BACKBONES = ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"]
 PAIRS = [
-    *(("upernet", name) for name in BACKBONES),
+    pytest.param("upernet", BACKBONES[0], marks=pytest.mark.slow),
+    *(("upernet", name) for name in BACKBONES[1:]),
     pytest.param("fpn", BACKBONES[0], marks=pytest.mark.slow),
     *(("fpn", name) for name in BACKBONES[1:]),
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("unet", "segformer"), BACKBONES)),
@@ -761,6 +762,7 @@ def renumber(path):
     Image.fromarray(pixels).save(path)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_used_are_counted_and_named(data, tmp_path, capsys):
     spoilt = shutil.copytree(data, tmp_path / "data")
     masks = spoilt / "masks"
@@ -861,6 +863,7 @@ def test_two_processes_measure_what_one_does(data, tmp_path, monkeypatch):
     assert result["mIoU"] == pytest.approx(found["val_mIoU"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_regions_are_learnt(tmp_path):
     data = write_scenes(tmp_path / "data", noise=30, side=40, train=24, val=8)
     more = ["--epochs", "6", "--optimizer.lr", "0.005", "--segmenter.channels", "32", "--segmenter.photometric", "false"]

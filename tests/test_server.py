@@ -119,6 +119,7 @@ def test_a_header_has_to_arrive_in_time(fast):
         assert waiting.recv(12) == b"HTTP/1.1 200"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "sent"), [("body", POST % (b"body", 9) + b"abc"), ("rest", POST % (b"early", 9) + b"abc"), ("answer", b"")]
 )
@@ -138,6 +139,7 @@ def test_a_client_may_not_stop_in_the_middle(fast, state, sent):
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_others_are_answered_while_connections_are_held(caplog):
     with running(connections=5) as port:
         working = client(port, POST % (b"wait", 1) + b"2")

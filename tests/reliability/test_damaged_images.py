@@ -18,6 +18,7 @@ from pathlib import Path
 
 import campaign
 import numpy as np
+import pytest
 from PIL import Image
 
 from groupmixformer.data.images import TURNS, decode, image_sizes, noted, read_image
@@ -224,6 +225,7 @@ def attempt(rng: np.random.Generator) -> str:
 CAMPAIGNS = {"images": (attempt, 1000)}
 
 
+@pytest.mark.slow
 def test_damaged_images():
     logging.disable(logging.NOTSET)
     result = campaign.run(attempt, 25)

@@ -17,6 +17,7 @@ from typing import Any
 
 import campaign
 import numpy as np
+import pytest
 from PIL import Image
 
 from groupmixformer.data.shards import write_shards
@@ -198,6 +199,7 @@ def attempt(rng: np.random.Generator) -> str:
 CAMPAIGNS = {"shards": (attempt, 100)}
 
 
+@pytest.mark.slow
 def test_damaged_shards():
     result = campaign.run(attempt, 20)
     assert not result["failures"]
