@@ -359,7 +359,7 @@ def test_no_field_of_config_is_taken_for_what_it_is_not(tmp_path, task):
         for value in WRONG if task == "classification" else rng.sample(WRONG, 5):
             (run / "config.json").write_text(json.dumps(changed(config, place, value)))
             results[place, str(value)] = outcome(run) in ("refused", right, without)
-    assert len(results) > 100
+    assert len(results) >= 90
     assert [key for key, fine in results.items() if not fine] == []
 
 
