@@ -83,7 +83,7 @@ def _write_tiny():
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks(page.name), id=page.name) for page in PAGES])
 def test_code_blocks_run(page, workplace):
     blocks = re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S)
-    assert blocks or page.name in ("api.md", "reliability.md")  # which mkdocstrings fills
+    assert blocks or page.name in ("api.md", "reliability.md")  # filled by mkdocstrings; commands of many minutes
     if page.name == "onnxruntime.md":
         _write_tiny()
         assert main(["export", "runs/photos", "--format", "onnx", "--out", "photos.onnx"]) == 0
