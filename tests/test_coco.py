@@ -369,9 +369,12 @@ def test_what_is_no_json_is_refused(folder, content):
 
 def test_missing_annotations_are_named_with_what_is_there(folder, tmp_path):
     root = folder()
-    with pytest.raises(ValueError, match=r"annotations/instances_test\.json; found annotations/instances_val\.json"):
+    with pytest.raises(ValueError, match=r"expected a part test; found val in .*/annotations/instances_val\.json"):
         CocoImages(root, "test", masks=False)
-    with pytest.raises(ValueError, match=r"nowhere: expected COCO's annotations in .*; found no JSON file"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: expected one for detection \(COCO's annotations, .*\); found nothing"):
+        CocoImages(tmp_path / "empty", "val", masks=False)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         CocoImages(tmp_path / "nowhere", "val", masks=False)
 
 

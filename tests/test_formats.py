@@ -154,7 +154,7 @@ def test_parts_are_found_by_their_other_names(tmp_path):
     lay_out(tmp_path, LAYOUTS["roboflow"][1])
     found = recognise(tmp_path)
     assert [found.part(name) for name in ("val", "valid", "validation", "training")] == ["val", "val", "val", "train"]
-    with pytest.raises(ValueError, match="has the parts train, val, expected a part test"):
+    with pytest.raises(ValueError, match=r"expected a part test; found train in .*/train/_annotations.coco.json; val in .*"):
         found.part("test")
 
 
@@ -162,8 +162,15 @@ def test_what_is_not_split_is_taken_whole_where_that_is_wanted(tmp_path):
     lay_out(tmp_path, LAYOUTS["labelme unsplit"][1])
     found = recognise(tmp_path)
     assert found.part("val", or_whole=True) == WHOLE
-    with pytest.raises(ValueError, match="labelme, which is not split, expected a part val"):
+    assert found.undivided() == WHOLE
+    with pytest.raises(ValueError, match="labelme, not split, expected a part val: deal it out with --val-share"):
         found.part("val")
+
+
+def test_what_is_split_is_not_dealt_out(tmp_path):
+    lay_out(tmp_path, LAYOUTS["voc of roboflow"][1])
+    with pytest.raises(ValueError, match="Pascal VOC, with the parts train, val, expected a data set that is not split"):
+        recognise(tmp_path).undivided()
 
 
 def test_what_is_unknown_is_said_with_what_is_there(tmp_path):

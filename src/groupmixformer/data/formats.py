@@ -69,8 +69,21 @@ class Recognised:
         for known in (name, part_of(name), *([WHOLE] if or_whole else [])):
             if known in self.parts:
                 return known
-        there = "is not split" if WHOLE in self.parts else f"has the parts {', '.join(self.parts)}"
-        raise ValueError(f"{self.path}: {self.title}, which {there}, expected a part {name}")
+        if WHOLE in self.parts:
+            raise ValueError(f"{self.path}: {self.title}, not split, expected a part {name}: deal it out with --val-share 0.2")
+        there = "; ".join(f"{part} in {', '.join(map(str, read))}" for part, read in self.parts.items())
+        raise ValueError(f"{self.path}: {self.title}, expected a part {name}; found {there}")
+
+    def undivided(self) -> str:
+        """Return the name of the only part, to deal its images out.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        if len(self.parts) > 1:
+            parts = f"with the parts {', '.join(self.parts)}"
+            raise ValueError(f"{self.path}: {self.title}, {parts}, expected a data set that is not split: leave out val_share")
+        return next(iter(self.parts))
 
 
 def part_of(name: str) -> str:
@@ -312,7 +325,7 @@ def recognise(path: str | Path, task: str = "") -> Recognised:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    others = []
+    others: list[str] = []
     for name, format in FORMATS.items():
         parts = {} if others and name == "classes" else format.find(path)  # images/ and the like are no classes
         if parts and (not task or task in format.tasks):

@@ -1,7 +1,6 @@
-"""Data sets with COCO's annotations: read, checked before training, turned into samples."""
+"""Data sets with objects, in COCO's form whatever their format: checked before training, turned into samples."""
 
 import json
-import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from os.path import normpath
 from pathlib import Path
@@ -16,42 +15,28 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ...data.formats import recognise
 from ...data.images import read_image
+from ...data.objects import read_objects
 from ...data.samples import Samples, in_threads, size_problem
-from ...files import Fields, read_json
-
-
-def find_annotations(folder: Path, split: str) -> Path:
-    """Find the annotations of a split: annotations/instances_SPLIT.json, with or without a year, or SPLIT.json.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    pattern = re.compile(rf"(instances_)?{re.escape(split)}(\d{{4}})?")
-    places = [place for place in (folder / "annotations", folder) if place.is_dir()]
-    files = [file for place in places for file in sorted(place.glob("*.json"))]
-    for file in files:
-        if pattern.fullmatch(file.stem):
-            return file
-    there = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "no JSON file"
-    raise ValueError(f"{folder}: expected COCO's annotations in annotations/instances_{split}.json; found {there}")
+from ...files import Fields
 
 
 class _Ids:
     """Records of one kind by their ids, which are integers or texts, all of them.
 
     Args:
-        content: Of the file.
+        records: What was read.
         kind: images or categories.
+        source: What an error about all of them names.
 
     Raises:
         ValueError: If there are none, an id is of another kind than the first, or stands for two records.
     """
 
-    def __init__(self, content: Fields, kind: str) -> None:
-        records = content.objects(kind)
+    def __init__(self, records: Sequence[Fields], kind: str, source: Path) -> None:
         if not records:
-            raise ValueError(f"{content.where}: {kind} is [], expected one or more")
+            raise ValueError(f"{source}: {kind} is [], expected one or more")
         self.texts = isinstance(records[0].values.get("id"), str)
         self.expected = f"{'a text' if self.texts else 'an integer'}, as the first id of the {kind} is"
         self.records: dict[Any, Fields] = {}
@@ -95,20 +80,6 @@ def _read_images(records: _Ids) -> dict[Any, dict[str, Any]]:
         width, height = (record.integer(side, 1, 10**6) for side in ("width", "height"))
         images[key] = {"id": key, "file_name": name, "width": width, "height": height}
     return images
-
-
-def _folder_of(annotations: Path, folder: Path, file_names: Iterable[str]) -> Path:
-    """Find the folder with the images: the first of the usual ones in which one of them lies."""
-    split = annotations.stem.removeprefix("instances_")
-    places = [folder / "images" / split, folder / split, folder / "images", folder, annotations.parent]
-    return next((place for name in file_names for place in places if _is_file(place / name)), places[2])
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no name that the system can have
-        return False
 
 
 def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -164,11 +135,12 @@ class CocoImages(Samples):
     problem); a blank has none.
 
     Args:
-        folder: Holds annotations and images.
+        folder: Holds annotations and images, in any format of `groupmixformer.data.formats` that has objects.
         split: train, val or another.
         masks: Whether objects need masks.
         transform: From (image, target) to the two augmented; none for evaluation.
         seed: Of the augmentation.
+        or_whole: Whether a data set that is not split is taken whole.
 
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
@@ -190,28 +162,31 @@ class CocoImages(Samples):
         masks: bool,
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
+        or_whole: bool = False,
     ) -> None:
-        folder = Path(folder)
-        self.annotations = find_annotations(folder, split)
+        found = recognise(folder, "detection")
+        read = read_objects(found, found.part(split, or_whole))
+        self.annotations, self.folder = read.source, read.folder
         self.masks, self.transform, self.seed = masks, transform, seed
-        content = Fields(read_json(self.annotations), str(self.annotations))
-        categories, records = (_Ids(content, kind) for kind in ("categories", "images"))
+        categories, records = _Ids(read.categories, "categories", read.source), _Ids(read.images, "images", read.source)
         self.category_ids = sorted(categories.records)
         names = (categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
         self.class_names = [str(name) for name in names]
         images = _read_images(records)
-        self.folder = _folder_of(self.annotations, folder, (image["file_name"] for image in images.values()))
 
         def problem(image: Mapping[str, Any]) -> str:
             return size_problem(self.folder / image["file_name"], (image["width"], image["height"]), "annotated as")
 
         problems = in_threads(problem, images.values())
-        self.skipped = [problem for problem in problems if problem]
+        self.skipped = [*read.skipped, *(problem for problem in problems if problem)]
         usable = {image["id"]: image for image, problem in zip(images.values(), problems, strict=True) if not problem}
         if not usable:
-            raise ValueError(f"{self.annotations}: none of its {len(images)} images can be used: {self.skipped[0]}")
-        objects = self._read_objects(content.objects("annotations"), records, categories, images, usable)
-        learnable = [annotation["label"] for found in objects.values() for annotation in found if not annotation["iscrowd"]]
+            raise ValueError(
+                f"{self.annotations}: none of its {len(images)} images can be used: {next(filter(None, problems))}"
+            )
+        objects = self._read_objects(read.annotations, records, categories, images, usable)
+        self.notes = [*read.notes, *self.notes]
+        learnable = [annotation["label"] for row in objects.values() for annotation in row if not annotation["iscrowd"]]
         self._counts = np.bincount(np.array(learnable, dtype=np.int64), minlength=len(self.class_names) + 1)[1:].tolist()
         if not learnable:
             reason = f": {self.dropped[0]}" if self.dropped else ""
@@ -222,7 +197,7 @@ class CocoImages(Samples):
         if transform is None:
             self.ground_truth = {
                 "images": list(usable.values()),
-                "annotations": [annotation for found in objects.values() for annotation in found],
+                "annotations": [annotation for row in objects.values() for annotation in row],
                 "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)],
             }
         # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
@@ -271,6 +246,8 @@ class CocoImages(Samples):
     def _check_object(self, record: Fields, image: Mapping[str, Any], box: Sequence[float]) -> None:
         height, width = image["height"], image["width"]
         x, y, w, h = box
+        if w < 0 or h < 0:
+            raise ValueError(f"box {box} has a negative width or height: corners are swapped")
         if w < 1 or h < 1:
             raise ValueError(f"box {box} is less than a pixel wide or high")
         if min(x + w, width) - max(x, 0) < 1 or min(y + h, height) - max(y, 0) < 1:

@@ -46,7 +46,7 @@ class DetectionPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val") -> CocoImages:
         """Open a split of a folder with COCO's annotations."""
-        images: CocoImages = self.match_classes(CocoImages(data, split, masks=self.model.masks), data)
+        images: CocoImages = self.match_classes(CocoImages(data, split, masks=self.model.masks, or_whole=True), data)
         return images
 
     @torch.inference_mode()
