@@ -54,8 +54,7 @@ def error(capsys, *argv, code):
     return lines[0]
 
 
-@pytest.mark.slow
-def test_models_lists_what_it_counts(capsys):
+def test_models_lists_the_variants(capsys):
     rows = {row["name"]: row for row in json.loads(output(capsys, "models", "--json").out)["models"]}
     assert set(rows) == set(timm.list_models("groupmixformer*"))
     assert rows["groupmixformer_mobile"]["parameters"] == 5_733_120
@@ -72,10 +71,15 @@ def test_models_lists_what_it_counts(capsys):
         (["train", "digits", "--epoch", "3"], "the nearest is epochs"),
         (["train", "digits", "--optimizer.learning", "3"], "optimizer"),
         (["train", "digits", "--epochs", "many"], '--epochs is "many", expected an integer of at least 1'),
-        (["train", "digits", "--print", "--lr=1"], "the nearest is optimizer.lr"),
         (["train", "digits", "--print", "--batch-sise=1"], "the nearest is batch_size"),
         (["eval", "x", "--image_sise", "64"], "unknown option --image_sise: did you mean --image-size?"),
         (["bench", "--dtype", "bf17"], "did you mean bf16?"),
+        (
+            ["export", "x", "--format", "tflite", "--out", "y"],
+            "value tflite, expected onnx, pt2, aoti, openvino: see",
+        ),
+        (["train", "digits", "--learning_rate", "1"], "the nearest is optimizer.lr"),
+        (["train", "digits", "--pretrained", "x"], "the nearest is checkpoint"),
         (["--versoin"], "did you mean --version?"),
         ([], "expected a command: see gmf --help"),
         (["predict", "x"], "required: IMAGE"),

@@ -33,6 +33,7 @@ def marks(page):
 def workplace(tmp_path, monkeypatch, as_released):
     """A folder with what the pages speak of: a released checkpoint, an image, an image folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GMF_WEIGHTS", str(tmp_path))
     state_dict = timm.create_model("groupmixformer_small").state_dict()
     released = as_released(state_dict)
     assert list(checkpoint_filter_fn(released)) == list(state_dict)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .files import Fields, atomic_write, read_json, read_text, to_json, write_file
 from .files import one_line as one_line
+from .released import find_weights, variant_named
 from .weights import read_tensors, write_tensors
 
 CONFIG = "config.json"  # architecture, task, class names, input of the model
@@ -36,7 +37,8 @@ PREVIOUS = "checkpoints/previous.ckpt"  # the one before it
 def _local(path: str | Path) -> Path:
     """Return where a checkpoint lies; one on a hub, ``hf-hub:user/name`` as timm has it, is fetched into the cache of files."""
     if not str(path).startswith("hf-hub:"):
-        return Path(path).expanduser()
+        local, variant = Path(path).expanduser(), variant_named(str(path))
+        return find_weights(variant) if variant and not local.exists() else local
     from huggingface_hub import snapshot_download
 
     repo_id, _, revision = str(path).removeprefix("hf-hub:").partition("@")
@@ -110,7 +112,8 @@ class RunFolder:
     """The folder of a run, of `gmf convert`, or on a hub; or a checkpoint file alone. Each file is read once, when asked for.
 
     Args:
-        source: A path, or ``hf-hub:user/name`` or ``hf-hub:user/name@revision``. A file of weights in the folder of a run,
+        source: A path, ``hf-hub:user/name`` or ``hf-hub:user/name@revision``, or the name of a variant, whose released weights
+            are then those in `groupmixformer.released.weights_folder`. A file of weights in the folder of a run,
             such as ``checkpoints/last.ckpt``, is that run with these weights.
         allow_nonfinite: Read weights that hold NaN or infinite values.
 

@@ -4,20 +4,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..released import VARIANTS
 from ..tasks.registry import find_task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Top-1 accuracy in % on ImageNet-1K, as published in the paper (arXiv 2311.15157).
-PUBLISHED_TOP1 = {
-    "groupmixformer_mobile": 79.6,
-    "groupmixformer_tiny": 82.6,
-    "groupmixformer_small": 83.4,
-    "groupmixformer_base": 84.7,
-    "groupmixformer_large": 85.0,
-    "groupmixformer_large_384": 86.2,
-}
+PUBLISHED_TOP1 = {f"groupmixformer_{name}": variant.top1 for name, variant in VARIANTS.items()}
 
 # Top-1 accuracy in % on ImageNet's validation set at 224, trained on ImageNet-1K alone, and the paper on arXiv that has it.
 # Weights that timm offers under these names can differ: they may be of another training, such as convnext_tiny's, or of

@@ -122,31 +122,18 @@ def bench(
 @command("models", "gmf models --json")
 def models(*, json: Json = False) -> None:
     """List the variants."""
-    import timm
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from ..released import VARIANTS
 
-    from ..bench.published import PUBLISHED_TOP1
-    from ..models import groupmixformer  # noqa: F401 - registers them with timm
-
-    rows = []
-    for name in timm.list_models("groupmixformer*"):
-        with torch.device("meta"):
-            model: Any = timm.create_model(name).eval()
-            size = model.pretrained_cfg["input_size"]
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(torch.empty(1, *size))
-        parameters = sum(p.numel() for p in model.parameters())
-        rows.append(
-            {
-                "name": name,
-                "parameters": parameters,
-                "macs": counter.get_total_flops() // 2,
-                "input_size": list(size),
-                "published_top1": PUBLISHED_TOP1[name],
-            }
-        )
-    rows.sort(key=lambda row: row["macs"])
+    rows: list[dict[str, Any]] = [
+        {
+            "name": f"groupmixformer_{name}",
+            "parameters": variant.parameters,
+            "macs": variant.macs,
+            "input_size": [3, variant.image_size, variant.image_size],
+            "published_top1": variant.top1,
+        }
+        for name, variant in VARIANTS.items()
+    ]
     table = [f"{'name':27}{'parameters':>12}{'MACs':>10}{'input':>8}{'published top-1':>17}"]
     table += [
         f"{r['name']:27}{r['parameters'] / 1e6:>10.2f} M{r['macs'] / 1e9:>8.2f} G{r['input_size'][1]:>8}"

@@ -166,8 +166,11 @@ Top = Annotated[Writes[Positive], Option(help="for classification: classes to na
 ScoreThreshold = Annotated[Writes[Share], Option(help="for detection: least score of an object that is shown")]
 Json = Annotated[Writes[bool], Option(help="print one JSON object on stdout")]
 
-# Names that options had before; they are still understood.
+# Names that options had before, or have in other tools; they are understood.
 OLD_NAMES = {
+    "batch": "batch-size",
+    "imgsz": "image-size",
+    "conf": "score-threshold",
     "slide": "sliding-window",
     "score": "score-threshold",
     "against": "baseline",

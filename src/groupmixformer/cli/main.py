@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -37,14 +37,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit 2."""
-        given = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
-        if given:
-            word = (given[1] or given[2]).split("=")[0]
-            known = [option for action in self._actions for option in (*action.option_strings, *(action.choices or ()))]
-            near = get_close_matches(word.replace("_", "-"), [str(option) for option in known], n=1, cutoff=0.5)
-            message = f"unknown {'option' if given[1] else 'value'} {word}"
-            message += f": did you mean {near[0]}?" if near else f": see {self.prog} --help"
+        if given := re.search(r"unrecognized arguments: (\S+)", message):
+            word = given[1].split("=")[0]
+            message = f"unknown option {word}{self._hint(word, self._option_string_actions)}"
+        elif given := re.search(r"argument (\S+): invalid choice: '([^']*)'", message):
+            action = next(a for a in self._actions if given[1] in (*a.option_strings, a.metavar, a.dest))
+            choices = [str(choice) for choice in action.choices or ()]
+            known = "" if isinstance(action, argparse._SubParsersAction) else f", expected {', '.join(choices)}"
+            message = f"unknown value {given[2]}{known}{self._hint(given[2], choices)}"
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+    def _hint(self, word: str, known: Iterable[str]) -> str:
+        near = get_close_matches(word.replace("_", "-"), known, n=1, cutoff=0.5)
+        return f": did you mean {near[0]}?" if near else f": see {self.prog} --help"
 
 
 class _PrintCompletion(argparse.Action):

@@ -139,6 +139,16 @@ def model_name(variant: str) -> str:
     raise ValueError(f"no model {variant}, expected a name of timm.list_models(): the nearest is {near}")
 
 
+def downloaded_cfg(variant: str) -> dict[str, Any]:
+    """Return what tells timm to load the released weights of a variant from `groupmixformer.released.weights_folder`.
+
+    Raises:
+        FileNotFoundError: If they are not there; says where to download them.
+        ValueError: If they cannot be read.
+    """
+    return {"state_dict": read_state_dict(variant.removeprefix("groupmixformer_"))}
+
+
 def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False) -> GroupMixFormer:
     """Load a model from a file or folder, whatever its widths, depths, MLP ratios, classes and input channels.
 
@@ -209,6 +219,7 @@ def load_model(path: str | Path | RunFolder) -> Any:
         model: Any = timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights)
     except Exception as error:  # arguments from config.json can make a constructor raise anything
         raise ValueError(f"{run.path}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+    model.pretrained_cfg.pop("state_dict")
     model.model_options = {key: value for key, value in run.config.get("model_args", {}).items() if key != "img_size"}
     return model.eval()
 

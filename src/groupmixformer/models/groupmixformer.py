@@ -561,7 +561,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# The release's weights lie behind links that need a browser, so there is no url: pass a path, see checkpoint.py.
+# The release's weights lie behind links that need a browser, so there is no url: see released.py.
 default_cfgs = generate_default_cfgs(
     {
         "groupmixformer_mobile": _cfg(),
@@ -588,7 +588,11 @@ VARIANTS["groupmixformer_large_384"] = VARIANTS["groupmixformer_large"]
 
 
 def _create_groupmixformer(variant: str, pretrained: bool, **kwargs: Any) -> GroupMixFormer:
-    return build_model_with_cfg(
+    if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
+        from .checkpoint import downloaded_cfg  # which needs the network
+
+        kwargs["pretrained_cfg_overlay"] = downloaded_cfg(variant)
+    model: Any = build_model_with_cfg(
         GroupMixFormer,
         variant,
         pretrained,
@@ -596,6 +600,8 @@ def _create_groupmixformer(variant: str, pretrained: bool, **kwargs: Any) -> Gro
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **{**VARIANTS[variant], **kwargs},
     )
+    model.pretrained_cfg.pop("state_dict", None)  # they are in the model now
+    return model
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""Names before 0.1.0 was released, so that recipes, options and run folders of then still load."""
+"""Names before 0.1.0 was released, so that recipes, options and run folders of then still load; aliases of options."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "objects": "max_detections",
     },
 }
+# What other tools call options that everyone types.
+ALIASES = {"lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay", "batch": "batch_size", "imgsz": "image_size"}
 PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
 # Parts of a checkpoint of training, which Lightning names after classes.
@@ -53,12 +55,12 @@ def rename(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
 
 
 def rename_options(words: Sequence[str]) -> list[str]:
-    """Return dotted options of a recipe, such as ``--detector.width 64``, under the names of today."""
+    """Return dotted options of a recipe, such as ``--detector.width 64``, under the names of today; aliases are understood."""
     result: list[str] = []
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            section, dot, field = name.rpartition(".")
+            section, dot, field = ALIASES.get(name, name).rpartition(".")
             name = f"{section}{dot}{FIELDS.get(section, {}).get(field, field)}"
             word = f"--{name}{equals}{PRECISIONS.get(value, value) if name == 'precision' else value}"
         elif result and result[-1] == "--precision":

@@ -323,6 +323,14 @@ TASK_FIELDS = {
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }
+# What fields are called elsewhere, where that is not like the name here.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "pretrained": "checkpoint",
+    "weights": "checkpoint",
+    "num_workers": "workers",
+    "output": "out",
+}
 OTHER_FIELDS = ("task_options",)  # of tasks that other packages bring
 HISTORY = "history"  # what the recipe.yaml of a run has besides: how its fields changed while it was trained
 
@@ -380,9 +388,8 @@ def _refuse_unknown(given: Sequence[str], source: str) -> None:
     known = _fields(asdict(Recipe(data="")))
     for name in given:
         if name not in known and name.split(".")[0] not in ("model_options", *OTHER_FIELDS):
-            near = get_close_matches(name, known, n=1, cutoff=0.4) or [
-                other for other in known if other.split(".")[-1] == name.split(".")[-1]
-            ]
+            near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, known, n=1, cutoff=0.4)
+            near = near or [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
             hint = f"the nearest is {near[0]}" if near else f"fields are {', '.join(known)}"
             raise RecipeError(f"{source} has no field {name}: {hint}")
 

@@ -190,6 +190,7 @@ class CocoImages(Samples):
         self._counts = np.bincount(np.array(learnable, dtype=np.int64), minlength=len(self.class_names) + 1)[1:].tolist()
         if not learnable:
             reason = f": {self.dropped[0]}" if self.dropped else ""
+            reason += ": where there are boxes alone, take --detector.architecture retinanet" if masks else ""
             raise ValueError(
                 f"{self.annotations}: holds no object {'with a mask ' if masks else ''}to learn or to find{reason}"
             )
