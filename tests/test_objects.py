@@ -260,7 +260,7 @@ def test_swapped_corners_missing_images_and_names_are_told(voc):
     images = CocoImages(voc, "val", masks=False)
     (dropped,) = images.dropped
     assert re.fullmatch(
-        r"object 1 of val-0\.png: box \[62.0, .*\] has a negative width or height: corners are swapped", dropped
+        r"object 1 of val-0\.png: box \[62.0, .*\] is less than a pixel wide or high: its corners are swapped", dropped
     )
     gone, missing = images.skipped
     assert gone.endswith("Annotations/gone.xml: no such file, which val.txt names")

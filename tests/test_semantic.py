@@ -360,8 +360,8 @@ def test_what_only_reading_finds_is_named_and_replaced(copied, kind, change, wor
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("classes.json", "expected classes.json, images/ and masks/, or ADE20K's images/training and annotations/training"),
-        ("images/train", "images/train: no such folder, expected images in"),
+        ("classes.json", r"expected one for segmentation \(.*images and masks, .*\); found images, masks"),
+        ("images/train", "expected a part train; found val in .*images/val"),
         ("masks/train", "masks/train: no such folder, expected images in"),
     ],
 )

@@ -18,7 +18,10 @@ PARTS = {
     "test": ("test", "testing"),
 }
 WHOLE = "all"  # the only part of a data set that is not split
-TABLES = ("class_dict.csv", "label_colors.txt", "labelmap.txt", "classes.csv", "classes.txt", "labels.txt", "classes.json")
+TABLES = (
+    *("classes.json", "class_dict.csv", "label_colors.txt", "labelmap.txt"),
+    *("class_names.txt", "classes.csv", "classes.txt", "labels.txt"),
+)
 PEEKED = 2**20  # bytes of a file that are looked at
 
 Parts = dict[str, tuple[Path, ...]]
@@ -295,7 +298,7 @@ class _Format:
     find: Callable[[Path], Parts]
 
 
-OBJECTS = ("detection", "segmentation")
+OBJECTS = ("detection",)
 # In the order in which they are looked for: what is surer first.
 FORMATS = {
     "coco": _Format("COCO's annotations", OBJECTS, _coco),

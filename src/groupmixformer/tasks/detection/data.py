@@ -247,10 +247,9 @@ class CocoImages(Samples):
     def _check_object(self, record: Fields, image: Mapping[str, Any], box: Sequence[float]) -> None:
         height, width = image["height"], image["width"]
         x, y, w, h = box
-        if w < 0 or h < 0:
-            raise ValueError(f"box {box} has a negative width or height: corners are swapped")
         if w < 1 or h < 1:
-            raise ValueError(f"box {box} is less than a pixel wide or high")
+            swapped = ": its corners are swapped" if w < 0 or h < 0 else ""
+            raise ValueError(f"box {box} is less than a pixel wide or high{swapped}")
         if min(x + w, width) - max(x, 0) < 1 or min(y + h, height) - max(y, 0) < 1:
             raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
         if self.masks:

@@ -13,50 +13,17 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...data.images import describe_left_out, image_sizes, list_images, read_image
+from ...data.formats import recognise
+from ...data.images import describe_left_out, image_sizes, read_image
 from ...data.samples import Samples, in_threads, size_problem
-from ...files import Fields, read_json, read_text
-from ...visual.drawing import palette
+from .masks import Meaning, meaning, pairs
 
 IGNORE = 255  # label of pixels that do not count
 MOST_MASKS = 1000  # looked at before training for which classes are there
-ADE20K = {"train": "training", "val": "validation"}  # its names of the splits
 
 
-def _ade20k_classes(folder: Path) -> list[str]:
-    """Read the 150 names from the file that comes with the data, objectInfo150.txt; numbers where it is missing."""
-    listed = folder / "objectInfo150.txt"
-    if not listed.is_file():
-        return [str(number) for number in range(1, 151)]
-    rows = [line.split("\t") for line in read_text(listed).splitlines()[1:] if line.strip()]
-    return [row[-1].split(",")[0].strip() for row in rows]
-
-
-def _classes(path: Path) -> tuple[list[str], list[int], list[list[int]], int | None]:
-    """Read names, ids and colours of the classes, and the label to ignore."""
-    content = Fields(read_json(path), str(path))
-    records = content.objects("classes")
-    if not 0 < len(records) < 256:
-        raise ValueError(f"{path}: classes has {len(records)} entries, expected 1 to 255")
-    names: list[str] = []
-    ids: list[int] = []
-    for record in records:
-        names.append(str(record.take("name", "a text", lambda value: isinstance(value, int | str))))
-        ids.append(record.integer("id", 0, 255))
-        if first := ids.index(ids[-1]) + 1 - len(ids):
-            raise ValueError(
-                f"{record.where}: id is {ids[-1]}, as in classes[{len(ids) - 1 + first}], expected an id of its own"
-            )
-    colors = [record.integers("color", 3, 0, 255, default) for record, default in zip(records, palette(len(ids)), strict=True)]
-    ignore = content.integer("ignore_index", 0, 255, None)
-    if ignore in ids:
-        raise ValueError(f"{path}: ignore_index is {ignore}, the id of {names[ids.index(ignore)]}, expected another, or none")
-    return names, ids, colors, ignore
-
-
-def _problem_of_pair(pair: tuple[Path, Path]) -> str:
+def _problem_of_pair(image: Path, mask: Path, by_color: bool | None) -> str:
     """Return what is wrong with an image and its mask, by their heads alone, or nothing."""
-    image, mask = pair
     if not mask.is_file():
         return f"{image}: has no mask {mask}"
     try:
@@ -65,25 +32,35 @@ def _problem_of_pair(pair: tuple[Path, Path]) -> str:
             mode = opened.mode
     except ValueError as error:
         return str(error)
-    if mode not in ("L", "P", "1"):
+    if mode not in ("L", "P", "1", *(("RGB", "RGBA") if by_color is not False else ())):
         return f"{mask}: is of mode {mode}, expected one channel of class numbers"
     return size_problem(image, size, f"its mask {mask.name}")
 
 
-def _read_mask(path: Path) -> NDArray[np.uint8]:
-    """Read the numbers (H, W) of a mask, upright.
+def _read_mask(path: Path, meaning: Meaning) -> NDArray[np.uint8]:
+    """Read the numbers (H, W) of a mask, upright; those that its colours stand for, where colours count.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or has a colour of no class.
     """
     try:
         with Image.open(path) as mask:
             # Pillow spreads grey of 2 and 4 bits over 0 to 255.
             spread = {"L;2": 85, "L;4": 17}.get(str(mask.tile[0][3]) if mask.tile else "", 1)
-            numbers = np.asarray(ImageOps.exif_transpose(mask)).astype(np.uint8)
+            upright = ImageOps.exif_transpose(mask)
+            if meaning.by_color or mask.mode in ("RGB", "RGBA"):
+                pixels = np.asarray(upright.convert("RGB")).astype(np.int32)
+            else:
+                return np.asarray(upright).astype(np.uint8) // spread
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable mask: {error}") from error
-    return numbers // spread
+    codes = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
+    known, numbers = meaning.codes
+    places = known.searchsorted(codes).clip(max=len(known) - 1)
+    if (unknown := known[places] != codes).any():
+        color = ", ".join(map(str, pixels[unknown][0].tolist()))
+        raise ValueError(f"{path}: holds the colour {color}, which is of no class in {meaning.source.name}")
+    return numbers[places]
 
 
 class SemanticImages(Samples):
@@ -94,12 +71,12 @@ class SemanticImages(Samples):
     marks pixels that do not count.
 
     Args:
-        folder: Holds images/SPLIT, masks/SPLIT and classes.json; or images/training, annotations/training and so on as ADE20K,
-            of which class 0 is ignored.
+        folder: Holds images and masks in any layout of `groupmixformer.data.formats` that has some.
         split: train, val or another.
         transform: From (image, labels) to the two augmented; none for evaluation.
         prepare: From an image to the tensor that a model takes; for evaluation.
         seed: Of the augmentation.
+        or_whole: Whether a data set that is not split is taken whole.
 
     Attributes:
         class_names: Names of the classes, in the order of their labels.
@@ -119,44 +96,26 @@ class SemanticImages(Samples):
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         prepare: Callable[[Image.Image], Tensor] | None = None,
         seed: int = 0,
+        or_whole: bool = False,
     ) -> None:
-        folder = Path(folder)
+        found = recognise(folder, "segmentation")
+        part = found.part(split, or_whole)
         self.transform, self.prepare, self.seed = transform, prepare, seed
-        self.ignore: int | None
-        if (folder / "classes.json").is_file():
-            self.class_names, self.class_ids, self.colors, self.ignore = _classes(folder / "classes.json")
-            images, masks = folder / "images" / split, folder / "masks" / split
-        elif (folder / "annotations" / "training").is_dir():
-            self.class_names = _ade20k_classes(folder)
-            self.class_ids, self.ignore = list(range(1, len(self.class_names) + 1)), 0
-            self.colors = palette(len(self.class_names))
-            split = ADE20K.get(split, split)
-            images, masks = folder / "images" / split, folder / "annotations" / split
-        else:
-            raise ValueError(
-                f"{folder}: expected classes.json, images/ and masks/, or ADE20K's images/training and annotations/training"
-            )
-        for place in (images, masks):
-            if not place.is_dir():
-                raise ValueError(f"{place}: no such folder, expected images in {images} and masks in {masks}")
+        self.meaning = meaning(found)
+        self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
         left_out: Counter[str] = Counter()
-        found = list_images(images, left_out)
-        files = [file for file in found if file.parent == images]
-        if deeper := len(found) - len(files):
-            left_out["in deeper folders"] = deeper
+        files = list(pairs(found, part, left_out))
         self.notes = describe_left_out(left_out)
         if not files:
-            raise ValueError(f"{images}: holds no images")
-        pairs = [(file, masks / f"{file.stem}.png") for file in files]
-        problems = in_threads(_problem_of_pair, pairs)
+            raise ValueError(f"{found.parts[part][0]}: holds no images")
+        problems = in_threads(lambda pair: _problem_of_pair(pair[0], pair[1], self.meaning.by_color), files)
         self.skipped = [problem for problem in problems if problem]
-        usable = [pair for pair, problem in zip(pairs, problems, strict=True) if not problem]
+        usable = [pair for pair, problem in zip(files, problems, strict=True) if not problem]
         if not usable:
-            raise ValueError(f"{images}: none of its {len(files)} images can be used: {self.skipped[0]}")
+            raise ValueError(f"{found.parts[part][0]}: none of its {len(files)} images can be used: {self.skipped[0]}")
         self.names, self.masks = [str(image) for image, _ in usable], [str(mask) for _, mask in usable]
         self._labels = np.full(256, -1, dtype=np.int16)  # of each number in a mask file; -1 for those that mean nothing
-        if self.ignore is not None:
-            self._labels[self.ignore] = IGNORE
+        self._labels[self.meaning.ignored] = IGNORE
         self._labels[self.class_ids] = np.arange(len(self.class_ids))
 
     def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
@@ -182,8 +141,9 @@ class SemanticImages(Samples):
                 else:
                     pixels += found
             looked_at, drawn = looked_at + len(drawn[:64]), drawn[64:]
-        if self.ignore is not None and pixels[self.ignore]:
-            self.hint = f"; pixels of {self.ignore} are ignored: if they mark a class, give it this id, and drop ignore_index"
+        ignored = self.meaning.ignored
+        if len(ignored) == 1 and not self.meaning.by_color and pixels[ignored[0]]:
+            self.hint = f"; pixels of {ignored[0]} are ignored: if they mark a class, give it this id, and drop ignore_index"
         return pixels[self.class_ids].tolist(), f"pixel in {looked_at:,} of {len(self):,} masks", problems
 
     def __len__(self) -> int:
@@ -191,7 +151,7 @@ class SemanticImages(Samples):
 
     def _numbers(self, mask: str) -> NDArray[np.uint8]:
         """Return the numbers in a mask (H, W); ValueError if it cannot be read, or one is of no class."""
-        numbers = _read_mask(Path(mask))
+        numbers = _read_mask(Path(mask), self.meaning)
         if (unknown := self._labels[numbers] < 0).any():
             raise ValueError(f"{mask}: holds the number {numbers[unknown][0]}, which is of no class")
         return numbers

@@ -46,7 +46,9 @@ class SegmentationPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val") -> SemanticImages:
         """Open a split of a folder with images, masks and classes, or of ADE20K's."""
-        images: SemanticImages = self.match_classes(SemanticImages(data, split, prepare=self.model.prepare), data)
+        images: SemanticImages = self.match_classes(
+            SemanticImages(data, split, prepare=self.model.prepare, or_whole=True), data
+        )
         return images
 
     def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
