@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ def workplace(tmp_path, monkeypatch, as_released):
             folder = Path("photos", "train" if i < 12 else "val", str(digit))
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    for digit in "01":
+        shutil.copytree(Path("photos", "train", digit), Path("flowers", digit))
     Image.fromarray((images[0].reshape(8, 8) * 15.9).astype(np.uint8)).resize((64, 64)).save("photo.jpg")
     _write_scenes(tmp_path)
     return tmp_path

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .data.images import read_image, to_rgb
+from .data.split import Splitter
 from .models import groupmixformer  # noqa: F401 - registers the variants with timm
-from .run_folder import CONFIG, RunFolder, one_line
+from .run_folder import CONFIG, SPLIT, RunFolder, one_line
 from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
 from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device
 
@@ -256,12 +257,16 @@ class Run:
 
     def _data(self, data: str | None) -> tuple[str, dict[str, Any]]:
         """Return the data set that is named or that it was trained on, and how that one is opened."""
+        stored, recipe = self.path / SPLIT, self.recipe
         if data is not None:
-            return str(Path(data).expanduser()) if data.startswith("~") else data, {}
-        if self.recipe is None:
+            data = str(Path(data).expanduser()) if data.startswith("~") else data
+            # Most of a data set without parts was trained on.
+            if not (stored.is_file() and recipe and Path(data).resolve() == Path(recipe.data).resolve()):
+                return data, {}
+        if recipe is None:
             raise ValueError(f"{self.folder.source}: has no recipe that names a data set: name one with --data")
-        own = {"root": self.recipe.root} if "root" in self.definition.data_options else {}
-        return self.recipe.data, own
+        own: dict[str, Any] = {"root": recipe.root} if "root" in self.definition.data_options else {}
+        return recipe.data, own | ({"splitter": Splitter(stored=[stored])} if stored.is_file() else {})
 
     def evaluate(
         self,
@@ -296,7 +301,10 @@ class Run:
             for names in (task.predictor_options, task.data_options, task.evaluation_options)
         )
         predictor = self.predictor(device, image_size, precision, **predicting)
-        return predictor.evaluate(predictor.open_data(chosen, **own | opening), workers, progress, **measuring)
+        images = predictor.open_data(chosen, **own | opening)
+        if "splitter" in own:
+            images.notes = [*images.notes, *own["splitter"].notes]
+        return predictor.evaluate(images, workers, progress, **measuring)
 
     def report(
         self, device: str | torch.device = "auto", workers: int = 0, progress: Progress = _quiet
@@ -387,7 +395,8 @@ class Run:
             calibration, skipped = from_folder(source, predictor.config)
         elif way == "static" and self.recipe is not None:
             source = self.recipe.data
-            images = open_images(source, self.recipe.root).train(eval_transform(predictor.config), seed=0)
+            splitter = self._data(None)[1].get("splitter")
+            images = open_images(source, self.recipe.root, splitter=splitter).train(eval_transform(predictor.config), seed=0)
             calibration, skipped = from_data(images, source)
         settings = {"classes": found.classes, **found.settings}
         result = quantize(

@@ -26,6 +26,7 @@ METRICS = "metrics.csv"
 VERSIONS = "versions.json"
 REPORT = "report.html"
 UNREADABLE = "unreadable.txt"
+SPLIT = "split.json"  # which images were trained on and which held out, of data without parts
 EXAMPLES = "examples"
 MAX_SIDE = 4096  # of the images that a model is for, in pixels
 CROP_MODES = ("center", "squash", "border")  # timm's

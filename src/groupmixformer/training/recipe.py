@@ -7,18 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from importlib import resources
 from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
 
 from ..files import read_text, write_file
 from . import old_names
+
+if TYPE_CHECKING:
+    from ..data.split import Splitter
 
 
 class RecipeError(ValueError):
@@ -33,6 +37,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
     **dict.fromkeys(("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "max_size", "channels"), (1, math.inf)),
     "crop_pct": (0.01, 1),
+    "val_share": (0.01, 0.9),
+    "folds": (2, math.inf),
+    "fold": (1, math.inf),
 }
 
 
@@ -232,6 +239,10 @@ class Recipe(_Checked):
         data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, or timm's
             torch/..., hfds/..., hfids/..., wds/.... For detection: a folder with COCO annotations. For segmentation: a folder
             with images/, masks/ and classes.json, or one like ADE20K's.
+        val_share: Share of the images to hold out of a data set without train and val; near duplicates stay together. The split
+            is stored in the run folder, as split.json.
+        folds: For cross-validation of such a data set: parts that are held out in turn, each by a run in a folder of its own.
+        fold: Train the run of this fold alone, from 1.
         root: Where timm's data sets lie: a folder; for wds/ also a URL.
         download: Fetch a torch/ data set that is not there.
         model: Model to train: a variant (mobile, tiny, small, base, large) or any model of timm; for detection and
@@ -274,6 +285,9 @@ class Recipe(_Checked):
 
     data: str
     task: str = "classification"
+    val_share: float | None = None
+    folds: int | None = None
+    fold: int | None = None
     root: str = "data"
     download: bool = False
     model: str = "groupmixformer_mobile"
@@ -309,6 +323,31 @@ class Recipe(_Checked):
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
     task_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the fields, each and together.
+
+        Raises:
+            RecipeError: If one is wrong.
+        """
+        super().__post_init__()
+        if self.val_share is not None and self.folds is not None:
+            raise RecipeError(f"got val_share {self.val_share} and folds {self.folds}, expected one of them")
+        if self.fold is not None and self.fold > (self.folds or 0):
+            raise RecipeError(f"got fold {self.fold} of folds {self.folds}, expected a number from 1 to that of the folds")
+
+    @cached_property
+    def splitter(self) -> "Splitter | None":
+        """What deals out data without parts, if the recipe says so: as the split.json of the run to be continued, or anew."""
+        if self.val_share is None and self.folds is None:
+            return None
+        from ..data.split import Splitter
+        from ..run_folder import PREVIOUS, SPLIT
+
+        out = Path(self.out)
+        stored = [out / SPLIT] if self.last_checkpoint.exists() or (out / PREVIOUS).exists() else []
+        stored += [out.parent / SPLIT] if self.fold else []
+        return Splitter(self.val_share, self.folds, self.fold, self.seed, stored)
 
     @property
     def last_checkpoint(self) -> Path:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, VERSIONS, WEIGHTS, write_versions
+from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, SPLIT, VERSIONS, WEIGHTS, write_versions
 from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, MetricsCallback, writing
 from .claim import Claim
 from .module import Task
@@ -154,9 +154,9 @@ def _continue(task: Task, start: Start, processes: int) -> None:
 def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: bool | Literal["auto"] = False) -> Path:
     """Train by a recipe into its run folder, on one process or as one of several.
 
-    The folder holds recipe.yaml, versions.json, metrics.csv, TensorBoard events, checkpoints/last.ckpt and the one before it,
-    previous.ckpt, and the model of the best epoch as model.safetensors and config.json, so the folder itself is a checkpoint
-    for every command, timm and transformers.
+    The folder holds recipe.yaml, versions.json, split.json where the recipe deals out the data, metrics.csv, TensorBoard
+    events, checkpoints/last.ckpt and the one before it, previous.ckpt, and the model of the best epoch as model.safetensors and
+    config.json, so the folder itself is a checkpoint for every command, timm and transformers.
 
     Args:
         recipe: The settings.
@@ -208,6 +208,10 @@ def _fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     task = build_task(recipe, world_size)
+    if recipe.splitter:
+        if recipe.splitter.split is None:
+            raise ValueError(f"{recipe.data}: has a training and a held-out part of its own: leave out val_share and folds")
+        task.notes += recipe.splitter.notes
     if start:
         _continue(task, start, world_size)
     if recipe.compile:
@@ -217,6 +221,9 @@ def _fit(
             write_recipe(recipe, folder / RECIPE, task.history)
         with writing(VERSIONS, folder):
             write_versions(folder)
+        if recipe.splitter and recipe.splitter.split:
+            with writing(SPLIT, folder):
+                recipe.splitter.split.write(folder / SPLIT)
 
     callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
     if recipe.patience is not None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ...data.classes import few
 from ...data.images import HIDDEN, decode, describe_left_out, is_leftover, list_images, read_image, to_rgb
 from ...data.samples import Samples
 from ...data.sources import HuggingFace, WebDataset
+from ...data.split import TRAIN, VAL, Splitter
 from ...data.streaming import Stream, open_source
 
 if TYPE_CHECKING:
@@ -158,6 +160,7 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         entries = list(folder.iterdir())
         children = [child for child in entries if not is_leftover(child.name)]
         names = sorted((child.name for child in children if child.is_dir()), key=natural_key)
@@ -179,6 +182,19 @@ class FolderImages:
         labelled = [(str(path), label) for label, paths in enumerate(found) for path in paths]
         self.samples = sorted(labelled, key=lambda sample: natural_key(sample[0]))
 
+    def split(self, splitter: Splitter) -> tuple["FolderImages", "FolderImages"]:
+        """Return two folders of some of the images each: to train on, and held out."""
+        names = [Path(path).relative_to(self.folder).as_posix() for path, _ in self.samples]
+        files = dict(zip(names, [Path(path) for path, _ in self.samples], strict=True))
+        split = splitter(files, lambda: [[label] for label in self.targets])
+
+        def part(title: str) -> FolderImages:
+            kept, chosen = copy(self), split.names(title)
+            kept.samples = [sample for name, sample in zip(names, self.samples, strict=True) if name in chosen]
+            return kept
+
+        return part(TRAIN), part(VAL)
+
     @property
     def targets(self) -> list[int]:
         """The class of each image."""
@@ -188,16 +204,19 @@ class FolderImages:
         return len(self.samples)
 
 
-def _folder(path: Path, need_train: bool) -> ImageData:
+def _folder(path: Path, need_train: bool, splitter: Splitter | None) -> ImageData:
     held_out = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
+    if splitter and held_out is None:
+        whole = FolderImages(path / "train" if (path / "train").is_dir() else path)
+        return ImageData(*whole.split(splitter), whole.class_names)
     if not need_train:
         images = FolderImages(held_out or path)
         return ImageData(None, images, images.class_names)
     if not (path / "train").is_dir() or held_out is None:
         found = sorted(child.name for child in path.iterdir())[:5]
         raise ValueError(
-            f"{path}: expected the folders train/ and val/, each with one folder of images per class; found "
-            f"{', '.join(found) or 'nothing'}"
+            f"{path}: expected the folders train/ and val/, each with one folder of images per class, or such folders alone "
+            f"and --val-share 0.2; found {', '.join(found) or 'nothing'}"
         )
     train, test = FolderImages(path / "train"), FolderImages(held_out)
     names, others = train.class_names, test.class_names
@@ -210,7 +229,9 @@ def _folder(path: Path, need_train: bool) -> ImageData:
     return ImageData(train, test, names)
 
 
-def open_images(name: str, root: str = "data", download: bool = False, need_train: bool = True) -> ImageData:
+def open_images(
+    name: str, root: str = "data", download: bool = False, need_train: bool = True, splitter: Splitter | None = None
+) -> ImageData:
     """Open a data set for classification.
 
     Args:
@@ -220,6 +241,7 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
         root: Where timm's data sets lie; for ``wds/`` also a URL.
         download: Fetch a ``torch/`` data set that is not there.
         need_train: If not, a folder may hold the classes' folders itself, and `train_source` is None for it.
+        splitter: Deals out the images of a folder without a held-out part.
 
     Raises:
         ValueError: If there is no such data set, or the folder's classes differ between the splits or are empty.
@@ -227,7 +249,7 @@ def open_images(name: str, root: str = "data", download: bool = False, need_trai
     if name == "digits":
         return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
     if Path(name).is_dir():
-        return _folder(Path(name), need_train)
+        return _folder(Path(name), need_train, splitter)
     if name.startswith(("hfids/", "wds/")):
         held_out = open_source(name, root, "validation")
         return ImageData(open_source(name, root, "train") if need_train else None, held_out, held_out.class_names)

@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo
 from timm.data.config import resolve_data_config
 from torch import Tensor
 
+from ...data.split import Splitter
 from ...models.attention_maps import class_relevance, has_attention_maps, stages_of
 from ...models.checkpoint import load_model
 from ...run_folder import RunFolder
@@ -126,17 +127,18 @@ class ClassificationPredictor(Predictor):
         """Classify an image (RGB)."""
         return self.predict_prepared(self.prepare(image)[None])[0]
 
-    def open_data(self, data: str, root: str = "data") -> Any:
+    def open_data(self, data: str, root: str = "data", splitter: Splitter | None = None) -> Any:
         """Open the held-out part of a data set, or a folder of class folders.
 
         Args:
             data: As a recipe names it.
             root: Where timm's data sets lie.
+            splitter: Says which images of a folder without parts are held out.
 
         Raises:
             ValueError: If there is no such data set, or the model lacks one of its classes.
         """
-        images = open_images(data, root, need_train=False)
+        images = open_images(data, root, need_train=False, splitter=splitter)
         return self.match_classes(images.held_out(self.transform), data)
 
     def evaluate(

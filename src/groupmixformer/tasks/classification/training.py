@@ -130,4 +130,4 @@ class ClassificationModule(Task):
         Raises:
             ValueError: If one of them cannot be used.
         """
-        return cls(recipe, open_images(recipe.data, recipe.root, recipe.download), world_size)
+        return cls(recipe, open_images(recipe.data, recipe.root, recipe.download, splitter=recipe.splitter), world_size)

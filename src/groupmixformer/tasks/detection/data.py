@@ -19,6 +19,7 @@ from ...data.formats import recognise
 from ...data.images import read_image
 from ...data.objects import read_objects
 from ...data.samples import Samples, in_threads, size_problem
+from ...data.split import TRAIN, Splitter
 from ...files import Fields
 
 
@@ -141,6 +142,7 @@ class CocoImages(Samples):
         transform: From (image, target) to the two augmented; none for evaluation.
         seed: Of the augmentation.
         or_whole: Whether a data set that is not split is taken whole.
+        splitter: Deals out the images of a data set that is not split.
 
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
@@ -163,9 +165,10 @@ class CocoImages(Samples):
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
         or_whole: bool = False,
+        splitter: Splitter | None = None,
     ) -> None:
         found = recognise(folder, "detection")
-        read = read_objects(found, found.part(split, or_whole))
+        read = read_objects(found, found.undivided() if splitter else found.part(split, or_whole))
         self.annotations, self.folder = read.source, read.folder
         self.masks, self.transform, self.seed = masks, transform, seed
         categories, records = _Ids(read.categories, "categories", read.source), _Ids(read.images, "images", read.source)
@@ -186,6 +189,13 @@ class CocoImages(Samples):
             )
         objects = self._read_objects(read.annotations, records, categories, images, usable)
         self.notes = [*read.notes, *self.notes]
+        if splitter:
+            files = {image["file_name"]: self.folder / image["file_name"] for image in usable.values()}
+            dealt = splitter(files, lambda: [{annotation["label"] for annotation in objects[key]} for key in usable])
+            chosen = dealt.names(split)
+            usable = {key: image for key, image in usable.items() if image["file_name"] in chosen}
+            objects = {key: objects[key] for key in usable}
+            self.skipped = self.skipped if split == TRAIN else []
         learnable = [annotation["label"] for row in objects.values() for annotation in row if not annotation["iscrowd"]]
         self._counts = np.bincount(np.array(learnable, dtype=np.int64), minlength=len(self.class_names) + 1)[1:].tolist()
         if not learnable:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ...data.samples import Doubts
+from ...data.split import Splitter
 from ...files import to_json, write_file
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_objects
@@ -44,9 +45,10 @@ class DetectionPredictor(Predictor):
         """One for the mask of each object."""
         return int(self.model.network.roi_heads.detections_per_img) if self.model.masks else 0
 
-    def open_data(self, data: str, split: str = "val") -> CocoImages:
+    def open_data(self, data: str, split: str = "val", splitter: Splitter | None = None) -> CocoImages:
         """Open a split of a folder with COCO's annotations."""
-        images: CocoImages = self.match_classes(CocoImages(data, split, masks=self.model.masks, or_whole=True), data)
+        opened = CocoImages(data, split, self.model.masks, or_whole=True, splitter=splitter)
+        images: CocoImages = self.match_classes(opened, data)
         return images
 
     @torch.inference_mode()

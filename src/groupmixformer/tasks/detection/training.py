@@ -111,8 +111,8 @@ class DetectionModule(Task):
         settings = recipe.detector
         transform = detection_transform(settings.hflip, settings.vflip, settings.color_jitter)
         masks = settings.architecture == "mask_rcnn"
-        train = CocoImages(recipe.data, "train", masks, transform, recipe.seed)
-        held_out = CocoImages(recipe.data, "val", masks)
+        train = CocoImages(recipe.data, "train", masks, transform, recipe.seed, splitter=recipe.splitter)
+        held_out = CocoImages(recipe.data, "val", masks, splitter=recipe.splitter)
         pairs = [
             [f"{name} ({i})" for name, i in zip(images.class_names, images.category_ids, strict=True)]
             for images in (train, held_out)

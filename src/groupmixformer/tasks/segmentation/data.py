@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from ...data.formats import recognise
 from ...data.images import describe_left_out, image_sizes, read_image
 from ...data.samples import Samples, in_threads, size_problem
+from ...data.split import TRAIN, Splitter
 from .masks import Meaning, meaning, pairs
 
 IGNORE = 255  # label of pixels that do not count
@@ -77,6 +78,7 @@ class SemanticImages(Samples):
         prepare: From an image to the tensor that a model takes; for evaluation.
         seed: Of the augmentation.
         or_whole: Whether a data set that is not split is taken whole.
+        splitter: Deals out the images of a data set that is not split.
 
     Attributes:
         class_names: Names of the classes, in the order of their labels.
@@ -97,9 +99,10 @@ class SemanticImages(Samples):
         prepare: Callable[[Image.Image], Tensor] | None = None,
         seed: int = 0,
         or_whole: bool = False,
+        splitter: Splitter | None = None,
     ) -> None:
         found = recognise(folder, "segmentation")
-        part = found.part(split, or_whole)
+        part = found.undivided() if splitter else found.part(split, or_whole)
         self.transform, self.prepare, self.seed = transform, prepare, seed
         self.meaning = meaning(found)
         self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
@@ -113,10 +116,24 @@ class SemanticImages(Samples):
         usable = [pair for pair, problem in zip(files, problems, strict=True) if not problem]
         if not usable:
             raise ValueError(f"{found.parts[part][0]}: none of its {len(files)} images can be used: {self.skipped[0]}")
-        self.names, self.masks = [str(image) for image, _ in usable], [str(mask) for _, mask in usable]
         self._labels = np.full(256, -1, dtype=np.int16)  # of each number in a mask file; -1 for those that mean nothing
         self._labels[self.meaning.ignored] = IGNORE
         self._labels[self.class_ids] = np.arange(len(self.class_ids))
+        if splitter:
+            names = [image.relative_to(found.path).as_posix() for image, _ in usable]
+            by_name = dict(zip(names, (image for image, _ in usable), strict=True))
+            chosen = splitter(by_name, lambda: in_threads(self._classes_in, usable)).names(split)
+            usable = [pair for name, pair in zip(names, usable, strict=True) if name in chosen]
+            self.skipped = self.skipped if split == TRAIN else []
+        self.names, self.masks = [str(image) for image, _ in usable], [str(mask) for _, mask in usable]
+
+    def _classes_in(self, pair: tuple[Path, Path]) -> list[int]:
+        """Return the classes that the mask of an image has pixels of."""
+        try:
+            labels = np.unique(self._labels[self._numbers(str(pair[1]))])
+        except ValueError:
+            return []  # which is told where it is read
+        return [label for label in labels.tolist() if label != IGNORE]
 
     def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
         """Take the classes of a model: their names, and the place of each class of the data among them."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ...data.samples import Doubts
+from ...data.split import Splitter
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_segments
 from ..explainer import BackboneExplainer, Target, class_index
@@ -44,11 +45,10 @@ class SegmentationPredictor(Predictor):
         """One for each class."""
         return len(self.class_names)
 
-    def open_data(self, data: str, split: str = "val") -> SemanticImages:
+    def open_data(self, data: str, split: str = "val", splitter: Splitter | None = None) -> SemanticImages:
         """Open a split of a folder with images, masks and classes, or of ADE20K's."""
-        images: SemanticImages = self.match_classes(
-            SemanticImages(data, split, prepare=self.model.prepare, or_whole=True), data
-        )
+        opened = SemanticImages(data, split, prepare=self.model.prepare, or_whole=True, splitter=splitter)
+        images: SemanticImages = self.match_classes(opened, data)
         return images
 
     def _labels(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

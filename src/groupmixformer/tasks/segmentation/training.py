@@ -123,6 +123,6 @@ class SegmentationModule(Task):
         mean, std = colors.get("mean", IMAGENET_DEFAULT_MEAN), colors.get("std", IMAGENET_DEFAULT_STD)
         augment = segmentation_transform(recipe.image_size, settings.scale, settings.hflip, settings.photometric, mean, std)
         prepare = partial(prepare_image, image_size=recipe.image_size, mean=mean, std=std)
-        train = SemanticImages(recipe.data, "train", transform=augment, seed=recipe.seed)
-        held_out = SemanticImages(recipe.data, "val", prepare=prepare)
+        train = SemanticImages(recipe.data, "train", transform=augment, seed=recipe.seed, splitter=recipe.splitter)
+        held_out = SemanticImages(recipe.data, "val", prepare=prepare, splitter=recipe.splitter)
         return cls(recipe, train, held_out, backbone, weights, colors, world_size)
