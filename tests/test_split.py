@@ -310,7 +310,7 @@ def test_coco_annotations_in_one_file_are_dealt_out(tmp_path):
     assert train_set.count_classes()[0] == held_out.count_classes()[0] == [4, 2]
     ids = {image["id"] for image in held_out.ground_truth["images"]}
     assert len(ids) == 6 and {found["image_id"] for found in held_out.ground_truth["annotations"]} == ids
-    shutil.copy(root / "annotations" / "instances_default.json", root / "annotations" / "other.json")
+    shutil.copy(root / "annotations" / "instances_default.json", root / "annotations" / "instances_val.json")
     with pytest.raises(ValueError, match="leave out val_share"):
         CocoImages(root, "train", False, splitter=splitter)
 
