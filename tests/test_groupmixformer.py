@@ -157,9 +157,9 @@ def test_wrong_feature_map(shape):
         GroupMixAttention(20)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("dim", [0, -10, 5, 24])
+@pytest.mark.parametrize("dim", [0, -10, 5, 9])
 def test_wrong_width(dim):
-    with pytest.raises(ValueError, match=f"got dim={dim}, expected a positive multiple of 10"):
+    with pytest.raises(ValueError, match=f"got dim={dim}, expected at least 10"):
         GroupMixAttention(dim)
 
 
@@ -169,7 +169,7 @@ def test_wrong_width(dim):
         ({"depths": (1, 2, 1)}, "got 4 embed_dims, 3 depths and 4 mlp_ratios, expected one of each per stage"),
         ({"mlp_ratios": (4,)}, "got 4 embed_dims, 4 depths and 1 mlp_ratios"),
         ({"embed_dims": (), "depths": (), "mlp_ratios": ()}, "got 0 embed_dims, 0 depths and 0 mlp_ratios"),
-        ({"embed_dims": (10, 20, 36, 20)}, "got dim=36, expected a positive multiple of 10"),
+        ({"embed_dims": (10, 20, 6, 20)}, "got dim=6, expected at least 10"),
     ],
 )
 def test_wrong_configuration(change, message):
@@ -184,7 +184,8 @@ def literal_attention(attention, x):
     """Group-Mix Attention of `x`, step by step as the specification numbers them: per head, per token, unfused."""
     w = attention.state_dict()
     B, D, H, W = x.shape
-    C, width, N = D // 5, D // 10, H * W
+    width, N = {15: 1, 24: 2, 96: 10}.get(D, D // 10), H * W
+    C, L = 2 * width, D - 8 * width
 
     def hardswish(x):
         return x * (x + 3).clamp(0, 6) / 6
@@ -204,7 +205,7 @@ def literal_attention(attention, x):
     # 1. One linear layer gives Q, K and V, each cut into five segments.
     tokens = x.flatten(2).transpose(1, 2) @ w["qkv.weight"].T + w["qkv.bias"]  # (B, N, 3D)
     maps = tokens.transpose(1, 2).reshape(B, 3 * D, H, W).split(D, dim=1)  # Q, K, V
-    segments = [t.split(C, dim=1) for t in maps]
+    segments = [t.split([C, C, C, C, L], dim=1) for t in maps]
     # 2. Group proxies, with Q, K and V stacked along the batch.
     proxies = []
     for i in range(4):
@@ -218,7 +219,7 @@ def literal_attention(attention, x):
     local = conv(conv(local, "non_attention.depthwise"), "non_attention.pointwise").permute(0, 2, 3, 1)
     centred = local - local.mean(-1, keepdim=True)
     normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    local = hardswish(normed * w["non_attention.norm.weight"] + w["non_attention.norm.bias"]).reshape(B, N, C)
+    local = hardswish(normed * w["non_attention.norm.weight"] + w["non_attention.norm.bias"]).reshape(B, N, L)
     # 4. to 6. Eight heads of width D/10: factorised attention and the relative position.
     heads = []
     for head in range(8):
@@ -238,12 +239,25 @@ def literal_attention(attention, x):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("dim", "size"), [(10, (3, 5)), (40, (9, 8)), (50, (1, 4)), (20, (1, 1))])
+@pytest.mark.parametrize(
+    ("dim", "size"), [(10, (3, 5)), (40, (9, 8)), (50, (1, 4)), (20, (1, 1)), (15, (3, 4)), (24, (2, 5)), (96, (4, 3))]
+)
 def test_attention_is_what_the_specification_says(randomise, dim, size, training):
     attention = randomise(GroupMixAttention(dim)).double().train(training)
     x = torch.randn(3, dim, *size, dtype=torch.float64)
     expected = literal_attention(attention, x)
     torch.testing.assert_close(attention(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_tokens_are_a_map(randomise):
+    attention = randomise(GroupMixAttention(64)).double().eval()
+    x = torch.randn(2, 35, 64, dtype=torch.float64)
+    expected = attention(x.transpose(1, 2).reshape(2, 64, 5, 7)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(attention(x, (5, 7)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fuse(attention)(x, (5, 7)), expected, rtol=1e-9, atol=1e-9)
+    for wrong in (x.transpose(1, 2), x[:, 1:], x.reshape(2, 5, 7, 64)):
+        with pytest.raises(ValueError, match=r"expected the tokens of a map of 5 x 7, \(batch, 35, 64\)"):
+            attention(wrong, (5, 7))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -117,8 +117,8 @@ def test_the_operations_are_the_function_of_the_network(randomise):
     mixed = ops.attend_segments(proxies.unbind(0), local, ops.join_kernels(inner), bias.view(4, C), attention.scale)
     maps = proxies.permute(1, 2, 3, 4, 0, 5).flatten(4)  # (3, B, H, W, 4C)
     position = attention.position(maps[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, 4C)
-    qkv, position, beside = (x.reshape(*x.shape[:-3], H * W, -1, C // 2) for x in (maps, position, local))
-    expected = ops.attend_heads(qkv, position, beside, attention.scale).reshape(mixed.shape)
+    qkv, position = (x.reshape(*x.shape[:-3], H * W, -1, C // 2) for x in (maps, position))
+    expected = ops.attend_heads(qkv, position, local.flatten(1, 2), attention.scale).reshape(mixed.shape)
     torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -126,7 +126,7 @@ def test_the_operations_are_the_function_of_the_network(randomise):
 def test_heads_in_pairs_are_heads_at_once(monkeypatch, dtype, tolerance):
     found, calls = [], []
     monkeypatch.setattr(ops, "attend", lambda *x, attend=ops.attend: calls.append(x[0].shape) or attend(*x))
-    inputs = [torch.randn(shape, dtype=dtype) for shape in ((3, 2, 30, 8, 4), (2, 30, 8, 4), (2, 30, 2, 4))]
+    inputs = [torch.randn(shape, dtype=dtype) for shape in ((3, 2, 30, 8, 4), (2, 30, 8, 4), (2, 30, 6))]
     for tokens in (30, 31):  # from which on heads are taken in pairs
         monkeypatch.setattr(ops, "_LONG", tokens)
         leaves = [x.clone().requires_grad_() for x in inputs]

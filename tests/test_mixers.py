@@ -450,6 +450,8 @@ OPTIONS = [
     *({"aggregate": where} for where in ("v", "after")),
     {"non_attention": False},
     {"position": False},
+    {"heads": 4},
+    {"heads": 12},
     {"non_attention": False, "position": False, "aggregator": "max", "aggregate": "after"},
 ]
 
@@ -468,6 +470,17 @@ def test_options_of_group_mix(options, mixer):
     plain = mixer("group_mix", aggregate="qkv")
     if options != {"aggregator": "conv"}:
         assert not torch.allclose(module(x), plain(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", [10, 11, 64, 96, 384])
+def test_group_mix_takes_any_width(dim, randomise):
+    """From the same weights it is what the published attention is at that width, and its cost is counted."""
+    published = randomise(GroupMixAttention(dim)).double().eval()
+    variant = GroupMix(dim).double().eval()
+    variant.load_state_dict(published.state_dict())
+    x = torch.randn(2, dim, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(variant(x), published(x), rtol=1e-12, atol=1e-12)
+    assert counted(GroupMix(dim).to("meta").eval(), dim, 14) == pytest.approx(GroupMix(dim).macs(14, 14))
 
 
 def test_pools_aggregate_their_neighbours():
@@ -498,6 +511,8 @@ def test_pools_aggregate_their_neighbours():
         ({"mixer": "group_mix", "mixer_options": {"aggregator": "sum"}}, "got aggregator='sum', expected conv, avg"),
         ({"mixer": "group_mix", "mixer_options": {"kernel_sizes": (3, 4, 5)}}, "three odd sides"),
         ({"mixer": "group_mix", "mixer_options": {"aggregate": "k"}}, "expected qkv, v or after"),
+        ({"mixer": "group_mix", "mixer_options": {"heads": 6}}, "got heads=6, expected a multiple of 4"),
+        ({"mixer": "group_mix", "mixer_options": {"heads": 48}}, "got dim=40, expected more than its 48 heads"),
         ({"mixer": "cross_window", "embed_dims": (35, 40, 40, 40)}, "got dim=35.*multiple of 2"),
         ({"mixer": "factorised", "embed_dims": (20, 40, 40, 40)}, "got dim=20, expected a multiple of 8"),
     ],

@@ -15,16 +15,16 @@ GROUP_SIZES = (1, 1, 3, 3, 5, 5, 7, 7)  # of the eight heads: single tokens, the
 
 @dataclass(frozen=True)
 class ImpliedAttention:
-    """What query tokens take from the values V on a feature map (B, D, H, W), by head, where V is (B, 8, D/10, H, W).
+    """What query tokens take from the values V on a feature map (B, D, H, W), by head, where V is (B, 8, E, H, W).
 
     Channel c of head h has at a query the sum over all positions of ``maps * V``, plus that over the 7 x 7 positions around it
     of ``local * V``, plus ``constant``. There are no values outside of the map.
 
     Attributes:
         maps: (B, queries, 8, H, W): the attention, one weight for all channels of a head. A head may subtract.
-        local: (B, queries, 8, D/10, 7, 7): the position encoding, a weight for each channel, from 3 rows above the query and
+        local: (B, queries, 8, E, 7, 7): the position encoding, a weight for each channel, from 3 rows above the query and
             3 columns left of it on. Smaller kernels have zeros around them.
-        constant: (B, queries, 8, D/10): the bias of the position encoding.
+        constant: (B, queries, 8, E): the bias of the position encoding.
     """
 
     maps: Tensor

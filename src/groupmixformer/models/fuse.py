@@ -33,7 +33,7 @@ from ..ops.onednn import linear
 from . import groupmixformer as network
 from . import layers
 from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem
-from .layers import check_images, check_map
+from .layers import check_images, check_map, tokens_as_map
 from .mixers.base import Mixer
 
 
@@ -131,21 +131,21 @@ class FusedAttention(Fused):
 
     def __init__(self, attention: GroupMixAttention, norm: nn.LayerNorm | None = None) -> None:
         super().__init__()
-        D, C = attention.dim, attention.dim // 5
-        self.dim, self.eps = D, None if norm is None else norm.eps
+        D, C = attention.dim, attention.segment_dim
+        self.dim, self.segment_dim, self.eps = D, C, None if norm is None else norm.eps
         aggregators = attention.aggregators
         scale, shift = _scale_and_shift(aggregators.norm)  # (4C)
         like = attention.qkv.weight
         weight, bias = _after_norm(like, attention.qkv.bias, norm)
         # Rows by segment, each a layer of its own, then Q, K, V, then channel.
-        weight, bias = weight.view(3, 5, C, D).transpose(0, 1).clone(), bias.view(3, 5, C).transpose(0, 1).clone()
-        weight[0] *= scale[:C, None]
-        bias[0] = bias[0] * scale[:C] + shift[:C]
-        self.with_kernels = dispatch.kernels_available(like) and C <= dispatch.MAX_SEGMENT_DIM
+        widths = [C, C, C, C, attention.local_dim]
+        weights, biases = list(weight.view(3, D, D).split(widths, dim=1)), list(bias.view(3, D).split(widths, dim=1))
+        weights[0], biases[0] = weights[0] * scale[:C, None], biases[0] * scale[:C] + shift[:C]
+        rows = [(w.flatten(0, 1).to(like), b.flatten().to(like)) for w, b in zip(weights, biases, strict=True)]
+        self.with_kernels = attention.local_dim == C <= dispatch.MAX_SEGMENT_DIM and dispatch.kernels_available(like)
         if self.with_kernels:
-            weight, bias = weight.reshape(1, 15, C, D), bias.reshape(1, 15, C)
-        rows = zip(weight.to(like), bias.to(like), strict=True)
-        self.qkv = nn.ModuleList(_linear_layer(w.flatten(0, 1), b.flatten()) for w, b in rows)
+            rows = [(torch.cat([w for w, _ in rows]), torch.cat([b for _, b in rows]))]
+        self.qkv = nn.ModuleList(_linear_layer(w, b) for w, b in rows)
         pointwise_layers: list[Any] = [*aggregators.pointwise]
         pointwise = torch.cat([layer.weight for layer in pointwise_layers]).flatten(1).double() * scale[C:, None]
         folded = zip(pointwise.to(like).split(C), shift[C:].to(like).split(C), strict=True)
@@ -169,11 +169,11 @@ class FusedAttention(Fused):
         self.proj = _linear_layer(attention.proj.weight, attention.proj.bias)
 
     def segments(self, x: Tensor) -> list[Tensor]:
-        """Return Q, K and V of a token side by side, of each segment, with the activation of the first. 5 x (B, H, W, 3C)."""
+        """Return Q, K and V side by side, of each segment, with the activation of the first. 4 x (B, H, W, 3C), (B, H, W, 3L)."""
         layers: list[Any] = [*self.qkv]
         single, *others = layers
         if not others:
-            first, *rest = linear(x, single.weight, single.bias).split(3 * (self.dim // 5), dim=3)
+            first, *rest = linear(x, single.weight, single.bias).split(3 * self.segment_dim, dim=3)
             return [F.hardswish(first), *rest]
         first = linear(x, single.weight, single.bias, "hardswish")
         return [first, *(linear(x, layer.weight, layer.bias) for layer in others)]
@@ -181,7 +181,7 @@ class FusedAttention(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H, W, D)."""
         (B, H, W, _), D = x.shape, self.dim
-        C, N = D // 5, H * W
+        C, N = self.segment_dim, H * W
         if self.eps is not None:
             x = F.layer_norm(x, (D,), None, None, self.eps)
         if self.with_kernels and dispatch.kernels_available(x):
@@ -199,13 +199,13 @@ class FusedAttention(Fused):
         mixed = []
         for (query, key, value), encoded in zip(qkv, position.split(C, dim=2), strict=True):
             mixed.append(ops.attend(query, key, value, encoded, self.scale, self.mask))  # (B, N, C)
-        local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, C, H, W)
-        mixed.append(local.permute(0, 2, 3, 1).reshape(B, N, C))
+        local = self.non_attention(last.permute(0, 3, 1, 2))  # (B, L, H, W)
+        mixed.append(local.permute(0, 2, 3, 1).flatten(1, 2))
         return linear(torch.cat(mixed, dim=2), self.proj.weight, self.proj.bias).view(B, H, W, D)
 
     def _forward_kernels(self, x: Tensor) -> Tensor:
         """Do the same after the LayerNorm with the operations that have kernels."""
-        (B, H, W, _), C = x.shape, self.dim // 5
+        (B, H, W, _), C = x.shape, self.segment_dim
         qkv = self.qkv[0](x).view(B, H, W, 5, 3, C)
         single, *_, last = qkv.unbind(3)  # (B, H, W, 3, C)
         grouped = ops.aggregate_groups(qkv.permute(3, 4, 0, 1, 2, 5)[1:4], self.kernel_weights)  # (3, 3, B, H, W, C)
@@ -249,10 +249,12 @@ class FusedGroupMixAttention(Fused):
         super().__init__()
         self.attn = FusedAttention(attention)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, D, H, W)."""
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return (B, D, H, W); with `size`, tokens (B, N, D) for tokens."""
+        x = x if size is None else tokens_as_map(x, self.attn.dim, size)
         check_map(x, self.attn.dim)
-        return self.attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.attn(x.permute(0, 2, 3, 1))  # (B, H, W, D)
+        return x.permute(0, 3, 1, 2) if size is None else x.flatten(1, 2)
 
 
 # A Block holds a GroupMixAttention, which is folded with what surrounds it.

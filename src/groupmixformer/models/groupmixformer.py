@@ -15,7 +15,8 @@ The function is that of the authors' release, weight for weight. What differs:
   through them in turn.
 - Modules have the paper's or timm's names. `checkpoint_filter_fn` renames the release's parameters and joins those norms.
 
-Letters: B batch, H x W feature map, N = H * W tokens, D width of a stage, C = D / 5 of a segment, E = D / 10 of a head.
+Letters: B batch, H x W feature map, N = H * W tokens, D width of a stage, C = D / 5 of a segment, E = D / 10 of a head. Widths
+that are no multiple of 10 have E = D / 10, rounded, and C = 2E, and the segment without attention is L = D - 4C wide, else C.
 Every module takes and returns (B, D, H, W). `layers.py` has the leaves, `ops/` what computes them fast.
 """
 
@@ -43,7 +44,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from ..ops.attention import attend_heads
-from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, check_images, check_map
+from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, check_images, check_map, tokens_as_map
 from .mixers import make_blocks
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
@@ -70,7 +71,7 @@ class SeparableConv(nn.Sequential):
 
 
 class NonAttention(nn.Sequential):
-    """The branch without attention: mixes the last segments of Q, K and V locally. (B, 3C, H, W) -> (B, C, H, W)."""
+    """The branch without attention: mixes the last segments of Q, K and V locally. (B, 3L, H, W) -> (B, L, H, W)."""
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
         dd = {"device": device, "dtype": dtype}
@@ -110,18 +111,16 @@ class GroupAggregators(nn.Module):
 class ConvRelativePosition(nn.Module):
     """Convolution of V for the relative position encoding (CoaT, arXiv 2104.06399). (B, 8E, H, W) -> same.
 
-    Of the 8 heads, 2 have a 3 x 3 kernel per channel, 3 a 5 x 5 and 3 a 7 x 7. Segments hold 2 heads each, so the third
-    segment has one head of 5 x 5 and one of 7 x 7.
+    Of the 8 heads, 2 have a 3 x 3 kernel per channel, 3 a 5 x 5 and 3 a 7 x 7; other numbers are parted likewise. Segments hold
+    2 heads each, so the third segment has one head of 5 x 5 and one of 7 x 7.
     """
 
-    def __init__(self, head_dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, head_dim: int, heads: int = 8, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.splits = [2 * head_dim, 3 * head_dim, 3 * head_dim]
-        two, three, _ = self.splits
-        self.conv3 = Depthwise(two, 3, bias=True, **dd)
-        self.conv5 = Depthwise(three, 5, bias=True, **dd)
-        self.conv7 = Depthwise(three, 7, bias=True, **dd)
+        of3, of5 = heads // 4, (heads - heads // 4 + 1) // 2
+        self.splits = [of3 * head_dim, of5 * head_dim, (heads - of3 - of5) * head_dim]
+        self.conv3, self.conv5, self.conv7 = (Depthwise(n, k, bias=True, **dd) for n, k in zip(self.splits, (3, 5, 7)))  # noqa: B905
 
     def forward(self, v: Tensor) -> Tensor:
         """Return (B, 8E, H, W)."""
@@ -139,26 +138,30 @@ class GroupMixAttention(nn.Module):
     """Group-Mix Attention over a feature map (Sec. 3). (B, D, H, W) -> (B, D, H, W).
 
     Works on any feature map and can stand in for another attention; it has no normalisation before it and no residual.
-    Feed it memory in ``torch.channels_last`` to spare a copy.
+    Feed it memory in ``torch.channels_last`` to spare a copy. `mixers.group_mix.GroupMix` has options for heads, sizes of
+    groups and aggregators.
 
     Args:
-        dim: Width D, a multiple of 10: five segments, of which four hold two heads each.
+        dim: Width D, at least 10. Five segments, of which four hold two heads each; published widths are multiples of 10, of
+            which all segments are equally wide. Of others the last one, without attention, is as wide as the heads leave.
 
     Raises:
-        ValueError: If `dim` is not a positive multiple of 10, or the input is not (B, `dim`, H, W).
+        ValueError: If `dim` is under 10, or the input is not (B, `dim`, H, W) or, with `size`, (B, H * W, `dim`).
     """
 
     def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
-        if dim <= 0 or dim % 10:
-            raise ValueError(f"got dim={dim}, expected a positive multiple of 10 (5 segments, 8 heads over 4 of them)")
+        if dim < 10:
+            raise ValueError(f"got dim={dim}, expected at least 10 (5 segments, 8 heads over 4 of them)")
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
-        self.head_dim = dim // 10
+        self.head_dim = min(round(dim / 10), (dim - 1) // 8)
+        self.segment_dim = 2 * self.head_dim
+        self.local_dim = dim - 4 * self.segment_dim
         self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.aggregators = GroupAggregators(dim // 5, **dd)
-        self.non_attention = NonAttention(dim // 5, **dd)
+        self.aggregators = GroupAggregators(self.segment_dim, **dd)
+        self.non_attention = NonAttention(self.local_dim, **dd)
         self.position = ConvRelativePosition(self.head_dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
@@ -171,27 +174,29 @@ class GroupMixAttention(nn.Module):
         Returns:
             Q, K and V stacked along the batch (3B, 4C, H, W), so that one aggregator serves all three and in training a BN
             sees their joint statistics; channels are 8 heads, two for single tokens and two for each group size. And
-            (B, 3C, H, W).
+            (B, 3L, H, W).
         """
         B, D, H, W = x.shape
-        C = D // 5
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, 5, C)
-        groups, local = qkv.split([4, 1], dim=4)  # (B, H, W, 3, 4, C) and (B, H, W, 3, 1, C)
-        groups = groups.permute(4, 3, 0, 1, 2, 5).contiguous().view(4, 3 * B, H, W, C)  # each segment in memory of its own
-        local = local.reshape(B, H, W, 3 * C).permute(0, 3, 1, 2)  # (B, 3C, H, W)
-        return self.aggregators(groups.permute(0, 1, 4, 2, 3)), local
+        C, L = self.segment_dim, self.local_dim
+        qkv = self.qkv(x.permute(0, 2, 3, 1)).view(B, H, W, 3, D)
+        groups, local = qkv.split([4 * C, L], dim=4)  # (B, H, W, 3, 4C) and (B, H, W, 3, L)
+        groups = groups.unflatten(4, [4, C]).permute(4, 3, 0, 1, 2, 5).contiguous()  # each segment in memory of its own
+        local = local.reshape(B, H, W, 3 * L).permute(0, 3, 1, 2)  # (B, 3L, H, W)
+        return self.aggregators(groups.view(4, 3 * B, H, W, C).permute(0, 1, 4, 2, 3)), local
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend. `x` and the result are (B, D, H, W)."""
+    def forward(self, x: Tensor, size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045 - TorchScript
+        """Attend. `x` and the result are (B, D, H, W); with `size`, the height and width of a map, its tokens (B, N, D)."""
+        if size is not None:
+            x = tokens_as_map(x, self.dim, size)
         check_map(x, self.dim)
         B, D, H, W = x.shape
         proxies, local = self.group_proxies(x)
         position = self.position(proxies[2 * B :])  # of V (B, 8E, H, W)
         qkv = proxies.permute(0, 2, 3, 1).reshape(3, B, H * W, 8, self.head_dim)
         position = position.permute(0, 2, 3, 1).reshape(B, H * W, 8, self.head_dim)
-        local = self.non_attention(local).permute(0, 2, 3, 1).reshape(B, H * W, 2, self.head_dim)
-        mixed = attend_heads(qkv, position, local, self.scale)  # (B, N, 10, E)
-        return self.proj(mixed.view(B, H, W, D)).permute(0, 3, 1, 2)  # (B, D, H, W)
+        local = self.non_attention(local).permute(0, 2, 3, 1).reshape(B, H * W, self.local_dim)
+        mixed = self.proj(attend_heads(qkv, position, local, self.scale))  # (B, N, D)
+        return mixed.view(B, H, W, D).permute(0, 3, 1, 2) if size is None else mixed
 
 
 class Mlp(nn.Module):
@@ -303,7 +308,7 @@ class GroupMixFormer(nn.Module):
         in_chans: Channels of the input images.
         num_classes: Size of the classifier; 0 for none.
         global_pool: Pooling before the classifier: 'avg' (as trained), 'max', 'avgmax', 'catavgmax' or '' for none.
-        embed_dims: Width of each stage, multiples of 10.
+        embed_dims: Width of each stage, multiples of 10 in the paper; at least 10.
         depths: Blocks of each stage.
         mlp_ratios: Hidden width of the MLP over the stage's width, per stage.
         drop_rate: Dropout before the classifier.
@@ -312,8 +317,8 @@ class GroupMixFormer(nn.Module):
         mixer_options: Options of the mixer.
 
     Raises:
-        ValueError: If the stages' settings differ in number, a width is not a multiple of 10 (or does not fit another mixer),
-            or there is no such mixer or option.
+        ValueError: If the stages' settings differ in number, a width is under 10 (or does not fit another mixer), or there
+            is no such mixer or option.
     """
 
     def __init__(

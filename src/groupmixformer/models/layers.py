@@ -43,6 +43,21 @@ def check_map(x: Tensor, dim: int) -> None:
         raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
 
 
+def tokens_as_map(x: Tensor, dim: int, size: tuple[int, int]) -> Tensor:
+    """Read tokens in row-major order as a map, a view: (B, H * W, dim) -> (B, dim, H, W).
+
+    Raises:
+        ValueError: If they have another rank, number or width.
+    """
+    height, width = size
+    if x.dim() != 3 or x.shape[1] != height * width or x.shape[2] != dim:
+        raise ValueError(
+            f"got an input of shape {list(x.shape)}, expected the tokens of a map of {height} x {width}, "
+            f"(batch, {height * width}, {dim})"
+        )
+    return x.transpose(1, 2).unflatten(2, [height, width])
+
+
 class Depthwise(nn.Conv2d):
     """A depthwise convolution k x k, k odd. (B, C, H, W) -> (B, C, ceil(H/s), ceil(W/s))."""
 

@@ -56,7 +56,7 @@ def _attend_in_pairs(qkv: Tensor, position: Tensor, local: Tensor, scale: float)
     mask = within_heads(C, qkv)
     parts = zip(*(x.flatten(2).split(C, dim=2) for x in (*qkv.unbind(0), position)), strict=True)  # h / 2 x 4 x (B, N, C)
     mixed = [attend(q, k, v, encoded, scale, mask) for q, k, v, encoded in parts]
-    return torch.cat([*mixed, local.flatten(2)], dim=2).view(*local.shape[:2], -1, local.shape[3])
+    return torch.cat([*mixed, local], dim=2)
 
 
 def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
@@ -65,11 +65,11 @@ def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> 
     Args:
         qkv: Q, K and V (3, B, N, h, E), h even.
         position: The relative position encoding of V (B, N, h, E).
-        local: What the branch without attention gives (B, N, 2, E).
+        local: What the branch without attention gives (B, N, L).
         scale: Factor of the attention, not of the position encoding.
 
     Returns:
-        (B, N, h + 2, E).
+        (B, N, h * E + L).
     """
     if torch.jit.is_scripting():
         mixed = reference.attend_heads(qkv, position, local, scale)

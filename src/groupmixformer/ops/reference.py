@@ -44,7 +44,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float, mask
 def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
     """Do what `ops.attention.attend_heads` does."""
     q, k, v = qkv.transpose(2, 3).contiguous().unbind(0)  # 3 x (B, h, N, E)
-    return torch.cat([attend(q, k, v, position.transpose(1, 2), scale).transpose(1, 2), local], dim=2)
+    mixed = attend(q, k, v, position.transpose(1, 2), scale).transpose(1, 2)  # (B, N, h, E)
+    return torch.cat([mixed.flatten(2), local], dim=2)
 
 
 def join_kernels(weights: Sequence[Tensor]) -> Tensor:

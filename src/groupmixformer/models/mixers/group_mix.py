@@ -11,7 +11,7 @@ from ..groupmixformer import ConvRelativePosition, NonAttention
 from ..layers import BatchNorm2d, Depthwise, Hardswish, check_map
 from .base import Mixer
 
-SHARED = 4  # segments that attend, with two heads each
+SHARED = 4  # segments that attend
 
 
 class _Pool(nn.Module):
@@ -64,9 +64,9 @@ class GroupMix(Mixer):
     With the default options it computes what `GroupMixAttention` does, from the same parameters, which `group_mix` without
     options is.
 
-    Cost per token, with C = D/5 (D/4 without the branch) and k the sizes: 4D^2 + 3 sum(k^2 C + C^2) over the three segments
-    (once instead of 3 times with aggregate v or after; k^2 C for convolutions alone), 27C + 3C^2 for the branch, 120C for the
-    position encoding and 4C^2 for the attention.
+    Cost per token, with C = D/5 (D/4 without the branch), h heads and k the sizes: 4D^2 + 3 sum(k^2 C + C^2) over the three
+    segments (once instead of 3 times with aggregate v or after; k^2 C for convolutions alone), 27C + 3C^2 for the branch, 120C
+    for the position encoding and 32C^2/h for the attention.
 
     Args:
         aggregator: What turns segments 1 to 3 into groups, before a 1 x 1: conv (depthwise, as published), avg, max or min
@@ -74,7 +74,8 @@ class GroupMix(Mixer):
         kernel_sizes: Sides of the groups in segments 1 to 3, odd; 1 leaves single tokens.
         non_attention: Have the branch without attention; its channels go to the four segments that attend otherwise.
         position: Have the relative position encoding.
-        inner_dim: Width between the two linear layers, for a `dim` that is no multiple of 10; by default `dim`.
+        heads: A multiple of 4: as many in each of the four segments that attend. With the branch any `dim` of at least 10 will
+            do, whose segment is as wide as the heads leave; without it, heads divide `dim`.
         aggregate: Where the aggregators, with their norm and activation, are: before Q, K and V (qkv, as published), before V
             alone (v), or after the attention (after).
     """
@@ -90,42 +91,46 @@ class GroupMix(Mixer):
         non_attention: bool = True,
         position: bool = True,
         aggregate: Literal["qkv", "v", "after"] = "qkv",
-        inner_dim: int | None = None,
+        heads: int = 8,
         **dd: Any,
     ) -> None:
         super().__init__()
-        segments, inner = SHARED + int(non_attention), dim if inner_dim is None else inner_dim
-        if inner <= 0 or inner % (2 * segments):
-            raise ValueError(
-                f"got dim={inner}, expected a positive multiple of {2 * segments}: {segments} segments of two heads"
-            )
+        if heads < SHARED or heads % SHARED:
+            raise ValueError(f"got heads={heads}, expected a multiple of {SHARED}: as many in each segment that attends")
+        if dim <= heads or (dim % heads and not non_attention):
+            wanted = f"more than its {heads} heads" if non_attention else f"a multiple of its {heads} heads"
+            raise ValueError(f"got dim={dim}, expected {wanted}")
         if aggregator not in ("conv", "avg", "max", "min", "none"):
             raise ValueError(f"got aggregator={aggregator!r}, expected conv, avg, max, min or none")
         if aggregate not in ("qkv", "v", "after"):
             raise ValueError(f"got aggregate={aggregate!r}, expected qkv, v or after")
         if len(kernel_sizes) != 3 or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
             raise ValueError(f"got kernel_sizes={list(kernel_sizes)}, expected three odd sides, such as 3, 5, 7")
-        self.dim, self.inner_dim, self.aggregate = dim, inner, aggregate
-        C = self.segment_dim = inner // segments
+        self.dim, self.aggregate, self.n_heads = dim, aggregate, heads
+        head_dim = min(max(1, round(0.8 * dim / heads)), (dim - 1) // heads) if non_attention else dim // heads
+        C = self.segment_dim = head_dim * heads // SHARED
+        self.local_dim = dim - SHARED * C
         self.kernel_macs = [(k * k * C if aggregator == "conv" else 0) + C * C for k in kernel_sizes if k > 1]
         if aggregator == "none":
             self.kernel_macs = []
-        self.scale = (inner / 8) ** -0.5  # as published
-        self.qkv = nn.Linear(dim, 3 * inner, **dd)
+        self.scale = (dim / heads) ** -0.5  # as published
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.aggregators = _Aggregators(C, aggregator, tuple(kernel_sizes), **dd)
-        self.non_attention = NonAttention(C, **dd) if non_attention else None
-        self.position = ConvRelativePosition(C // 2, **dd) if position else None
-        self.proj = nn.Linear(inner, dim, **dd)
+        self.non_attention = NonAttention(self.local_dim, **dd) if non_attention else None
+        self.position = ConvRelativePosition(head_dim, heads, **dd) if position else None
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def _macs(self, height: int, width: int) -> float:
-        D, C = self.dim, self.segment_dim
-        total = 4 * D * self.inner_dim + 4 * C**2 + (3 if self.aggregate == "qkv" else 1) * sum(self.kernel_macs)
-        total += (27 * C + 3 * C**2 if self.non_attention is not None else 0) + (120 * C if self.position is not None else 0)
+        D, C, L = self.dim, self.segment_dim, self.local_dim
+        total = 4 * D**2 + 2 * (4 * C) ** 2 // self.n_heads + (3 if self.aggregate == "qkv" else 1) * sum(self.kernel_macs)
+        if self.position is not None:
+            total += sum(k * k * width for k, width in zip((3, 5, 7), self.position.splits, strict=True))
+        total += 27 * L + 3 * L**2
         return height * width * total
 
     def heads(self, x: Tensor) -> Tensor:
-        """Read the channels as heads: (B, 8E, H, W) -> (B, 8, N, E)."""
-        return x.flatten(2).unflatten(1, [8, x.shape[1] // 8]).transpose(2, 3)
+        """Read the channels as heads: (B, hE, H, W) -> (B, h, N, E)."""
+        return x.flatten(2).unflatten(1, [self.n_heads, x.shape[1] // self.n_heads]).transpose(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
@@ -134,13 +139,13 @@ class GroupMix(Mixer):
         qkv = self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, 3D, H, W)
         parts = qkv.chunk(3, dim=1)
         attending = 4 * self.segment_dim
-        q, k, v = parts[0][:, :attending], parts[1][:, :attending], parts[2][:, :attending]  # (B, 8E, H, W)
+        q, k, v = parts[0][:, :attending], parts[1][:, :attending], parts[2][:, :attending]  # (B, hE, H, W)
         if self.aggregate == "qkv":
             q, k, v = self.aggregators(torch.cat([q, k, v])).chunk(3)  # one after another in the batch: joint statistics
         elif self.aggregate == "v":
             v = self.aggregators(v)
         position = torch.zeros_like(v) if self.position is None else self.position(v)
-        mixed = attend(self.heads(q), self.heads(k), self.heads(v), self.heads(position), self.scale)  # (B, 8, N, E)
+        mixed = attend(self.heads(q), self.heads(k), self.heads(v), self.heads(position), self.scale)  # (B, h, N, E)
         mixed = mixed.transpose(2, 3).reshape(B, attending, H, W)
         if self.aggregate == "after":
             mixed = self.aggregators(mixed)

@@ -131,7 +131,7 @@ def replace_attention(
     """Put a mixer in the place of every attention of a Swin, PVTv2, ViT or DeiT of timm; all other weights stay.
 
     The result takes images of any size that the model takes. Class tokens, which are in no map, get the mean of what the map
-    gets. `group_mix` needs widths that are multiples of 10; where one is not, as 96, it is the nearest multiple wide inside.
+    gets.
 
     Args:
         model: Is left as it is.
@@ -153,8 +153,7 @@ def replace_attention(
         result.patch_embed.register_forward_hook(grid)
     for stage, depth, block in _blocks(result):
         weight, dim = block.norm1.weight, block.norm1.normalized_shape[0]
-        inside = {"inner_dim": round(dim / 10) * 10} if mixer == "group_mix" and dim % 10 else {}
-        made = make_mixer(mixer, dim, stage, depth, {**inside, **(options or {})}, device=weight.device, dtype=weight.dtype)
+        made = make_mixer(mixer, dim, stage, depth, dict(options or {}), device=weight.device, dtype=weight.dtype)
         if isinstance(block, SwinTransformerBlock):
             block.__class__, block.attn = _SwinBlock, made
             block._init_buffers()
