@@ -79,10 +79,10 @@ def write_file(path: Path, content: bytes | str) -> None:
         (folder / path.name).write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV file with the names of the first row as its header."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] = ()) -> None:
+    """Write a CSV file with the names of the first row as its header, or those that are given."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer = csv.DictWriter(text, header or (list(rows[0]) if rows else []))
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue())

@@ -230,6 +230,23 @@ class Run:
             return predictor.predict(*open_image(images))
         return [predictor.predict(*open_image(image)) for image in images]
 
+    def detections(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Any:
+        """Find objects, as supervision has them: for its annotators, trackers, zones and metrics.
+
+        Args:
+            images: As `predict` takes them.
+            options: As `predict` takes them.
+
+        Returns:
+            supervision.Detections for each image.
+
+        Raises:
+            ValueError: As `predict` does, or if the run is no detector.
+            ModuleNotFoundError: If supervision is missing.
+        """
+        predictor, found = self.predictor(**options), self.predict(images, **options)
+        return [predictor.to_supervision(one) for one in found] if isinstance(found, list) else predictor.to_supervision(found)
+
     def explain(
         self,
         image: ImageLike,

@@ -35,6 +35,7 @@ from .common import (
     Share,
     SlidingWindow,
     Top,
+    UsageError,
     Works,
     Writes,
     command,
@@ -123,11 +124,12 @@ def evaluate(
 
 def _each(
     command: str, images: Sequence[str], out: Path, look: "Callable[[Image, str], Predicted]"
-) -> tuple[dict[str, Any], list[str], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, Any], list[str], "list[tuple[str, tuple[int, int], Predicted]]"]:
     """Look at images one by one and write the files that are made of them; those that cannot be read are reported.
 
     Returns:
-        For JSON the images with what was found, and those that were skipped; a line for each; COCO's results by path.
+        For JSON the images with what was found, and those that were skipped; a line for each; their paths and
+        sizes with what was found.
     """
     from ..data.images import describe_left_out, find_images, noted, read_image
     from ..data.samples import Doubts, note_problems
@@ -136,7 +138,7 @@ def _each(
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     lines: list[str] = []
-    results: dict[str, list[dict[str, Any]]] = {}
+    seen: list[tuple[str, tuple[int, int], Predicted]] = []
     left_out: Counter[str] = Counter()
     paths = find_images(images, left_out)
     for line in describe_left_out(left_out):
@@ -155,17 +157,17 @@ def _each(
         found = look(image, str(path))
         rows.append({"image": str(path), **found.result})
         lines.append(printable(f"{path}: {found.text}"))
-        results[str(path)] = found.results
+        seen.append((str(path), image.size, found))
         if found.files:
             rows[-1]["files"] = write_prediction(out, path, found.files, taken)
             lines[-1] += printable(f"  ({', '.join(rows[-1]['files'])})")
     Doubts().take(doubts)
     if not rows:
         raise ValueError(f"none of {len(paths)} images could be read")
-    return {"images": rows, "skipped": skipped}, lines, results
+    return {"images": rows, "skipped": skipped}, lines, seen
 
 
-@command("predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3", *EXTRAS)
+@command("predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3", *EXTRAS, "formats")
 def predict(
     run: RunPath,
     images: Images,
@@ -179,18 +181,35 @@ def predict(
     top: Top = 5,
     score_threshold: ScoreThreshold = 0.5,
     out: Writes[Folder] = Path("predictions"),
+    format: Writes[Literal["json", "csv", "coco", "yolo", "voc"]] = "json",
     json: Json = False,
 ) -> None:
     """Classify images, or find objects or segments in them.
 
     Args:
-        out: for detection and segmentation: folder of the drawn images
+        out: folder of what is written: drawn images, and files of `--format`
+        format: of the predictions: json is COCO's results for detection, csv a table for any task; coco, yolo and voc are
+            data sets of what a detector found
     """
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
-    opened, options = open_run(run, looks, "out", allow_nonfinite=allow_nonfinite)
+    from ..files import write_rows
+
+    others = ["out"] if format == "json" else []
+    opened, options = open_run(run, looks, *others, allow_nonfinite=allow_nonfinite)
+    task = opened.definition
+    known = ["json", *(["csv"] if task.columns else []), *task.formats]
+    if format not in known:
+        raise UsageError(f"--format {format}: {run} holds a model for {task.name}, expected {', '.join(known)}")
     predictor = opened.predictor(device, image_size, **options)
-    found, lines, results = _each("predict", images, out, predictor.predict)
-    written = opened.definition.write_results(out, results)
+    found, lines, seen = _each("predict", images, out, predictor.predict)
+    if format == "csv":
+        table = [{"image": path, **row} for path, _, one in seen for row in task.table(one)]
+        write_rows(out / "predictions.csv", table, ["image", *task.columns])
+        written = {"predictions": str(out / "predictions.csv")}
+    elif format == "json":
+        written = task.write_results(out, {path: one.results for path, _, one in seen})
+    else:
+        written = {format: str(task.write_format(format, out, seen, opened.folder))}
     lines += [f"{name.replace('_', ' ')}: {file}" for name, file in written.items()]
     show({"run": run, "task": opened.task, **found, **written}, json, "\n".join(lines))
 

@@ -216,7 +216,7 @@ def _voc(path: Path) -> Parts:
     annotations = _sub(path, "Annotations", "xmls", "labels")
 
     def has_objects(folder: Path) -> tuple[Path, ...] | None:
-        first = next(iter(_files(folder, ".xml")), None)
+        first = next((f for place in (folder, *_folders(folder)) for f in _files(place, ".xml")), None)
         return (folder,) if first and peek(first, r"<annotation[\s>]") else None
 
     if annotations and (found := _in_parts(annotations, has_objects)):

@@ -292,12 +292,14 @@ def _voc(found: Recognised, part: str) -> Objects:
     base = next((f for name in ("JPEGImages", "images", "imgs", "img") if (f := found.path / name).is_dir()), place)
     base = base / place.name if (base / place.name).is_dir() else base
     objects.folder, images = base, list_images(base, Counter())
-    by_name, by_stem = {image.name: image for image in images}, {image.stem: image for image in reversed(images)}
-    if not lists and (bare := len(set(by_stem) - {file.stem for file in chosen})):
-        objects.notes.append(f"{bare} images without an XML file are left out")
+    beside = {image.relative_to(base).with_suffix(""): image for image in images}
+    named = Counter(name for image in images for name in {image.name, image.stem})
+    elsewhere = {name: image for image in images for name in (image.name, image.stem) if named[name] == 1}
+    taken: set[Path] = set()
     for file in chosen:
         name = roots[file].findtext("filename") or ""
-        image = (by_name.get(name) if Path(name).stem == file.stem else None) or by_stem.get(file.stem) or by_name.get(name)
+        image = beside.get(file.relative_to(place).with_suffix("")) or elsewhere.get(file.stem) or elsewhere.get(name)
+        taken |= {image} if image else set()
         if image is None:
             objects.skipped.append(f"{file}: has no image {file.stem} in {base}")
             continue
@@ -308,6 +310,8 @@ def _voc(found: Recognised, part: str) -> Objects:
             continue
         shapes = [(where, ids[n], from_box(b[0] - offset, b[1] - offset, b[2], b[3])) for where, n, b in boxes[file]]
         objects.add(str(file), str(image.relative_to(base)), size, shapes)
+    if not lists and (bare := len(images) - len(taken)):
+        objects.notes.append(f"{bare} images without an XML file are left out")
     return objects
 
 

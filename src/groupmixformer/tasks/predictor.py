@@ -251,6 +251,14 @@ class Predictor(ABC):
         """Return the result of an image with what its files hold, for a client who has only a JSON object."""
         return found.result
 
+    def to_supervision(self, found: Predicted) -> Any:
+        """Return the objects of an image as supervision's Detections.
+
+        Raises:
+            ValueError: If the task finds no objects.
+        """
+        raise ValueError(f"{type(self).__name__} finds no objects, expected a detector")
+
     def frame(self, image: Image.Image) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of the part of an image that the model sees, in its pixels."""
         return 0, 0, image.width, image.height

@@ -5,7 +5,7 @@ in the same way. Nothing that a task needs is imported before it is asked for.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..run_folder import CONFIG, WEIGHTS, RunFolder
 from ..weights import write_tensors
-from .predictor import Predictor
+from .predictor import Predicted, Predictor
 
 if TYPE_CHECKING:  # which bring Lightning, jsonargparse and matplotlib
     from ..training.module import Task
@@ -100,6 +100,8 @@ class TaskSpec:
         bench_size: Height and width at which `gmf bench` measures, those at which results are published.
         casts_weights: Whether inference in half precision casts the weights; otherwise it is under autocast, for heads that
             are not made for that.
+        columns: Of a table of predictions, a CSV file, beside image; see `table`.
+        formats: Names of data sets that `write_format` can write what was found as.
         gives_losses: Whether the network takes targets in training and gives losses by name; otherwise it gives logits.
         counts_macs: Whether the multiply-adds of the network are the same for every image.
         published: Whether accuracies of peers are known (`groupmixformer.bench.published`).
@@ -120,6 +122,8 @@ class TaskSpec:
     other_options: tuple[str, ...] = ()
     bench_size: tuple[int, int] = (224, 224)
     casts_weights: bool = False
+    columns: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
     gives_losses: bool = False
     counts_macs: bool = True
     published: bool = False
@@ -197,6 +201,20 @@ class TaskSpec:
     def write_results(self, out: Path, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
         """Write what was found in images that were predicted together, by their paths; return the files by what they hold."""
         return {}
+
+    def table(self, found: Predicted) -> list[dict[str, Any]]:
+        """Return what was found in an image as rows with `columns`."""
+        return []
+
+    def write_format(
+        self, format: str, out: Path, images: Sequence[tuple[str, tuple[int, int], Predicted]], run: RunFolder
+    ) -> Path:
+        """Write what was found in images, given by path, width and height, as a data set; return the file to begin with.
+
+        Raises:
+            ValueError: If it is none of `formats`.
+        """
+        raise ValueError(f"{run.source}: holds a model for {self.name}, whose predictions cannot be written as {format}")
 
     def publish(self, run: RunFolder, folder: Path) -> NetworkInfo:
         """Write weights and config.json of a run as they are published, and return what its card says.

@@ -7,6 +7,7 @@ import timm
 from torch import nn
 
 from ...run_folder import RunFolder
+from ..predictor import Predicted
 from ..registry import Exportable, NetworkInfo, TaskSpec, as_text
 
 USAGE_OURS = """With timm; the import registers the model:
@@ -57,6 +58,7 @@ class ClassificationTask(TaskSpec):
     data_options = ("root",)
     evaluation_options = ("batch_size",)
     explainer_options = ("wanted_class",)
+    columns = ("class", "probability")
     other_options = ("plot", "max_batch", "features", "int8")
     casts_weights = True
     published = True
@@ -73,6 +75,10 @@ class ClassificationTask(TaskSpec):
 
         names: list[str] = run.config.get("label_names") or []
         return names if len(names) == run.config.get("num_classes") else class_names(self.load(run))
+
+    def table(self, found: Predicted) -> list[dict[str, Any]]:
+        """Return the likeliest classes."""
+        return [{name: row[name] for name in self.columns} for row in found.result["classes"]]
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return a GroupMixFormer, for its logits or its feature maps."""

@@ -1,6 +1,7 @@
 """Object detection and instance segmentation."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...run_folder import RunFolder
+from ..predictor import Predicted
 from ..registry import Exportable, TaskSpec
 
 
@@ -26,6 +28,8 @@ class DetectionTask(TaskSpec):
     predictor_options = ("score_threshold",)
     data_options = ("split",)
     explainer_options = ("wanted_object",)
+    columns = ("class", "score", "x1", "y1", "x2", "y2")
+    formats = ("coco", "yolo", "voc")
     other_options = ("out",)
     bench_size = (800, 1333)  # of COCO
     gives_losses = True
@@ -57,6 +61,26 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         from .predict import write_coco_results
 
         return {"coco_results": write_coco_results(out, results)}
+
+    def table(self, found: Predicted) -> list[dict[str, Any]]:
+        """Return the objects."""
+        return [
+            {"class": row["class"], "score": row["score"], **dict(zip(self.columns[2:], row["box"], strict=True))}
+            for row in found.result["objects"]
+        ]
+
+    def write_format(
+        self, format: str, out: Path, images: Sequence[tuple[str, tuple[int, int], Predicted]], run: RunFolder
+    ) -> Path:
+        """Write objects of at least the least score as a data set."""
+        from .write import Drawn, write
+
+        base = os.path.commonpath([Path(path).absolute().parent for path, *_ in images])
+        listed = [  # both lists begin with the best
+            Drawn(os.path.relpath(Path(path).absolute(), base), size, found.results[: len(found.result["objects"])])
+            for path, size, found in images
+        ]
+        return write(format, out, listed, dict(zip(run.config["category_ids"], run.config["class_names"], strict=True)))
 
     def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
         """Return Mask R-CNN."""

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -113,6 +115,21 @@ class DetectionPredictor(Predictor):
                 for row, stored in zip(found.result["objects"], found.results, strict=False)
             ],
         }
+
+    def to_supervision(self, found: Predicted) -> Any:
+        """Return the objects of at least the least score as supervision's Detections, with the names of their classes."""
+        from supervision import Detections
+
+        results = found.results[: len(found.result["objects"])]
+        boxes = np.array([row["box"] for row in found.result["objects"]], dtype=np.float32).reshape(-1, 4)
+        masks = [rle.decode(one["segmentation"]).astype(bool) for one in results if "segmentation" in one]
+        return Detections(
+            xyxy=boxes,
+            mask=np.stack(masks) if masks else None,
+            confidence=np.array([one["score"] for one in results], dtype=np.float32),
+            class_id=np.array([self.config["category_ids"].index(one["category_id"]) for one in results], dtype=int),
+            data={"class_name": np.array([row["class"] for row in found.result["objects"]], dtype=str)},
+        )
 
     def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
         """Draw objects as they are annotated and as they are found."""

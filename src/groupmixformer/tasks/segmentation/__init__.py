@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...run_folder import RunFolder
+from ..predictor import Predicted
 from ..registry import Exportable, TaskSpec
 
 
@@ -24,6 +25,7 @@ class SegmentationTask(TaskSpec):
     predictor_options = ("sliding_window", "scales", "flip")
     data_options = ("split",)
     explainer_options = ("wanted_class",)
+    columns = ("class", "share")
     other_options = ("out",)
     bench_size = (512, 512)  # of ADE20K
     usage = """With groupmixformer and its extra `segmentation`:
@@ -38,6 +40,10 @@ image = Image.open("image.jpg").convert("RGB")
 labels = segment(model, model.prepare(image), (image.height, image.width)).argmax(dim=0)  # of stored["class_names"]
 ```
 """
+
+    def table(self, found: Predicted) -> list[dict[str, Any]]:
+        """Return the shares of the classes."""
+        return [{"class": name, "share": share} for name, share in found.result["shares"].items()]
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the segmenter, if the format can carry its decoder."""
