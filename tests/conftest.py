@@ -224,7 +224,7 @@ FORMS = {
         for name, form in BUILDS.items()
     },
 }
-SLOW_FORMS = {name for name in FORMS if "any size" in name or "inductor" in name} | {"fused, compiled"}
+SLOW_FORMS = {name for name in FORMS if "compiled" in name or "inductor" in name}
 EXHAUSTIVE_FORMS = {
     "compiled for any size",
     "frozen by inductor",

@@ -40,8 +40,8 @@ from groupmixformer.training.trainer import train
 ARCHITECTURES = ("retinanet", "faster_rcnn", "mask_rcnn")
 BACKBONES = ("groupmixformer_mobile", "resnet18", "pvt_v2_b0", "coat_lite_tiny")
 HEADS = [
-    *(("mask_rcnn", name) for name in BACKBONES),
-    pytest.param("mask_rcnn", "swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    *(("mask_rcnn", name) for name in BACKBONES[:3:2]),
+    *(pytest.param("mask_rcnn", name, marks=pytest.mark.slow) for name in (*BACKBONES[1::2], "swin_tiny_patch4_window7_224")),
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("retinanet", "faster_rcnn"), BACKBONES)),
 ]
 FROZEN = ["--optimizer.lr", "0", "--schedule.warmup_lr", "0", "--schedule.min_lr", "0", "--optimizer.weight_decay", "0"]

@@ -122,10 +122,10 @@ class PixelByPixel(nn.Module):
 DECODERS = {"upernet": 32, "fpn": 128, "unet": None, "segformer": None}  # with a width
 BACKBONES = ["groupmixformer_mobile", "resnet18", "pvt_v2_b0"]
 PAIRS = [
-    *(("upernet", name) for name in BACKBONES[::2]),
-    pytest.param("upernet", BACKBONES[1], marks=pytest.mark.slow),
-    pytest.param("fpn", BACKBONES[0], marks=pytest.mark.slow),
-    *(("fpn", name) for name in BACKBONES[1:]),
+    ("upernet", BACKBONES[2]),
+    *(pytest.param("upernet", name, marks=pytest.mark.slow) for name in BACKBONES[:2]),
+    ("fpn", BACKBONES[0]),
+    *(pytest.param("fpn", name, marks=pytest.mark.slow) for name in BACKBONES[1:]),
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(("unet", "segformer"), BACKBONES)),
     pytest.param("upernet", "swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
     ("upernet", "coat_lite_tiny"),

@@ -340,6 +340,7 @@ def disk_full(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(photos, tmp_path, capsys):
     run = fit(photos, tmp_path / "run")
     last, model = run / "checkpoints" / "last.ckpt", run / "model.safetensors"
@@ -361,7 +362,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(photos, tm
     assert not differences(fit(photos, tmp_path / "whole", "--epochs", "2"), run)
 
 
-@pytest.mark.parametrize("size", [1000, 1_000_000], ids=["recipe", "model"])
+@pytest.mark.parametrize("size", [1000, pytest.param(1_000_000, marks=pytest.mark.slow)], ids=["recipe", "model"])
 def test_a_full_disk_ends_a_run_in_one_line_and_leaves_no_halves(photos, tmp_path, capsys, size):
     argv = ["train", "folder", *options(photos, tmp_path / "run", "--epochs", "2")]
     with disk_full(size):

@@ -169,7 +169,7 @@ class FusedAttention(Fused):
         self.proj = _linear_layer(attention.proj.weight, attention.proj.bias)
 
     def segments(self, x: Tensor) -> list[Tensor]:
-        """Return Q, K and V side by side, of each segment, with the activation of the first. 4 x (B, H, W, 3C), (B, H, W, 3L)."""
+        """Return Q, K and V side by side, by segment, the first with its activation. 4 x (B, H, W, 3C) and (B, H, W, 3L)."""
         layers: list[Any] = [*self.qkv]
         single, *others = layers
         if not others:
