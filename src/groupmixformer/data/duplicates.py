@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .images import decode, noted
+from .images import decode
 
 # Copies of 100 photographs, video frames and micrographs at half size, at JPEG quality 30, or 10 % brighter differ by up to 4
 # bits, 20 levels, 0.26; with 2 % cut off each side mostly by up to 8 bits, 22 levels, 0.4.
@@ -42,14 +42,9 @@ def fingerprint(path: Path) -> Fingerprint:
     Raises:
         ValueError: If it cannot be read.
     """
-    with noted():  # by whoever reads it to look at it
-        image = decode(path, str(path), least_side=DECODED)
+    image = decode(path, str(path), least_side=DECODED)
     with path.open("rb") as file:
-        return fingerprint_of(image, hashlib.file_digest(file, "blake2b").digest())
-
-
-def fingerprint_of(image: Image.Image, content: bytes) -> Fingerprint:
-    """Return what an image (RGB) is compared by, with the digest of its file."""
+        content = hashlib.file_digest(file, "blake2b").digest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from imagehash import phash  # of the extra that trains

@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import Dataset
 
+from ..files import short
 from .classes import few
 from .images import image_sizes, noted
 from .seeding import seed_all
@@ -103,6 +105,7 @@ class Samples(Dataset[Any]):
     places: Sequence[int] = ()  # of the classes among a model's, where `relabel` set them
     skipped: Sequence[str] = ()  # a line for each image that was left out when the data was opened
     notes: Sequence[str] = ()  # further lines about the data
+    summary = ""  # how much there is of what, found by `check`
     hint = ""  # what to do where classes are missing, found by `count_classes`
     fewest_classes = 2  # of which a training set must hold something
 
@@ -122,6 +125,23 @@ class Samples(Dataset[Any]):
         """
         return (), "", []
 
+    def files(self) -> list[Path]:
+        """Return the image files, in the order of the samples; none where images come from elsewhere."""
+        return []
+
+    def drawn(self, index: int) -> Image.Image:
+        """Return an image with its annotation drawn, if it has one beside its class.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        image: Image.Image = self.read(index)[0]
+        return image
+
+    def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
+        """Return a training sample as it looks, with its annotation drawn."""
+        raise NotImplementedError
+
     def check(self, name: str, limit: float) -> list[str]:
         """Return a line about the images that were left out, others about the data, and one about classes that are not there.
 
@@ -133,6 +153,12 @@ class Samples(Dataset[Any]):
             ValueError: If it is exceeded, or if too few classes are there.
         """
         counts, what, problems = self.count_classes()
+        self.summary = f"{len(self):,} images, {len(self.class_names):,} classes"
+        if counts and len(counts) > 1:
+            least, most = (
+                f"{value:,} of {short(self.class_names[counts.index(value)])}" for value in (min(counts), max(counts))
+            )
+            self.summary += f", from {least} to {most} ({what})"
         whole, left_out = len(self) + len(self.skipped), [*self.skipped, *problems]
         if too_many(len(left_out), whole, limit):
             raise ValueError(

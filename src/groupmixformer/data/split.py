@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..files import Fields, read_json, to_json, write_file
 from .classes import few
 from .duplicates import Fingerprint, fingerprint, groups, near_pairs
+from .images import noted
 from .samples import in_threads
 
 TRAIN, VAL = "train", "val"
@@ -188,6 +189,7 @@ class Splitter:
 
 def _fingerprint(path: Path) -> Fingerprint | None:
     try:
-        return fingerprint(path)
+        with noted():
+            return fingerprint(path)
     except ValueError:
         return None  # which is told where it is read

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data.samples import Samples
 from ..run_folder import CONFIG, WEIGHTS, RunFolder
 from ..weights import write_tensors
 from .predictor import Predicted, Predictor
@@ -81,6 +82,7 @@ class TaskSpec:
 
     Attributes:
         name: In recipes and in config.json.
+        example_recipe: A shipped recipe for it.
         module_class: Subclass of `groupmixformer.training.module.Task`, as ``package.module:Class``, which is imported when it
             is asked for: its ``from_recipe(recipe, world_size)`` opens the recipe's data and creates what is trained.
         predictor_class: Subclass of `Predictor`, named in the same way.
@@ -108,6 +110,7 @@ class TaskSpec:
     """
 
     name: str
+    example_recipe: str = ""
     module_class: str
     predictor_class: str
     explainer_class: str = ""
@@ -142,6 +145,19 @@ class TaskSpec:
         """
         task: Task = resolve_name(self.module_class).from_recipe(recipe, world_size)
         return task
+
+    def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
+        """Open a part of a data set to look at it, or, with a recipe, to train on it.
+
+        Args:
+            data: As `groupmixformer.data.formats.recognise` takes it.
+            part: By the name that it has there.
+            recipe: Its augmentation is applied to training samples, which are normalised by the statistics of ImageNet.
+
+        Raises:
+            ValueError: If the part cannot be used, or the task does not have it.
+        """
+        raise ValueError(f"{data}: the task {self.name} has no look at data")
 
     def predictor(
         self, run: RunFolder, device: torch.device, image_size: int | None, dtype: torch.dtype | None, **options: Any

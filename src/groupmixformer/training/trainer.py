@@ -23,6 +23,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from ..data.samples import Samples
+from ..files import printable
 from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, SPLIT, VERSIONS, WEIGHTS, write_versions
 from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, MetricsCallback, writing
 from .claim import Claim
@@ -101,8 +103,11 @@ def _end_with_parent() -> None:
 
 
 def _print_settings(task: Task, world_size: int, device: str) -> None:
-    """Print the total batch, the learning rate scaled to it, and a warning where BatchNorm is not synchronised."""
+    """Print what data there is, the total batch, the learning rate scaled to it, and that BatchNorm is not synchronised."""
     recipe, optimizer = task.recipe, task.recipe.optimizer
+    for name, samples in (("training", task.loaders.train), ("held out", task.loaders.held_out)):
+        if isinstance(samples, Samples):
+            print(f"{name}: {printable(samples.summary)}", file=sys.stderr)
     scaled = f" = {optimizer.lr:g} x {task.total_batch}/{optimizer.lr_batch}" if optimizer.lr_batch else ""
     print(
         f"total batch {task.total_batch} = {recipe.batch_size} images x {world_size} processes x {recipe.grad_accum_steps} "

@@ -36,6 +36,12 @@ def _canvas(image: Image.Image) -> tuple[Tensor, float]:
     return F.pil_to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC)), factor
 
 
+def to_image(pixels: Tensor, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)) -> Image.Image:
+    """Return what a network takes (3, H, W) as an image: with the mean and standard deviation that it was normalised by."""
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return F.to_pil_image((pixels * scale + shift).clamp(0, 1))
+
+
 def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
     """Draw boxes and masks with names and scores.
 

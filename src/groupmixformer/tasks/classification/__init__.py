@@ -1,14 +1,20 @@
 """Image classification."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from ...data.formats import recognise
+from ...data.samples import Samples
 from ...run_folder import RunFolder
 from ..predictor import Predicted
 from ..registry import Exportable, NetworkInfo, TaskSpec, as_text
+
+if TYPE_CHECKING:  # which brings jsonargparse
+    from ...training.recipe import Recipe
 
 USAGE_OURS = """With timm; the import registers the model:
 
@@ -47,6 +53,7 @@ class ClassificationTask(TaskSpec):
     """Image classification with timm's models."""
 
     name = "classification"
+    example_recipe = "folder"
     module_class = "groupmixformer.tasks.classification.training:ClassificationModule"
     predictor_class = "groupmixformer.tasks.classification.predict:ClassificationPredictor"
     explainer_class = "groupmixformer.tasks.classification.predict:ClassificationExplainer"
@@ -62,6 +69,18 @@ class ClassificationTask(TaskSpec):
     other_options = ("plot", "max_batch", "features", "int8")
     casts_weights = True
     published = True
+
+    def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
+        """Open a folder of class folders."""
+        from .data import FolderImages, ImageSamples, classification_transform
+
+        source = FolderImages(recognise(data, self.name).parts[part][0])
+        transform: Any = None
+        if recipe:
+            config = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic"}
+            config["input_size"] = (3, recipe.image_size, recipe.image_size)
+            transform = classification_transform(recipe.augmentation, config)
+        return ImageSamples(source, transform, source.class_names, recipe.seed if recipe else 0)
 
     def load(self, run: RunFolder) -> Any:
         """Return a `GroupMixFormer` or another model of timm."""

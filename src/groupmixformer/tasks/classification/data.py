@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_transform
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -20,6 +20,7 @@ from ...data.samples import Samples
 from ...data.sources import HuggingFace, WebDataset
 from ...data.split import TRAIN, VAL, Splitter
 from ...data.streaming import Stream, open_source
+from ...visual.drawing import to_image
 
 if TYPE_CHECKING:
     from ...training.recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
@@ -65,6 +66,14 @@ class ImageSamples(Samples):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def files(self) -> list[Path]:
+        """Return the files of a folder, without reading them."""
+        return [Path(path) for path, _ in getattr(self.source, "samples", ())]
+
+    def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
+        """Return an augmented image."""
+        return to_image(sample[0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     def name(self, index: int) -> str:
         """Name of an image in messages: its file, if it has one."""

@@ -3,20 +3,25 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ...data.samples import Samples
 from ...run_folder import RunFolder
 from ..predictor import Predicted
 from ..registry import Exportable, TaskSpec
+
+if TYPE_CHECKING:  # which brings jsonargparse
+    from ...training.recipe import Recipe
 
 
 class DetectionTask(TaskSpec):
     """Object detection and instance segmentation with torchvision's detectors."""
 
     name = "detection"
+    example_recipe = "bccd"
     module_class = "groupmixformer.tasks.detection.training:DetectionModule"
     predictor_class = "groupmixformer.tasks.detection.predict:DetectionPredictor"
     explainer_class = "groupmixformer.tasks.detection.predict:DetectionExplainer"
@@ -46,6 +51,21 @@ with torch.inference_mode():
 names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 ```
 """
+
+    def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
+        """Open objects of any format: with masks, where all have one."""
+        from .data import CocoImages, detection_transform
+
+        transform: Any = None
+        if recipe:
+            transform = detection_transform(*(getattr(recipe.detector, name) for name in ("hflip", "vflip", "color_jitter")))
+        seed = recipe.seed if recipe else 0
+        try:
+            images = CocoImages(data, part, True, transform, seed)
+        except ValueError:  # which is told if it is not for want of masks
+            return CocoImages(data, part, False, transform, seed)
+        maskless = any("segmentation: " in line for line in images.dropped)
+        return CocoImages(data, part, False, transform, seed) if maskless else images
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the detector, which ONNX alone can carry."""

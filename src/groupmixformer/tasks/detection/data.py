@@ -21,6 +21,7 @@ from ...data.objects import read_objects
 from ...data.samples import Samples, in_threads, size_problem
 from ...data.split import TRAIN, Splitter
 from ...files import Fields
+from ...visual.drawing import draw_objects, to_image
 
 
 class _Ids:
@@ -296,6 +297,23 @@ class CocoImages(Samples):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def files(self) -> list[Path]:
+        """Return the image files."""
+        return [self.folder / json.loads(record)["file_name"] for record in self._records]
+
+    def drawn(self, index: int) -> Image.Image:
+        """Draw the objects of an image, without crowds."""
+        image, record = self.read(index)
+        return self._drawn(image, self.target(record))
+
+    def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
+        """Draw the objects of an augmented image."""
+        return self._drawn(to_image(sample[0]), sample[1])
+
+    def _drawn(self, image: Image.Image, target: Mapping[str, Tensor]) -> Image.Image:
+        masks = {"masks": target["masks"].bool()} if "masks" in target else {}
+        return draw_objects(image, {**target, **masks}, self.class_names)
 
     def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         """Return an image and its annotations.

@@ -1,19 +1,26 @@
 """Semantic segmentation."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from ...data.samples import Samples
 from ...run_folder import RunFolder
 from ..predictor import Predicted
 from ..registry import Exportable, TaskSpec
+
+if TYPE_CHECKING:  # which brings jsonargparse
+    from ...training.recipe import Recipe
 
 
 class SegmentationTask(TaskSpec):
     """Semantic segmentation with the decoders of segmentation_models_pytorch."""
 
     name = "segmentation"
+    example_recipe = "camvid"
     module_class = "groupmixformer.tasks.segmentation.training:SegmentationModule"
     predictor_class = "groupmixformer.tasks.segmentation.predict:SegmentationPredictor"
     explainer_class = "groupmixformer.tasks.segmentation.predict:SegmentationExplainer"
@@ -44,6 +51,16 @@ labels = segment(model, model.prepare(image), (image.height, image.width)).argma
     def table(self, found: Predicted) -> list[dict[str, Any]]:
         """Return the shares of the classes."""
         return [{"class": name, "share": share} for name, share in found.result["shares"].items()]
+
+    def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
+        """Open images and masks."""
+        from .data import SemanticImages, segmentation_transform
+
+        if recipe is None:
+            return SemanticImages(data, part)
+        settings, statistics = recipe.segmenter, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        how = (settings.scale, settings.hflip, settings.photometric)
+        return SemanticImages(data, part, segmentation_transform(recipe.image_size, *how, *statistics), seed=recipe.seed)
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the segmenter, if the format can carry its decoder."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -17,6 +18,7 @@ from ...data.formats import recognise
 from ...data.images import describe_left_out, image_sizes, read_image
 from ...data.samples import Samples, in_threads, size_problem
 from ...data.split import TRAIN, Splitter
+from ...visual.drawing import draw_segments, to_image
 from .masks import Meaning, meaning, pairs
 
 IGNORE = 255  # label of pixels that do not count
@@ -165,6 +167,20 @@ class SemanticImages(Samples):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def files(self) -> list[Path]:
+        """Return the image files."""
+        return [Path(name) for name in self.names]
+
+    def drawn(self, index: int) -> Image.Image:
+        """Draw the classes over an image."""
+        image, labels = self.read(index)
+        return draw_segments(image, labels, self.class_names, self.colors)
+
+    def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
+        """Draw the classes over an augmented image."""
+        image = to_image(sample[0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        return draw_segments(image, sample[1], self.class_names, self.colors)
 
     def _numbers(self, mask: str) -> NDArray[np.uint8]:
         """Return the numbers in a mask (H, W); ValueError if it cannot be read, or one is of no class."""

@@ -1,0 +1,38 @@
+"""gmf data: what a data set holds, before it is trained on."""
+
+from typing import Annotated
+
+from ..files import write_file
+from .common import EXTRAS, File, Json, Option, PathText, Reads, UsageError, Works, Writes, command, progress, show
+
+
+@command("data", "gmf data photos --page photos.html", *EXTRAS)
+def data(
+    path: Annotated[Reads[PathText], Option(metavar="PATH")],
+    *,
+    task: Works[str] = "",
+    recipe: Reads[str | None] = None,
+    page: Writes[File | None] = None,
+    json: Json = False,
+) -> None:
+    """Tell what a data set holds: format, classes, sizes, damage, duplicates within and between its parts.
+
+    Args:
+        path: folder or file of a data set
+        task: classification, detection, segmentation; the first that the format serves by default
+        recipe: whose augmentation the page shows; one that is shipped for the task by default
+        page: write a page of it (.html), with annotated images and a batch as training sees it
+    """
+    from ..tasks.survey import Survey
+    from ..training.recipe import RecipeError, read_recipe
+
+    survey = Survey(path, task, progress)
+    if page:
+        try:
+            chosen = read_recipe(recipe or survey.task.example_recipe, ["--data", path])
+        except RecipeError as error:
+            raise UsageError(str(error)) from error
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_file(page, survey.page(chosen))
+    result = survey.result | {"page": str(page) if page else None}
+    show(result, json, survey.text + (f"\npage   {page}" if page else ""))

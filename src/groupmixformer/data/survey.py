@@ -1,0 +1,102 @@
+"""What the images of a data set are, file by file: sizes, channels, damage, duplicates within and between its parts."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .duplicates import Fingerprint, fingerprint, groups, near_pairs
+from .images import image_sizes, noted
+
+CHANNELS = {"1": "black and white", "L": "grey", "LA": "grey with alpha", "P": "palette", "RGB": "colour"}
+CHANNELS |= {
+    "RGBA": "colour with alpha",
+    "CMYK": "CMYK",
+    "I;16": "grey, 16 bits",
+    "I": "grey, 32 bits",
+    "F": "grey, floating-point",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at an image file tells.
+
+    Attributes:
+        path: The file.
+        problem: Why it cannot be read; empty if it can.
+        doubts: What is to be said of its conversion to 8 bits.
+        bytes: Of the file.
+        size: Width and height, upright.
+        channels: In words.
+        format: By Pillow's names.
+        print: What it is compared by.
+    """
+
+    path: Path
+    problem: str = ""
+    doubts: tuple[str, ...] = ()
+    bytes: int = 0
+    size: tuple[int, int] = (0, 0)
+    channels: str = ""
+    format: str = ""
+    print: Fingerprint | None = None
+
+
+def look_at(path: Path) -> Look:
+    """Read an image once."""
+    try:
+        with noted() as notes:
+            found = fingerprint(path)
+        size, _ = image_sizes(path)
+        with Image.open(path) as image:
+            mode, form = image.mode, image.format
+    except (OSError, ValueError) as error:
+        return Look(path, problem=str(error).removeprefix(f"{path}: "))
+    texts = tuple(text for _, text in notes)
+    return Look(path, "", texts, path.stat().st_size, size, CHANNELS.get(mode, mode), str(form), found)
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    """Return the least value, the median and the greatest one."""
+    least, middle, greatest = (float(value) for value in np.quantile(list(values), (0, 0.5, 1)))
+    return {"min": least, "median": middle, "max": greatest}
+
+
+def describe(looks: Sequence[Look]) -> dict[str, Any]:
+    """Summarise files that were looked at: sizes, aspect ratios, channels, formats, and those that cannot be read."""
+    read = [look for look in looks if not look.problem]
+    result: dict[str, Any] = {"bytes": sum(look.bytes for look in read)}
+    if read:
+        sizes = np.array([look.size for look in read])
+        result |= {"width": _spread(sizes[:, 0]), "height": _spread(sizes[:, 1])}
+        result["aspect_ratio"] = _spread(sizes[:, 0] / sizes[:, 1])
+    for name in ("channels", "format"):
+        result[f"{name.removesuffix('s')}s"] = dict(Counter(getattr(look, name) for look in read).most_common())
+    result["doubts"] = dict(Counter(doubt for look in read for doubt in look.doubts).most_common())
+    result["damaged"] = [{"file": str(look.path), "reason": look.problem} for look in looks if look.problem]
+    return result
+
+
+def duplicates(parts: Mapping[str, Sequence[Look]]) -> list[dict[str, Any]]:
+    """Return the groups of duplicates over all parts, those that are in several parts first.
+
+    Returns:
+        Of each group, whether its files are ``equal`` or near duplicates, the ``parts`` it is in, and ``files`` by part.
+    """
+    looks = [(part, look) for part, found in parts.items() for look in found]
+    group = groups(len(looks), near_pairs([look.print for _, look in looks]))
+    numbers, sizes = np.unique(group, return_counts=True)
+    found = []
+    for number in numbers[sizes > 1].tolist():
+        members = [looks[i] for i in np.flatnonzero(group == number)]
+        files: dict[str, list[str]] = {}
+        for part, look in members:
+            files.setdefault(part, []).append(str(look.path))
+        equal = len({look.print.content for _, look in members if look.print}) == 1
+        found.append({"equal": equal, "parts": list(files), "files": files})
+    return sorted(found, key=lambda entry: -len(entry["parts"]))

@@ -1,0 +1,178 @@
+"""A data set of any task before it is trained on: what it holds, and what is wrong with it, as JSON, in lines and on a page."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.classes import few
+from ..data.formats import PARTS, Recognised, recognise
+from ..data.images import decode
+from ..data.samples import Samples, in_threads
+from ..data.survey import Look, describe, duplicates, look_at
+from ..visual.data_page import SIDE, render
+from .predictor import Progress
+from .registry import find_task
+
+if TYPE_CHECKING:  # which brings jsonargparse
+    from ..training.recipe import Recipe
+
+SHOWN = 12  # images drawn of a part, and in a batch
+
+
+class Survey:
+    """A data set that was looked through: every image is read once.
+
+    Args:
+        data: A folder or a file that `groupmixformer.data.formats.recognise` knows.
+        task: Whose eyes it is seen with; the first that its format serves, by default.
+        progress: Takes the parts and what is done with them, and yields them, as tqdm does.
+
+    Attributes:
+        found: What was recognised.
+        base: Folder to which the files in `result` are relative.
+        parts: The data sets, by the names of the parts.
+        result: What was found, for JSON.
+
+    Raises:
+        FileNotFoundError: If there is no such path.
+        ValueError: If it is of no known format, or no part can be used.
+    """
+
+    def __init__(self, data: str | Path, task: str = "", progress: Progress = lambda items, _: items) -> None:
+        self.found: Recognised = recognise(data, find_task(task).name if task else "")
+        self.task = find_task(task or self.found.tasks[0])
+        self.parts: dict[str, Samples] = {}
+        parts: dict[str, Any] = {}
+        looks = {}
+        self.base = self.found.path if self.found.path.is_dir() else self.found.path.parent
+        names = sorted(self.found.parts, key=lambda name: [*PARTS, name].index(name))
+        for name in progress(names, "looking"):
+            try:
+                samples = self.task.open_part(self.found.path, name)
+            except ValueError as error:
+                parts[name] = {"problem": str(error)}
+                continue
+            self.parts[name] = samples
+            looks[name] = in_threads(self._look_at, samples.files())
+            parts[name] = _summary(samples) | describe(looks[name])
+        if not self.parts:
+            raise ValueError("; ".join(part["problem"] for part in parts.values()))
+        self.result: dict[str, Any] = {
+            "data": str(self.found.path),
+            "format": self.found.format,
+            "title": self.found.title,
+            "task": self.task.name,
+            "parts": parts,
+            "duplicates": duplicates(looks),
+        }
+
+    def _look_at(self, path: Path) -> Look:
+        look = look_at(path)
+        return replace(look, path=path.relative_to(self.base)) if path.is_relative_to(self.base) else look
+
+    @property
+    def leaks(self) -> list[dict[str, Any]]:
+        """Groups of duplicates that are in several parts."""
+        return [group for group in self.result["duplicates"] if len(group["parts"]) > 1]
+
+    def page(self, recipe: "Recipe") -> str:
+        """Return the page, with a batch as it is augmented by a recipe."""
+        drawn = {f"Images of {part}": self.drawn(part) for part in self.parts}
+        mixed = self.task.name == "classification" and (recipe.augmentation.mixup or recipe.augmentation.cutmix)
+        title = f"A batch as training sees it{', before mixup and cutmix' if mixed else ''}"
+        drawn[title] = [("", image) for image in self.batch(recipe)]
+        return render(self.result, self.found.text, lambda file: decode(self.base / file, file, least_side=SIDE), drawn)
+
+    def drawn(self, part: str) -> list[tuple[str, Image.Image]]:
+        """Draw a few images of a part, chosen at random, with their annotations."""
+        samples, shown = self.parts[part], []
+        for index in np.random.default_rng(0).permutation(len(samples)).tolist():
+            try:
+                shown.append((samples.files()[index].name, samples.drawn(index)))
+            except ValueError:  # which was told
+                continue
+            if len(shown) == SHOWN:
+                break
+        return shown
+
+    def batch(self, recipe: "Recipe") -> list[Image.Image]:
+        """Draw a batch of the first epoch, augmented by a recipe."""
+        part = next(iter(self.parts))
+        samples = self.task.open_part(self.found.path, part, recipe)
+        order = np.random.default_rng(recipe.seed).permutation(len(samples))[:SHOWN].tolist()
+        return [samples.drawn_sample(samples[0, index]) for index in order]
+
+    @property
+    def text(self) -> str:
+        """What was found, in lines; what is wrong first."""
+        lines = [self.found.text]
+        for part in self.leaks[:3]:
+            lines.append(f"leak: {_files(part)}")
+        if len(self.leaks) > 3:
+            lines.append(f"leak: {len(self.leaks) - 3} more groups of duplicates are in several parts")
+        for name, part in self.result["parts"].items():
+            lines += [f"{name:6} {line}" for line in _lines(part)]
+        within = [group for group in self.result["duplicates"] if len(group["parts"]) == 1]
+        if within:
+            images = sum(len(files) for group in within for files in group["files"].values())
+            lines.append(f"{images} images in {len(within)} groups of duplicates within a part: {_files(within[0])}")
+        return "\n".join(lines)
+
+
+def _summary(samples: Samples) -> dict[str, Any]:
+    counts, what, problems = samples.count_classes()
+    classes = [{"class": name, "count": int(count)} for name, count in zip(samples.class_names, counts, strict=False)]
+    left_out = [*samples.skipped, *problems]
+    return {
+        "images": len(samples),
+        "classes": classes,
+        "counted": what,
+        "left_out": left_out,
+        "reasons": dict(Counter(_reason(line) for line in left_out).most_common()),
+        "notes": list(samples.notes),
+    }
+
+
+def _reason(line: str) -> str:
+    """Return a problem without its file and its numbers, so that equal ones are counted together."""
+    return re.sub(r"\S*[/\\]\S*", "...", re.sub(r"\d+", "N", line.partition(": ")[2] or line))
+
+
+def _files(group: Mapping[str, Any]) -> str:
+    kind = "equal files" if group["equal"] else "near duplicates"
+    return f"{kind}: {few([f'{file} ({part})' for part, files in group['files'].items() for file in files])}"
+
+
+def _lines(part: Mapping[str, Any]) -> list[str]:
+    if "problem" in part:
+        return [f"cannot be used: {part['problem']}"]
+    lines = [f"{part['images']:,} images, {part['bytes'] / 1e6:.1f} MB"]
+    if "width" in part:
+        sizes = ("min", "median", "max")
+        lines[0] += ", " + ", ".join(f"{name} {part['width'][name]:.0f} x {part['height'][name]:.0f}" for name in sizes)
+        lines[0] += f"; {_counted(part['channels'])}; {_counted(part['formats'])}"
+    counts = [(row["count"], row["class"]) for row in part["classes"]]
+    if len(counts) == 1:
+        lines.append(f"1 class ({part['counted']}): {counts[0][0]:,} of {counts[0][1]}")
+    elif counts:
+        least, most = min(counts), max(counts)
+        balance = f", {most[0] / least[0]:.1f} : 1" if least[0] else ""
+        lines.append(
+            f"{len(counts)} classes ({part['counted']}): from {least[0]:,} of {least[1]} to {most[0]:,} of {most[1]}{balance}"
+        )
+        if absent := [name for count, name in counts if not count]:
+            lines.append(f"nothing of {few(absent)}")
+    lines += [f"{count} left out: {reason}" for reason, count in part["reasons"].items()]
+    lines += [f"damaged: {entry['file']}: {entry['reason']}" for entry in part["damaged"][:5]]
+    lines += [f"{len(part['damaged']) - 5} more are damaged"] if len(part["damaged"]) > 5 else []
+    return [*lines, *(f"{count} images: {doubt}" for doubt, count in part["doubts"].items()), *part["notes"]]
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
