@@ -315,6 +315,13 @@ def test_a_folder_belongs_to_one_run_at_a_time(photos, tmp_path, capsys):
             claim.check()
 
 
+def test_where_nothing_can_be_locked_a_run_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("groupmixformer.training.claim.fcntl", None)  # as on Windows
+    with Claim(tmp_path) as claim:
+        claim.check()
+    assert "cannot be locked here" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_removed_meanwhile_is_no_full_disk(photos, tmp_path, monkeypatch, capsys):
     real = ClassificationModule.training_step
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -10,13 +9,19 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 LOCK = ".lock"
 
 
 class Claim:
     """Holds a run folder for this process alone, as a context; the claim ends with the process, however that ends.
 
-    The lock is one of POSIX, which network file systems know too, and which workers of loaders do not inherit.
+    The lock is one of POSIX, which network file systems know too, and which workers of loaders do not inherit. Windows has none:
+    there a note asks the user to start no second run.
 
     Args:
         folder: Created if need be.
@@ -31,6 +36,8 @@ class Claim:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / LOCK).open("a+")
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -40,7 +47,7 @@ class Claim:
                 raise ValueError(
                     f"{folder}: another run writes to it, {owner}: wait for its end, or choose another folder with --out"
                 ) from None
-            print(f"{folder}: its file system has no locks ({error.strerror}): start no second run in it", file=sys.stderr)
+            print(f"{folder}: cannot be locked here ({error.strerror}): start no second run in it", file=sys.stderr)
         with contextlib.suppress(OSError):  # on a full disk nobody reads it
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

@@ -1,0 +1,22 @@
+"""The package with its oldest and newest neighbours, by hand before a release: nox -s oldest, nox -s newest-3.13."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+# The lower limits of pyproject.toml. What needs no extra but train is tested: others bring limits of their own.
+OLDEST = ("torch==2.8.*", "torchvision==0.23.*", "timm==1.0.26")
+NAMES = ("checkpoint", "dispatch", "fuse", "groupmixformer", "mixers", "onednn", "recompute")
+
+
+@nox.session(python="3.11")
+def oldest(session: nox.Session) -> None:
+    """The network with the oldest PyTorch, torchvision and timm that pyproject.toml admits."""
+    session.install(*OLDEST, ".[train]", "pytest", "pytest-xdist", "hypothesis", "scipy")
+    session.run("pytest", *(f"tests/test_{name}.py" for name in NAMES), *session.posargs)
+
+
+@nox.session(python=["3.12", "3.13"])
+def newest(session: nox.Session) -> None:
+    """Everything with the newest releases, on later Pythons than CI has."""
+    session.install("torch", "torchvision", ".[test]")
+    session.run("pytest", *session.posargs)
