@@ -101,15 +101,21 @@ def write_prediction(out: Path, image: Path, files: Mapping[str, bytes], taken: 
     Returns:
         The files.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    folder, number, stem = out.resolve(), 1, image.stem
-    while not taken.isdisjoint(folder / f"{stem}{ending}" for ending in files):  # of one name from several folders
-        number += 1
-        stem = f"{image.stem}-{number}"
+    stem = free_stem(out, image, files, taken)
     for ending, content in files.items():
         write_file(out / f"{stem}{ending}", content)
-        taken.add(folder / f"{stem}{ending}")
     return [str(out / f"{stem}{ending}") for ending in files]
+
+
+def free_stem(out: Path, image: Path, endings: Collection[str], taken: set[Path]) -> str:
+    """Return the stem of an image, with a number if files of it are `taken` in a folder, which is made; they are taken now."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder, number, stem = out.resolve(), 1, image.stem
+    while not taken.isdisjoint(folder / f"{stem}{ending}" for ending in endings):  # of one name from several folders
+        number += 1
+        stem = f"{image.stem}-{number}"
+    taken.update(folder / f"{stem}{ending}" for ending in endings)
+    return stem
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -164,6 +164,7 @@ ScalesOption = Annotated[Looks[Scales], Option(help="for segmentation: average o
 Flip = Annotated[Looks[bool], Option(help="for segmentation: average with the mirrored image")]
 Top = Annotated[Writes[Positive], Option(help="for classification: classes to name")]
 ScoreThreshold = Annotated[Writes[Share], Option(help="for detection: least score of an object that is shown")]
+Tile = Annotated[Looks[Side | None], Option(help="for detection: look through windows of N pixels too, for large images")]
 Json = Annotated[Writes[bool], Option(help="print one JSON object on stdout")]
 
 # Names that options had before, or have in other tools; they are understood.

@@ -1,11 +1,14 @@
 """Commands that use a trained model: eval, predict, explain, serve and demo."""
 
+import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from ..files import free_stem, printable, write_prediction, write_rows
 from .common import (
     EXTRAS,
     AccessLog,
@@ -34,6 +37,7 @@ from .common import (
     ScoreThreshold,
     Share,
     SlidingWindow,
+    Tile,
     Top,
     UsageError,
     Works,
@@ -72,6 +76,7 @@ def evaluate(
     sliding_window: SlidingWindow = False,
     scales: ScalesOption = (1.0,),
     flip: Flip = False,
+    tile: Tile = None,
     per_class: Writes[bool] = False,
     plot: Writes[Figure | None] = None,
     json: Json = False,
@@ -92,7 +97,7 @@ def evaluate(
         plot: write a reliability diagram (.png, .svg or .pdf)
     """
     crop = {"test_size": test_size, "crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip}
+    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "tile": tile}
     reads = {"root": root, "split": split, "batch_size": batch_size}
     opened, options = open_run(run, {**reads, **crop, **looks}, "plot", allow_nonfinite=allow_nonfinite)
     if plot:
@@ -122,52 +127,127 @@ def evaluate(
     show(result, json, "\n".join(lines))
 
 
-def _each(
-    command: str, images: Sequence[str], out: Path, look: "Callable[[Image, str], Predicted]"
-) -> tuple[dict[str, Any], list[str], "list[tuple[str, tuple[int, int], Predicted]]"]:
-    """Look at images one by one and write the files that are made of them; those that cannot be read are reported.
+class _Seen:
+    """Looks at images one by one and writes the files that are made of them; those that cannot be read are reported.
 
-    Returns:
-        For JSON the images with what was found, and those that were skipped; a line for each; their paths and
-        sizes with what was found.
+    Args:
+        out: Folder of the files.
+        look: From an image and its path to what is found.
+
+    Attributes:
+        rows: What was found, for JSON.
+        lines: The same in a line for each image.
+        found: Paths with sizes and what was found; of frames, the paths that they would have as files.
+        skipped: Paths that could not be read.
     """
-    from ..data.images import describe_left_out, find_images, noted, read_image
-    from ..data.samples import Doubts, note_problems
-    from ..files import printable, write_prediction
 
-    rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    lines: list[str] = []
-    seen: list[tuple[str, tuple[int, int], Predicted]] = []
+    def __init__(self, out: Path, look: "Callable[[Image, str], Predicted]") -> None:
+        self.out, self.look = out, look
+        self.rows: list[dict[str, Any]] = []
+        self.lines: list[str] = []
+        self.found: list[tuple[str, tuple[int, int], Predicted]] = []
+        self.skipped: list[str] = []
+        self.taken: set[Path] = set()
+        self.doubts: list[str] = []
+
+    def _add(self, image: "Image", path: str, name: str, **about: Any) -> "Predicted":
+        found = self.look(image, path)
+        self.rows.append({"image": name, **about, **found.result})
+        self.lines.append(
+            printable(" ".join([f"{name}:", *(f"{key} {value:.6g}" for key, value in about.items()), found.text]))
+        )
+        self.found.append((path, image.size, replace(found, files={})))  # which are written, and would fill the memory
+        return found
+
+    def read(self, path: Path) -> "Image":
+        """Read an image, and keep what is to be said of it."""
+        from ..data.images import noted, read_image
+        from ..data.samples import note_problems
+
+        with noted() as notes:
+            image = read_image(path)
+        self.doubts += note_problems(notes)
+        return image
+
+    def image(self, image: "Image", path: Path) -> None:
+        """Look at an image."""
+        if files := self._add(image, str(path), str(path)).files:
+            self.rows[-1]["files"] = write_prediction(self.out, path, files, self.taken)
+            self.lines[-1] += printable(f"  ({', '.join(self.rows[-1]['files'])})")
+
+    def video(self, source: str, every: int, most: int | None) -> None:
+        """Look at the frames of a video, and write what is drawn of them as a video."""
+        from PIL import Image
+
+        from ..data.video import Video, is_stream, write_video
+
+        video = Video(source, every, most)
+        path = Path(source.partition(":")[0] if is_stream(source) else source)  # webcam, rtsp, ...
+        before = len(self.rows)
+
+        def drawn() -> "Iterator[Image.Image]":
+            try:
+                for number, seconds, image in progress(video, source):
+                    found = self._add(image, f"{path.with_suffix('')}-{number:06}.png", source, frame=number, seconds=seconds)
+                    if found.files:
+                        yield Image.open(io.BytesIO(next(iter(found.files.values()))))
+            except KeyboardInterrupt:
+                if not is_stream(source):
+                    raise
+            except ValueError as error:
+                if len(self.rows) == before:
+                    raise
+                note(f"{error}, after {len(self.rows) - before} frames")
+
+        written = self.out / f"{free_stem(self.out, path, ['.mp4'], self.taken)}.mp4"
+        if write_video(written, drawn(), video.rate):
+            self.lines.append(printable(f"{source}: {written}"))
+            for row in self.rows[before:]:
+                row["files"] = [str(written)]
+
+
+def _each(
+    command: str,
+    images: Sequence[str],
+    out: Path,
+    look: "Callable[[Image, str], Predicted]",
+    every: int | None = None,
+    most: int | None = None,
+) -> _Seen:
+    """Look at images, and unless `every` is none at each such frame of videos.
+
+    Raises:
+        ValueError: If none can be read.
+    """
+    from ..data.images import describe_left_out, find_images
+    from ..data.samples import Doubts
+    from ..data.video import is_stream, is_video
+
     left_out: Counter[str] = Counter()
-    paths = find_images(images, left_out)
+    streams = [name for name in images if every and is_stream(name)]
+    paths: list[Any] = [*find_images([name for name in images if name not in streams], left_out), *streams]
     for line in describe_left_out(left_out):
         note(line)
-    doubts: list[str] = []
-    taken = {path.resolve() for path in paths}
+    seen = _Seen(out, look)
+    seen.taken = {path.resolve() for path in paths if isinstance(path, Path)}
     for path in progress(paths, command, len(paths)):
         try:
-            with noted() as notes:
-                image = read_image(path)
-            doubts += note_problems(notes)
+            if every and is_video(str(path)):
+                seen.video(str(path), every, most)
+                continue
+            image = seen.read(path)
         except ValueError as error:
-            skipped.append(str(path))
+            seen.skipped.append(str(path))
             note(f"skipped {error}")
             continue
-        found = look(image, str(path))
-        rows.append({"image": str(path), **found.result})
-        lines.append(printable(f"{path}: {found.text}"))
-        seen.append((str(path), image.size, found))
-        if found.files:
-            rows[-1]["files"] = write_prediction(out, path, found.files, taken)
-            lines[-1] += printable(f"  ({', '.join(rows[-1]['files'])})")
-    Doubts().take(doubts)
-    if not rows:
+        seen.image(image, path)
+    Doubts().take(seen.doubts)
+    if not seen.rows:
         raise ValueError(f"none of {len(paths)} images could be read")
-    return {"images": rows, "skipped": skipped}, lines, seen
+    return seen
 
 
-@command("predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3", *EXTRAS, "formats")
+@command("predict", "gmf predict runs/quickstart 'photos/*.jpg' --top 3", *EXTRAS, "formats", "video")
 def predict(
     run: RunPath,
     images: Images,
@@ -178,22 +258,26 @@ def predict(
     sliding_window: SlidingWindow = False,
     scales: ScalesOption = (1.0,),
     flip: Flip = False,
+    tile: Tile = None,
     top: Top = 5,
     score_threshold: ScoreThreshold = 0.5,
+    every: Reads[Positive] = 1,
+    frames: Reads[Positive | None] = None,
     out: Writes[Folder] = Path("predictions"),
     format: Writes[Literal["json", "csv", "coco", "yolo", "voc"]] = "json",
     json: Json = False,
 ) -> None:
-    """Classify images, or find objects or segments in them.
+    """Classify images, or find objects or segments in them; also in the frames of videos, webcam or webcam:1, and rtsp://...
 
     Args:
+        every: of videos and streams: look at each frame of this number
+        frames: of videos and streams: look at so many at most; Ctrl-C ends a stream as well
         out: folder of what is written: drawn images, and files of `--format`
         format: of the predictions: json is COCO's results for detection, csv a table for any task; coco, yolo and voc are
             data sets of what a detector found
     """
-    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
-    from ..files import write_rows
-
+    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "tile": tile}
+    looks |= {"top": top, "score_threshold": score_threshold}
     others = ["out"] if format == "json" else []
     opened, options = open_run(run, looks, *others, allow_nonfinite=allow_nonfinite)
     task = opened.definition
@@ -201,17 +285,18 @@ def predict(
     if format not in known:
         raise UsageError(f"--format {format}: {run} holds a model for {task.name}, expected {', '.join(known)}")
     predictor = opened.predictor(device, image_size, **options)
-    found, lines, seen = _each("predict", images, out, predictor.predict)
+    seen = _each("predict", images, out, predictor.predict, every, frames)
     if format == "csv":
-        table = [{"image": path, **row} for path, _, one in seen for row in task.table(one)]
+        table = [{"image": path, **row} for path, _, one in seen.found for row in task.table(one)]
         write_rows(out / "predictions.csv", table, ["image", *task.columns])
         written = {"predictions": str(out / "predictions.csv")}
     elif format == "json":
-        written = task.write_results(out, {path: one.results for path, _, one in seen})
+        written = task.write_results(out, {path: one.results for path, _, one in seen.found})
     else:
-        written = {format: str(task.write_format(format, out, seen, opened.folder))}
-    lines += [f"{name.replace('_', ' ')}: {file}" for name, file in written.items()]
-    show({"run": run, "task": opened.task, **found, **written}, json, "\n".join(lines))
+        written = {format: str(task.write_format(format, out, seen.found, opened.folder))}
+    lines = [*seen.lines, *(f"{name.replace('_', ' ')}: {file}" for name, file in written.items())]
+    result = {"run": run, "task": opened.task, "images": seen.rows, "skipped": seen.skipped, **written}
+    show(result, json, "\n".join(lines))
 
 
 @command("explain", "gmf explain runs/quickstart photo.jpg --query 120,80 40,200 --stage 1 2", *EXTRAS)
@@ -252,10 +337,11 @@ def explain(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    found, lines, _ = _each("explain", images, out, look)
-    for row in found["images"]:
+    seen = _each("explain", images, out, look)
+    for row in seen.rows:
         row["figure"], row["arrays"] = row.pop("files")
-    show({"run": run, "task": opened.task, **found}, json, "\n".join(lines))
+    result = {"run": run, "task": opened.task, "images": seen.rows, "skipped": seen.skipped}
+    show(result, json, "\n".join(seen.lines))
 
 
 @command("serve", "gmf serve runs/quickstart --port 8000", "serve", *EXTRAS)
@@ -277,6 +363,7 @@ def serve(
     sliding_window: SlidingWindow = False,
     scales: ScalesOption = (1.0,),
     flip: Flip = False,
+    tile: Tile = None,
     top: Top = 5,
     score_threshold: ScoreThreshold = 0.5,
     access_log: AccessLog = False,
@@ -297,7 +384,8 @@ def serve(
     from ..models.fuse import fuse as inference_form
     from ..models.groupmixformer import GroupMixFormer
 
-    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "top": top, "score_threshold": score_threshold}
+    looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "tile": tile}
+    looks |= {"top": top, "score_threshold": score_threshold}
     opened, options = open_run(run, looks, "max_batch", allow_nonfinite=allow_nonfinite)
     listening, address = listen(host, port)
     with listening:

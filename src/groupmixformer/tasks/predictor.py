@@ -148,6 +148,14 @@ class Stopwatch:
         return {"images_per_second": images / whole, "model_images_per_second": images / self.model}
 
 
+def windows(length: int, window: int) -> list[int]:
+    """Return where windows begin that cover a length and overlap by a third or more."""
+    if length <= window:
+        return [0]
+    steps = -(-(length - window) // max(1, window * 2 // 3))
+    return [round(i * (length - window) / steps) for i in range(steps + 1)]
+
+
 def to_png(image: Image.Image) -> bytes:
     """Return an image as the contents of a PNG file."""
     buffer = io.BytesIO()

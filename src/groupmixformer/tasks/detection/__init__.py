@@ -30,7 +30,7 @@ class DetectionTask(TaskSpec):
         "val_mask_AP": ("mean_average_precision", "mask AP (COCO, IoU 0.50 to 0.95)"),
         "val_box_AP": ("mean_average_precision", "box AP (COCO, IoU 0.50 to 0.95)"),
     }
-    predictor_options = ("score_threshold",)
+    predictor_options = ("score_threshold", "tile")
     data_options = ("split",)
     explainer_options = ("wanted_object",)
     columns = ("class", "score", "x1", "y1", "x2", "y2")

@@ -10,6 +10,7 @@ import torch
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.ops import batched_nms
 
 from ...data.samples import Doubts
 from ...data.split import Splitter
@@ -17,19 +18,34 @@ from ...files import to_json, write_file
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_objects
 from ..explainer import BackboneExplainer, Target
-from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, Stopwatch, View, class_table, percent, to_png
+from ..predictor import (
+    EvalResult,
+    Point,
+    Predicted,
+    Predictor,
+    Progress,
+    Stopwatch,
+    View,
+    class_table,
+    percent,
+    to_png,
+    windows,
+)
 from .data import CocoImages, collate_detection, to_tensor
 from .metrics import coco_metrics, restrict, to_results
 from .model import load_detector
+
+CUT = 2  # pixels from the edge of a window within which the side of a box counts as cut
 
 
 class DetectionPredictor(Predictor):
     """A detector: boxes, and masks if it is Mask R-CNN.
 
-    Its option ``score_threshold`` is the least score of an object that is drawn and listed.
+    Options are ``score_threshold``, the least score of an object that is drawn and listed; and ``tile``, the side in pixels of
+    square windows, which overlap by a third, through which a larger image is looked at besides as a whole.
     """
 
-    DEFAULTS: ClassVar = {"score_threshold": 0.5}
+    DEFAULTS: ClassVar = {"score_threshold": 0.5, "tile": None}
 
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the detector, and the names and ids of its classes."""
@@ -53,8 +69,39 @@ class DetectionPredictor(Predictor):
         images: CocoImages = self.match_classes(opened, data)
         return images
 
-    @torch.inference_mode()
     def _find(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what is found in an image (3, H, W), the best first, and in windows of it if there is to be some."""
+        tile, (height, width) = self.options["tile"], image.shape[-2:]
+        whole = self._look(image)
+        if not tile or max(height, width) <= tile:
+            return whole
+        found = [{**whole, "at": torch.zeros(len(whole["scores"]), 2, dtype=torch.int64)}]
+        for top in windows(height, tile):
+            for left in windows(width, tile):
+                inside = self._look(image[:, top : top + tile, left : left + tile])
+                # What an edge cuts is whole in the next window or, if it is large, in the image.
+                ends = torch.tensor([left > 0, top > 0, left + tile < width, top + tile < height])
+                edges = torch.tensor([0, 0, tile, tile])
+                kept = ~(((inside["boxes"] - edges).abs() < CUT) & ends).any(dim=1)
+                one = {name: value[kept] for name, value in inside.items()}
+                offset = torch.tensor([left, top])
+                one["boxes"] = one["boxes"] + offset.repeat(2)
+                found.append({**one, "at": offset.expand(len(one["scores"]), 2)})
+        names = ("boxes", "scores", "labels", "at")
+        merged = {name: torch.cat([one[name] for one in found]) for name in names}
+        best = batched_nms(merged["boxes"], merged["scores"], merged["labels"], iou_threshold=0.5)
+        merged = {name: value[best] for name, value in merged.items()}
+        at = merged.pop("at")
+        if "masks" in whole:
+            masks = [mask for one in found for mask in one["masks"]]
+            merged["masks"] = torch.zeros(len(best), 1, height, width)
+            for canvas, index, (left, top) in zip(merged["masks"], best.tolist(), at.tolist(), strict=True):
+                mask = masks[index]
+                canvas[:, top : top + mask.shape[1], left : left + mask.shape[2]] = mask
+        return merged
+
+    @torch.inference_mode()
+    def _look(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         with self.autocast():
             found: dict[str, torch.Tensor] = self.model([image.to(self.device)])[0]
         return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in found.items()}

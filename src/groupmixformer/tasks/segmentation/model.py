@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from ...files import Fields
 from ...run_folder import CONFIG, RunFolder
 from ..backbone import Backbone, BackboneModel, load_network, take_any_size
+from ..predictor import windows
 
 STRIDE = 32  # sides of images are filled up to multiples of it
 
@@ -121,14 +122,6 @@ def prepare_image(image: Image.Image, image_size: int, mean: Sequence[float], st
     return v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), list(mean), list(std))
 
 
-def _windows(length: int, window: int) -> list[int]:
-    """Return where windows begin that cover a length and overlap by a third or more."""
-    if length <= window:
-        return [0]
-    steps = -(-(length - window) // max(1, window * 2 // 3))
-    return [round(i * (length - window) / steps) for i in range(steps + 1)]
-
-
 def _logits(model: Segmenter, image: Tensor, window: int | None) -> Tensor:
     """Return logits (1, K, h, w) of an image (1, 3, h, w), whole or averaged over windows."""
     height, width = image.shape[-2:]
@@ -136,8 +129,8 @@ def _logits(model: Segmenter, image: Tensor, window: int | None) -> Tensor:
         return model(image)
     summed = image.new_zeros(1, model.num_classes, height, width, dtype=torch.float32)
     count = image.new_zeros(1, 1, height, width, dtype=torch.float32)
-    for top in _windows(height, window):
-        for left in _windows(width, window):
+    for top in windows(height, window):
+        for left in windows(width, window):
             part = (..., slice(top, top + window), slice(left, left + window))
             summed[part] += model(image[part])
             count[part] += 1
