@@ -26,14 +26,23 @@ def _read_recipe(name: str, options: Sequence[str]) -> "Recipe":
 
 
 def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") -> tuple[dict[str, Any], str]:
-    """Train, and on the first process evaluate and report."""
-    import time
-
+    """Train a run, or one for each fold."""
     path = Path(name)
     own = path.name == "recipe.yaml" and (path.parent / "versions.json").is_file()  # a run's, which may have been moved
     if resume and own and not any(option.partition("=")[0] == "--out" for option in options):
         options = ["--out", str(path.parent), *options]
     recipe = _read_recipe(name, options)
+    if recipe.folds and not recipe.fold:
+        from ..tasks.cross_validation import cross_validate
+
+        return cross_validate(recipe, lambda own, resume: _train_run(own, resume)[0], resume)
+    return _train_run(recipe, resume)
+
+
+def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict[str, Any], str]:
+    """Train, and on the first process evaluate and report."""
+    import time
+
     from ..run import Run
     from ..run_folder import RECIPE, one_line
     from ..tasks.registry import build_task

@@ -119,7 +119,9 @@ class Splitter:
         stored: Files of an earlier split; the first one that is there is used.
 
     Attributes:
-        notes: Lines about the split, once it is known.
+        split: The split, once it is known.
+        dealt: The same before one of the folds was held out.
+        notes: Lines about it.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Splitter:
         self.val_share, self.folds, self.fold, self.seed = val_share, folds, fold, seed
         self.stored = next((path for path in stored if path.is_file()), None)
         self.split: Split | None = None
+        self.dealt: Split | None = None
         self.notes: list[str] = []
 
     def __call__(self, files: Mapping[str, Path], classes: Callable[[], Sequence[Collection[int]]]) -> Split:
@@ -146,9 +149,8 @@ class Splitter:
             ValueError: If a part would be empty, or the stored split was made otherwise.
         """
         if self.split is None:
-            self.split = self._read(files, self.stored) if self.stored else self._dealt(files, classes())
-            if self.fold and not self.split.fold:
-                self.split = self.split.hold_out(self.fold)
+            self.dealt = self._read(files, self.stored) if self.stored else self._deal(files, classes())
+            self.split = self.dealt.hold_out(self.fold) if self.fold and not self.dealt.fold else self.dealt
         return self.split
 
     def _read(self, files: Mapping[str, Path], path: Path) -> Split:
@@ -164,7 +166,7 @@ class Splitter:
             self.notes.append(f"{len(gone)} images of {path} are not there any more: {few(gone)}")
         return split
 
-    def _dealt(self, files: Mapping[str, Path], classes: Sequence[Collection[int]]) -> Split:
+    def _deal(self, files: Mapping[str, Path], classes: Sequence[Collection[int]]) -> Split:
         names = list(files)
         pairs = near_pairs(in_threads(_fingerprint, files.values()))
         group = groups(len(names), pairs)
