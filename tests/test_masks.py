@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from written import blank, damage
 
+from groupmixformer.cli.main import main
 from groupmixformer.tasks.segmentation.data import IGNORE, SemanticImages
 from groupmixformer.tasks.segmentation.masks import CITYSCAPES
 
@@ -205,3 +206,18 @@ def test_a_listed_image_that_is_gone_is_named(tmp_path):
     (tmp_path / "JPEGImages" / "val-scene1.jpg").unlink()
     (line,) = SemanticImages(tmp_path, "val").skipped
     assert line.endswith("JPEGImages/val-scene1.jpg: no such file")
+
+
+@pytest.mark.slow
+def test_a_segmenter_is_trained_and_measured_on_masks_in_colours(tmp_path, capsys):
+    kaggle(tmp_path / "data")
+    words = ["--image-size", "32", "--epochs", "1", "--model", "test_convnext", "--batch-size", "2", "--workers", "0"]
+    words += ["--device", "cpu", "--segmenter.decoder", "fpn", "--segmenter.channels", "64", "--out", str(tmp_path / "run")]
+    assert main(["train", "camvid", "--data", str(tmp_path / "data"), *words]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 3
+    image = tmp_path / "data" / "val" / "scene0.png"
+    assert main(["predict", str(tmp_path / "run"), str(image), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out" / "scene0-mask.png") as mask:
+        assert set(map(tuple, np.unique(np.asarray(mask.convert("RGB")).reshape(-1, 3), axis=0).tolist())) <= set(COLORS)

@@ -9,6 +9,7 @@ import torch
 from shapes import write_shapes
 from written import FORMATS, blank, damage, unsplit
 
+from groupmixformer.cli.main import main
 from groupmixformer.tasks.detection.data import CocoImages
 
 
@@ -325,3 +326,28 @@ def test_labelme_groups_shapes_and_says_what_it_leaves_out(tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"1\.json: has no imagePath, expected a text"):
         CocoImages(tmp_path, "val", masks=True, or_whole=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolo", "voc"])
+def test_a_detector_is_trained_and_measured_on_a_format(shapes, tmp_path, capsys, name):
+    FORMATS[name](shapes, tmp_path / "data", ["train", "val"])
+    words = ["--detector.architecture", "retinanet", "--detector.fpn-channels", "32", "--image-size", "64", "--epochs", "1"]
+    words += [
+        "--model",
+        "test_convnext",
+        "--batch-size",
+        "2",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(["train", "bccd", "--data", str(tmp_path / "data"), *words]) == 0
+    capsys.readouterr()
+    for data in (tmp_path / "data", shapes):
+        assert main(["eval", str(tmp_path / "run"), "--data", str(data), "--device", "cpu", "--json"]) == 0
+        measured = json.loads(capsys.readouterr().out)
+        assert measured["images"] == len(CocoImages(shapes, "val", masks=False)) and "box_AP" in measured
