@@ -22,7 +22,16 @@ from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXHAUSTIVE = {"detect.md", "onnxruntime.md", "segment.md", "torchvision.md"}
-SLOW = EXHAUSTIVE | {"checkpoints.md", "data.md", "evaluate.md", "explain.md", "export.md", "lightning.md", "smp.md"}
+SLOW = EXHAUSTIVE | {
+    "checkpoints.md",
+    "compare.md",
+    "data.md",
+    "evaluate.md",
+    "explain.md",
+    "export.md",
+    "lightning.md",
+    "smp.md",
+}
 SLOW |= {"speed.md", "timm.md", "train.md", "transformers.md"}
 
 

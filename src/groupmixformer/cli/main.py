@@ -19,7 +19,7 @@ from .train import train_help
 
 # Importing registers the commands, in the order of the help.
 # isort: off
-from . import train, data, inference, export, bench  # noqa: F401
+from . import train, data, inference, export, bench, compare  # noqa: F401
 
 # isort: on
 

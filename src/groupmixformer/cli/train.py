@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ..training.recipe import Recipe
 
 
-def _read_recipe(name: str, options: Sequence[str]) -> "Recipe":
+def resolve_recipe(name: str, options: Sequence[str]) -> "Recipe":
+    """Read a recipe and its options; an error in them is wrong usage."""
     from ..training.recipe import RecipeError, read_recipe
 
     try:
@@ -31,7 +32,7 @@ def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") 
     own = path.name == "recipe.yaml" and (path.parent / "versions.json").is_file()  # a run's, which may have been moved
     if resume and own and not any(option.partition("=")[0] == "--out" for option in options):
         options = ["--out", str(path.parent), *options]
-    recipe = _read_recipe(name, options)
+    recipe = resolve_recipe(name, options)
     if recipe.folds and not recipe.fold:
         from ..tasks.cross_validation import cross_validate
 
@@ -141,7 +142,7 @@ def train(
     if print:
         from ..training.recipe import fields_of, to_yaml
 
-        resolved = _read_recipe(recipe, fields)
+        resolved = resolve_recipe(recipe, fields)
         show(fields_of(resolved), json, to_yaml(resolved).rstrip(), with_notes=False)  # a recipe has no such field
         return
     result, text = _train(recipe, fields, "auto" if auto_resume else resume)

@@ -3,7 +3,7 @@
 import base64
 import html
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,33 @@ def _text(value: Any) -> str:
     return html.escape(printable(str(value)))
 
 
+def image(title: str, png: bytes) -> str:
+    """Return a figure under its title, inside the page."""
+    encoded = base64.b64encode(png).decode()
+    return f'<h2>{_text(title)}</h2>\n<img alt="{_text(title)}" src="data:image/png;base64,{encoded}">'
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{''.join(lines)}</table>"
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a page of a body whose texts are escaped already."""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+img {{ max-width: 100%; }}
+th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
+td {{ padding-right: 2rem; }}
+pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
+</style>
+{body}</html>
+"""
+
+
 def write_page(
     folder: Path, heading: str, rows: Mapping[str, Any], sections: Mapping[str, tuple[str, Callable[[], Figure]]]
 ) -> Path:
@@ -59,8 +86,7 @@ def write_page(
             body.append(f"<h2>{_text(title)}</h2>\n<p>{_text(missing)}</p>")
             continue
         write_file(folder / "report" / f"{name}.png", png)
-        encoded = base64.b64encode(png).decode()
-        body.append(f'<h2>{_text(title)}</h2>\n<img alt="{_text(title)}" src="data:image/png;base64,{encoded}">')
+        body.append(image(title, png))
     changes = RunFolder(folder).changes
     table = "".join(
         f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>"
@@ -72,19 +98,8 @@ def write_page(
         }.items()
     )
     recipe = html.escape(read_text(folder / RECIPE))
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>GroupMixFormer: {_text(folder.name)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ max-width: 100%; }}
-th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
-pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
-</style>
-<h1>{_text(folder.name)}: {_text(heading)}</h1>
-<table>{table}</table>
-{"".join(body)}
-<h2>Recipe</h2><pre>{recipe}</pre></html>
-"""
+    heading = f"<h1>{_text(folder.name)}: {_text(heading)}</h1>\n<table>{table}</table>"
+    page = html_page(f"GroupMixFormer: {folder.name}", f"{heading}\n{''.join(body)}\n<h2>Recipe</h2><pre>{recipe}</pre>")
     path = folder / REPORT
     write_file(path, page)
     return path
