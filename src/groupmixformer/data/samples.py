@@ -95,9 +95,10 @@ def size_problem(image: Path, annotated: tuple[int, int], what: str) -> str:
 class Samples(Dataset[Any]):
     """A data set of a task. The last element of a sample is its problem: the names of images that could not be read, or "".
 
-    For training the key is (epoch, index): random numbers are seeded from seed, epoch and index, so that a sample does not
-    depend on the process that loads it, and an unreadable image is replaced by the next one. For evaluation the key is the
-    index; -1, which pads a batch, and unreadable images give a blank sample, which metrics leave out.
+    For training the key is (epoch, index), or (epoch, index, copy) of one that is shown again: random numbers are seeded
+    from it, so that a sample does not depend on the process that loads it, and an unreadable image is replaced by the next
+    one. For evaluation the key is the index; -1, which pads a batch, and unreadable images give a blank sample, which
+    metrics leave out.
     """
 
     seed = 0  # of the augmentation
@@ -204,12 +205,12 @@ class Samples(Dataset[Any]):
             except ValueError as error:
                 return None, [" ".join(str(error).splitlines())]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Any, ...]:
         if isinstance(key, int):
             content, problems = self._read(key) if key >= 0 else (None, [])
             return (*self.for_evaluation(content), "\n".join(problems))
-        epoch, index = key
-        seed_all(self.seed, epoch, index)
+        index = key[1]
+        seed_all(self.seed, *key)
         problems = []
         for other in range(index, index + MAX_UNREADABLE_IN_A_ROW):
             content, found = self._read(other % len(self))

@@ -1,7 +1,7 @@
 """Batches of a data set: shuffled by epoch, split over processes, continued in the middle of an epoch."""
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -13,8 +13,11 @@ from ..data.streaming import Stream
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, SLURM's preemption, SLURM's --signal=USR1@SECONDS
 
 
-class TrainSampler(Sampler[tuple[int, int]]):
+class TrainSampler(Sampler[tuple[int, ...]]):
     """Yields (epoch, index): a permutation that depends on seed and epoch alone, dealt out to the processes.
+
+    With labels, (epoch, index, copy) of as many samples, equally many of each class: of a large class some are left out, others
+    in every epoch, and of a small one some are shown again, which the number of the copy tells apart.
 
     Batch k of all processes together holds the same samples however many processes there are, as long as the batches together
     are equally large. Samples that do not fill a batch on every process are left out, others in every epoch.
@@ -25,9 +28,19 @@ class TrainSampler(Sampler[tuple[int, int]]):
         seed: Of the permutations.
         rank: Number of this process.
         world_size: Number of processes.
+        labels: Class of each sample, to show the classes equally often; none to show each sample once.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        labels: Sequence[int] | None = None,
+    ) -> None:
+        self.labels = None if labels is None else torch.as_tensor(labels)
         self.samples, self.batch_size, self.seed, self.rank, self.world_size = samples, batch_size, seed, rank, world_size
         self.epoch = 0
         self.skip = 0  # samples of the next pass that a resumed run has done already, on all processes together
@@ -39,17 +52,31 @@ class TrainSampler(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self.samples // (self.batch_size * self.world_size) * self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def _balanced(self, generator: torch.Generator) -> torch.Tensor:
+        """Return the samples in order, with the number of the copy (samples, 2)."""
+        assert self.labels is not None
+        classes = self.labels.unique()
+        classes = classes[torch.randperm(len(classes), generator=generator)]  # the first ones get what cannot be divided
+        parts = []
+        for place, label in enumerate(classes.tolist()):
+            wanted, own = (self.samples + len(classes) - 1 - place) // len(classes), (self.labels == label).nonzero()[:, 0]
+            for copy in range(-(-wanted // len(own))):
+                drawn = own[torch.randperm(len(own), generator=generator)][: wanted - copy * len(own)]
+                parts.append(torch.stack([drawn, torch.full_like(drawn, copy)], dim=1))
+        return torch.cat(parts)[torch.randperm(self.samples, generator=generator)]
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         # Times a prime above any number of epochs: no two pairs of seed and epoch give one permutation.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.samples, generator=generator)
+        balanced = self.labels is not None
+        order = self._balanced(generator) if balanced else torch.randperm(self.samples, generator=generator)[:, None]
         skip, self.skip = self.skip, 0
         left = order[skip:]
         count = len(left) // (self.batch_size * self.world_size) * self.batch_size
         if skip and not count:  # larger batches than before the run was resumed: the rest is less than one of them
             count = len(left) // self.world_size // 2 * 2  # even, as mixup needs it
         epoch = self.epoch
-        return iter([(epoch, index) for index in left[self.rank :: self.world_size][:count].tolist()])
+        return iter([(epoch, *row) for row in left[self.rank :: self.world_size][:count].tolist()])
 
 
 class EvalSampler(Sampler[int]):
@@ -101,14 +128,22 @@ class DataModule(lightning.LightningDataModule):
         workers: Processes that load, for each process that trains.
         seed: Of the order.
         collate: Makes a batch of a list of samples.
+        labels: Class of each training sample, to show the classes equally often.
     """
 
     def __init__(
-        self, train: Any, held_out: Any, batch_size: int, workers: int, seed: int, collate: Callable[[list[Any]], Any]
+        self,
+        train: Any,
+        held_out: Any,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        collate: Callable[[list[Any]], Any],
+        labels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.train, self.held_out, self.batch_size, self.workers, self.seed = train, held_out, batch_size, workers, seed
-        self.collate = collate
+        self.collate, self.labels = collate, labels
         self.epoch = -1  # the one inside which the run was resumed,
         self.done = 0  # the batches of it that were done then, of today's size,
         self.seen = 0  # and its samples that were done, on all processes
@@ -151,7 +186,7 @@ class DataModule(lightning.LightningDataModule):
             self.train.set_epoch(epoch)
             self.train.skip(self.done, self.batch_size)
             return StreamLoader(self.train, drop_last=True, **self._settings())
-        order = TrainSampler(len(self.train), self.batch_size, self.seed, **place)
+        order = TrainSampler(len(self.train), self.batch_size, self.seed, **place, labels=self.labels)
         order.set_epoch(epoch)
         order.skip = self.seen
         return DataLoader(self.train, sampler=order, **self._settings())

@@ -277,6 +277,8 @@ class Recipe(_Checked):
         out: Folder of the run.
         optimizer: The optimiser.
         schedule: The learning rate over time.
+        balance: For classification, against classes of unequal numbers: loss weights each image by the inverse of its class's
+            number, sampling shows each class equally often in an epoch of the same length; none for images as they are.
         augmentation: For classification, what is done to training images.
         detector: For detection, the detector and what is done to its images.
         segmenter: For segmentation, the decoder and what is done to its images.
@@ -319,6 +321,7 @@ class Recipe(_Checked):
     out: str = "runs/train"
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    balance: Literal["loss", "sampling"] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
@@ -358,7 +361,7 @@ class Recipe(_Checked):
 
 
 TASK_FIELDS = {
-    "classification": ("root", "download", "crop_pct", "augmentation"),
+    "classification": ("root", "download", "crop_pct", "balance", "augmentation"),
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }

@@ -100,16 +100,21 @@ class ImageSamples(Samples):
             raise ValueError(f"{self.name(index)}: not a readable image: {error}") from error
         return decode(file, self.name(index)) if file else to_rgb(image, self.name(index)), self.place(int(label))
 
-    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
-        """Return the number of images of each class, where the labels are at hand without reading the images."""
+    def labels(self) -> list[int] | None:
+        """Return the class of each image; none where that takes reading the images."""
         reader: Any = getattr(self.source, "reader", None)
         if hasattr(reader, "label_key"):  # Hugging Face's
             labels: Any = reader.dataset[reader.label_key]
         else:  # ours, and torchvision's, which have two names for them
             labels = next((getattr(self.source, key) for key in ("labels", "targets") if hasattr(self.source, key)), None)
+        return None if labels is None else [int(label) for label in labels[:]]
+
+    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
+        """Return the number of images of each class, where the labels are at hand."""
+        labels = self.labels()
         if labels is None:
             return super().count_classes()
-        return np.bincount(np.asarray(labels[:], dtype=np.int64), minlength=len(self.class_names)).tolist(), "image", []
+        return np.bincount(labels, minlength=len(self.class_names)).tolist(), "image", []
 
     def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
         """Apply the transform, which draws random numbers."""

@@ -18,7 +18,15 @@ from ...models.groupmixformer import GroupMixFormer
 from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
-from .data import ImageData, classification_transform, collate_classification, eval_transform, open_images, training_config
+from .data import (
+    ImageData,
+    ImageSamples,
+    classification_transform,
+    collate_classification,
+    eval_transform,
+    open_images,
+    training_config,
+)
 
 
 def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
@@ -61,6 +69,12 @@ def _size(name: str, recipe: Recipe) -> dict[str, Any]:
     return {"img_size": recipe.image_size} if cfg and cfg.fixed_input_size else {}
 
 
+def class_weights(labels: Sequence[int], classes: int) -> Tensor:
+    """Return a weight for each class, the inverse of its number of images; the mean over the images is 1."""
+    counts = torch.bincount(torch.as_tensor(labels), minlength=classes)
+    return len(labels) / (counts.clamp(min=1) * (counts > 0).sum())
+
+
 class ClassificationModule(Task):
     """Trains a timm classifier by a recipe, with timm's mixup and losses.
 
@@ -70,13 +84,30 @@ class ClassificationModule(Task):
         world_size: Number of processes.
     """
 
+    class_weights: Tensor | None
+
     def __init__(self, recipe: Recipe, images: ImageData, world_size: int = 1) -> None:
         model = create_classifier(recipe, images.class_names)
         config = training_config(recipe, model)
         train = images.train(classification_transform(recipe.augmentation, config), recipe.seed)
         held_out = images.held_out(eval_transform(config))
-        loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_classification)
+        labels = train.labels() if isinstance(train, ImageSamples) else None
+        if recipe.balance and labels is None:
+            raise ValueError(
+                f"{recipe.data}: the classes of its images are not known before they are read: set balance to null"
+            )
+        loaders = DataModule(
+            train,
+            held_out,
+            recipe.batch_size,
+            recipe.workers,
+            recipe.seed,
+            collate_classification,
+            labels if recipe.balance == "sampling" else None,
+        )
         super().__init__(recipe, model, loaders, images.class_names, world_size)
+        weights = class_weights(labels, len(images.class_names)) if labels and recipe.balance == "loss" else None
+        self.register_buffer("class_weights", weights, persistent=False)
         self.config = config
         augmentation = recipe.augmentation
         self.mixup = None
@@ -100,9 +131,19 @@ class ClassificationModule(Task):
         self.note_unreadable(problems)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        targets = classes
         if self.mixup is not None:
             images, targets = self.mixup(images, classes)
-            loss: Tensor = self.soft_loss(self.model(images), targets)
+        loss: Tensor
+        if self.class_weights is not None:
+            # Not divided by the weights of the batch, as PyTorch would, so that batches count as many of them do together.
+            smoothing = 0.0 if self.mixup else self.recipe.augmentation.label_smoothing
+            losses = F.cross_entropy(
+                self.model(images), targets, self.class_weights, reduction="none", label_smoothing=smoothing
+            )
+            loss = losses.mean()
+        elif self.mixup is not None:
+            loss = self.soft_loss(self.model(images), targets)
         else:
             loss = F.cross_entropy(self.model(images), classes, label_smoothing=self.recipe.augmentation.label_smoothing)
         self.log_loss(loss, len(images))
