@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from test_cli import error, output
 from test_groupmixformer import STAGES
+from timm.data import create_transform
+from torch import nn
 
 from groupmixformer import GroupMixFormer
 from groupmixformer.deploy.export import FORMATS, TOLERANCE, Exported, export
 from groupmixformer.deploy.export_detector import unlike
+from groupmixformer.deploy.preprocessing import WithPreprocessing, compare
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
@@ -282,6 +285,9 @@ def test_nan_is_no_agreement(about, tmp_path, monkeypatch, model):
         (["--format", "onnx"], "required: --out", 2),
         (["--format", "onnx", "--out", "x.pt2"], "expected a name that ends in .onnx", 2),
         (["--format", "openvino", "--out", "x.onnx"], "expected a name that ends in .xml", 2),
+        (["--format", "pt2", "--half", "--out", "x.pt2"], "--half is for --format onnx, got pt2", 2),
+        (["--format", "pt2", "--features", "--with-preprocessing", "--out", "x.pt2"], "expected one of them", 2),
+        (["--format", "onnx", "--int8", "static", "--no-check", "--out", "x.onnx"], "give no other form with it", 2),
     ],
 )
 def test_wrong_usage(run, capsys, argv, message, code):
@@ -310,7 +316,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
     assert str(tmp_path / "file") in message
 
 
-@pytest.mark.parametrize(("decoder", "format"), [("upernet", "onnx"), ("fpn", "openvino")])
+@pytest.mark.parametrize(("decoder", "format"), [pytest.param("upernet", "onnx", marks=pytest.mark.slow), ("fpn", "openvino")])
 def test_segmenters_that_a_format_cannot_carry(write_segmenter, tmp_path, capsys, decoder, format):
     write_segmenter(decoder, tmp_path / "run")
     out = tmp_path / f"x{FORMATS[format].suffix}"
@@ -328,6 +334,85 @@ def test_a_model_in_training_mode_is_refused(about, tmp_path, model):
     with pytest.raises(ValueError, match="in training mode"):
         export(Exported(model), "pt2", tmp_path / "x.pt2", **about)
     assert not list(tmp_path.iterdir())
+
+
+# Preparing images inside the file, and other forms
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (300, 200), (48, 333), (40, 50), (65, 129)])
+@pytest.mark.parametrize(
+    ("mode", "interpolation", "crop_pct"),
+    [("center", "bicubic", 0.875), ("center", "bilinear", 1.0), ("squash", "bicubic", 0.9)],
+)
+def test_images_are_prepared_as_timm_does(height, width, mode, interpolation, crop_pct):
+    """To a level and a half of 255: Pillow rounds twice."""
+    config = {"input_size": (3, 64, 64), "crop_pct": crop_pct, "crop_mode": mode, "interpolation": interpolation}
+    seen = []
+
+    def network(images):
+        seen.append(images)
+        return torch.zeros(1, 2)
+
+    prepared = WithPreprocessing(nn.Identity(), config | COLORS)
+    prepared.network.forward = network
+    rng = np.random.default_rng(height)
+    smooth = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    image = Image.fromarray(smooth).resize((width, height), Image.Resampling.BICUBIC)
+    prepared(torch.from_numpy(np.array(image)))
+    expected = create_transform(**config | COLORS)(image)
+    levels = (seen[0][0] - expected) * torch.tensor(COLORS["std"])[:, None, None] * 255
+    assert levels.abs().max() < 1.6
+
+
+@pytest.mark.parametrize(
+    "format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow)]
+)
+def test_a_file_takes_an_image_as_it_is(run, tmp_path, capsys, format):
+    path = tmp_path / f"file{FORMATS[format].suffix}"
+    result = json.loads(output(capsys, "export", run, "--format", format, "--with-preprocessing", "--out", path, "--json").out)
+    assert set(result["errors"]) == {"64x64", "97x129", "160x224", "480x333"} and max(result["errors"].values()) < TOLERANCE
+    assert result["rounding"] < 0.02
+    metadata = read_metadata(format, path)
+    assert metadata["layout"] == "image: uint8, (height, width, 3), RGB" and json.loads(metadata["outputs"]) == [
+        "probabilities"
+    ]
+    pixels = np.random.default_rng(1).integers(0, 256, (150, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    (probabilities,) = FORMATS[format].load(path)(torch.from_numpy(pixels))
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    found = json.loads(output(capsys, "predict", run, tmp_path / "image.png", "--json").out)["images"][0]["classes"]
+    for row in found:
+        assert probabilities[row["index"]].item() == pytest.approx(row["probability"], abs=0.02)
+
+
+def test_what_cannot_be_prepared_inside_is_refused(model):
+    config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "border", "interpolation": "bicubic"} | COLORS
+    with pytest.raises(ValueError, match=r"got 3 channels, bicubic, crop_mode border and crop_pct 1\.0, expected"):
+        WithPreprocessing(model, config)
+    prepared = WithPreprocessing(model, config | {"crop_mode": "center"}).eval()
+    image = Image.new("RGB", (64, 64))
+    right = prepared(torch.zeros(64, 64, 3, dtype=torch.uint8))[0].detach()
+    assert compare(prepared, image, right) == 0
+    with pytest.raises(ValueError, match=r"probabilities differ from those of gmf predict by 0\.5"):
+        compare(prepared, image, right + 0.5)
+
+
+@pytest.mark.slow
+def test_half_precision(run, tmp_path, capsys):
+    whole, half = (
+        json.loads(output(capsys, "export", run, "--format", "onnx", *flag, "--out", tmp_path / name, "--json").out)
+        for name, flag in (("whole.onnx", []), ("half.onnx", ["--half"]))
+    )
+    assert half["bytes"] < 0.7 * whole["bytes"]
+    assert half["tolerance"] > TOLERANCE and 0 < max(half["errors"].values()) < half["tolerance"]
+
+
+@pytest.mark.slow
+def test_a_file_without_a_check(run, tmp_path, capsys, model):
+    path = tmp_path / "file.pt2"
+    result = json.loads(output(capsys, "export", run, "--format", "pt2", "--no-check", "--out", path, "--json").out)
+    assert result["errors"] == {}
+    assert_same_function("pt2", path, Exported(model))
 
 
 # Detectors

@@ -355,6 +355,9 @@ class Run:
         out: str | Path,
         *,
         features: bool = False,
+        with_preprocessing: bool = False,
+        half: bool = False,
+        check: bool = True,
         int8: str | None = None,
         calibrate: str | None = None,
         data: str | None = None,
@@ -366,6 +369,9 @@ class Run:
             format: onnx, pt2, aoti or openvino.
             out: The file.
             features: A classifier's maps of strides 4, 8, 16 and 32, not its logits.
+            with_preprocessing: Of a classifier, from an image as a file holds it to probabilities; the file resizes and crops.
+            half: In float16, for onnx.
+            check: Run the file, and compare it with the network; detectors always are.
             int8: In 8-bit integers, measured beside float32: static for onnx and openvino, weights or dynamic for pt2.
             calibrate: For static, a folder of images; the run's training data by default.
             data: To measure int8 on; the run's own by default.
@@ -381,16 +387,28 @@ class Run:
         from .deploy.export import Exported, export, real_image
 
         out = Path(out).expanduser()
-        check_options(self.folder, [name for name, value in (("features", features), ("int8", int8)) if value])
+        chosen = {"features": features, "int8": int8, "with_preprocessing": with_preprocessing}
+        check_options(self.folder, [name for name, value in chosen.items() if value])
+        if features + bool(int8) + with_preprocessing > 1 or (int8 and half):
+            raise ValueError("got more than one of features, int8, with_preprocessing (or int8 and half), expected one")
         if int8:
             return self._export_int8(format, out, int8, calibrate, data, progress)
         found, image = self.definition.exportable(self.folder, format, features), real_image(self.folder)
+        if found.gives_objects and (half or not check):
+            raise ValueError("half and no check are not for detectors: they are written in float32 and compared")
         if found.gives_objects:
             from .deploy.export_detector import export_detector
 
             return export_detector(found.network, out, image, found.classes, progress)
-        network = Exported(found.network, features).eval()
-        return export(network, format, out, image, classes=found.classes, progress=progress, **found.settings)
+        settings = {"classes": found.classes, "half": half, "check": check, "progress": progress, **found.settings}
+        if not with_preprocessing:
+            return export(Exported(found.network, features).eval(), format, out, image, **settings)
+        from .deploy.preprocessing import WithPreprocessing, compare
+
+        predictor: Any = self.predictor("cpu")
+        network = WithPreprocessing(found.network, predictor.config).eval()
+        rounding = compare(network, image, predictor.probabilities(predictor.prepare(image)[None])[0])
+        return export(network, format, out, image, names=("probabilities",), **settings) | {"rounding": rounding}
 
     def _export_int8(
         self, format: str, out: str | Path, way: str, calibrate: str | None, data: str | None, progress: Callable[[str], None]

@@ -42,6 +42,9 @@ def export(
     format: Writes[Format],
     out: Annotated[Writes[PathText], Option(metavar="FILE")],
     features: Writes[bool] = False,
+    with_preprocessing: Writes[bool] = False,
+    half: Writes[bool] = False,
+    check: Writes[bool] = True,
     int8: Writes[Way | None] = None,
     json: Json = False,
 ) -> None:
@@ -53,6 +56,9 @@ def export(
         format: docs/export.md tells them apart
         out: file to write: .onnx, .pt2 (pt2, aoti) or .xml (OpenVINO, with a .bin)
         features: a classifier's maps of strides 4, 8, 16 and 32, not the logits
+        with_preprocessing: of a classifier: from an image, uint8 (height, width, 3), to probabilities
+        half: in float16, for onnx
+        check: run the file and compare it with the model (default: yes)
         int8: 8-bit integers, measured beside float32: static for onnx and openvino, weights and dynamic for pt2
     """
     from ..deploy.export import FORMATS
@@ -61,11 +67,15 @@ def export(
     target = FORMATS[format]
     if Path(out).suffix != target.suffix:
         raise UsageError(f"--out {out}: expected a name that ends in {target.suffix} for {format}")
-    opened, _ = open_run(run, {}, "features", "int8", allow_nonfinite=allow_nonfinite)
+    opened, _ = open_run(run, {}, "features", "int8", "with_preprocessing", allow_nonfinite=allow_nonfinite)
     if int8 and format not in WAYS[int8]:
         raise UsageError(f"--int8 {int8} is for --format {' and '.join(WAYS[int8])}, got {format}")
-    if int8 and features:
-        raise UsageError("--int8 is for the logits of classifiers, whose accuracy it measures")
+    if int8 and (features or with_preprocessing or half or not check):
+        raise UsageError("--int8 is for the logits of classifiers, whose accuracy it measures: give no other form with it")
+    if features and with_preprocessing:
+        raise UsageError("--features and --with-preprocessing: expected one of them")
+    if half and format != "onnx":
+        raise UsageError(f"--half is for --format onnx, got {format}")
     if int8 and calibrate and int8 != "static":
         raise UsageError(f"--calibrate is for --int8 static: {int8} needs no images")
     for option, value in (("calibrate", calibrate), ("data", data)):
@@ -75,6 +85,9 @@ def export(
         format,
         out,
         features=features,
+        with_preprocessing=with_preprocessing,
+        half=half,
+        check=check,
         int8=int8,
         calibrate=calibrate,
         data=data,
@@ -91,8 +104,10 @@ def export(
         text = f"{out}: {title}, {result['bytes'] / 1e6:.1f} MB"
         if "objects" in result:
             text += f", {result['objects']} objects compared, {result['strays']} without a counterpart"
-        text += ", largest relative difference "
-        text += ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
+        differences = ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
+        text += f", largest relative difference {differences}" if differences else ", not compared with the model"
+        if "rounding" in result:
+            text += f"; probabilities within {result['rounding']:.1e} of gmf predict's"
     show({"run": run, **result}, json, text)
 
 

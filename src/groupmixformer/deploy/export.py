@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from ..run_folder import RunFolder
 
 OPSET = 20  # of ONNX: the first with GELU
 TOLERANCE = 1e-4  # of the largest difference, relative to the largest value
+HALF_TOLERANCE = 1e-2  # the same in float16
 SIZES = ((32, 32), (97, 129), (160, 224))  # to compare at, beside the network's own
 NAME = "groupmixformer"  # where OpenVINO keeps the metadata
 
@@ -39,7 +40,16 @@ class Exported(nn.Module):
     Args:
         network: A classifier or segmenter, for logits.
         features: Give a classifier's maps of strides 4, 8, 16 and 32 instead.
+
+    Attributes:
+        free: Names of the dimensions that the file leaves open, by their place.
+        input_name: Of the input.
+        layout: What the input is, in words.
     """
+
+    free: ClassVar[dict[int, str]] = {0: "batch", 2: "height", 3: "width"}
+    input_name = "images"
+    layout = "images: float32, contiguous, (batch, channels, height, width), RGB, from 0 to 1, minus mean, divided by std"
 
     def __init__(self, network: nn.Module, features: bool = False) -> None:
         super().__init__()
@@ -52,11 +62,20 @@ class Exported(nn.Module):
             return tuple(self.network.forward_intermediates(images, intermediates_only=True))
         return (self.network(images),)
 
+    def samples(self, image: Image.Image, size: tuple[int, int], about: Mapping[str, Any]) -> list[Tensor]:
+        """Return inputs to compare at a size: of an image, and random ones."""
+        channels = about["input_size"][0]
+        return [to_pixels(image, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)]
 
-def to_program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Trace a network, with batch, height and width left open."""
-    free = torch.export.Dim.DYNAMIC
-    return leave_open(torch.export.export(network, (images,), dynamic_shapes=({0: free, 2: free, 3: free},)))
+    def sizes(self, input_size: tuple[int, int, int]) -> list[tuple[int, int]]:
+        """Return the network's own size and those that every file is tried at."""
+        return list(dict.fromkeys([input_size[1:], *SIZES]))
+
+
+def to_program(network: Any, images: Tensor) -> torch.export.ExportedProgram:
+    """Trace an `Exported`, with the dimensions left open that it names."""
+    free = dict.fromkeys(network.free, torch.export.Dim.DYNAMIC)
+    return leave_open(torch.export.export(network, (images,), dynamic_shapes=(free,)))
 
 
 def leave_open(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -78,15 +97,15 @@ def save_program(program: torch.export.ExportedProgram, metadata: Mapping[str, s
     torch.export.save(program, path, extra_files=dict(metadata))
 
 
-def _write_onnx(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+def _write_onnx(network: Any, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
     program = torch.onnx.export(
         network,
         (images,),
         dynamo=True,
         opset_version=OPSET,
-        input_names=["images"],
+        input_names=[network.input_name],
         output_names=names,
-        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+        dynamic_shapes=(network.free,),
         verbose=False,
     )
     assert program is not None
@@ -96,13 +115,22 @@ def _write_onnx(network: nn.Module, images: Tensor, names: Sequence[str], metada
     program.save(path)
 
 
+def _to_half(path: Path) -> None:
+    """Turn an ONNX file into float16, but for its inputs and outputs."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+
+
 def _load_onnx(path: Path) -> Callable[[Tensor], Outputs]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
 def _write_pt2(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
@@ -131,11 +159,11 @@ def save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _write_openvino(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+def _write_openvino(network: Any, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
     import openvino
 
     model = openvino.convert_model(to_program(network, images))
-    model.inputs[0].tensor.set_names({"images"})
+    model.inputs[0].tensor.set_names({network.input_name})
     for output, name in zip(model.outputs, names, strict=True):
         output.tensor.set_names({name})
     save_openvino(model, metadata, path)
@@ -197,11 +225,6 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int], mean: Se
     return v2.functional.normalize(pixels, list(mean), list(std))[None].contiguous()  # AOTInductor takes that for granted
 
 
-def compared_sizes(input_size: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Return the network's own size and those that every file is tried at."""
-    return list(dict.fromkeys([input_size[1:], *SIZES]))
-
-
 def _difference(got: Outputs, expected: Outputs) -> float:
     """Return the largest difference relative to the largest value of each output; infinity for other shapes and NaN."""
     worst = 0.0
@@ -241,7 +264,7 @@ def size_on_disk(path: Path, target: Format) -> int:
 
 @torch.no_grad()
 def export(
-    network: nn.Module,
+    network: Exported,
     format: str,
     path: str | Path,
     image: Image.Image,
@@ -250,12 +273,14 @@ def export(
     mean: Sequence[float],
     std: Sequence[float],
     names: Sequence[str] = ("logits",),
+    half: bool = False,
+    check: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write the inference form of a network, in float32 for a CPU, for any batch, height and width, and compare.
+    """Write the inference form of a network for a CPU, for any batch, height and width, and compare.
 
     Args:
-        network: An `Exported` in eval mode. It is left as it is.
+        network: In eval mode. It is left as it is.
         format: One of `FORMATS`.
         path: The file; its folder is created if need be.
         image: A real one to compare on.
@@ -264,11 +289,13 @@ def export(
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         names: Of the outputs.
+        half: Store and compute in float16, for ONNX; inputs and outputs stay float32.
+        check: Compare the file with the network. Without, it is written and not run.
         progress: Is told what is done.
 
     Returns:
         file, format, bytes (of all its files), opset for ONNX, metadata, tolerance, and errors: by size, the largest difference
-        relative to the largest value.
+        relative to the largest value; none without a check.
 
     Raises:
         ValueError: If the name or the network does not fit the format, or the file is not the same function; then nothing is
@@ -281,13 +308,16 @@ def export(
         raise ValueError(f"{path}: expected a name that ends in {target.suffix} for {format}")
     for package in target.packages:
         importlib.import_module(package)
-    channels = input_size[0]
+    if half and format != "onnx":
+        raise ValueError(f"float16 is for onnx, got {format}: its runtime chooses the type itself")
+    tolerance = HALF_TOLERANCE if half else TOLERANCE
+    about = {"input_size": input_size, "mean": mean, "std": std}
     metadata = {
         "classes": to_json(list(classes)),
         "mean": to_json(list(mean)),
         "std": to_json(list(std)),
         "input_size": to_json(list(input_size)),
-        "layout": "images: float32, contiguous, (batch, channels, height, width), RGB, from 0 to 1, minus mean, divided by std",
+        "layout": network.layout,
         "outputs": to_json(list(names)),
         "version": importlib.metadata.version(NAME),
     }
@@ -296,24 +326,25 @@ def export(
         progress(f"writing {target.title}")
         fused = fuse(network)
         try:
-            target.write(fused, torch.randn(2, channels, *SIZES[1]), names, metadata, written)
+            target.write(fused, network.samples(image, SIZES[1], about)[1], names, metadata, written)
+            if half:
+                _to_half(written)
         except OSError:
             raise
         except Exception as error:
             raise ValueError(f"{format} cannot carry this network ({first_line(error)})") from error
         errors = {}
         try:
-            run = target.load(written)
-            for size in compared_sizes(input_size):
+            run, sizes = (target.load(written), network.sizes(input_size)) if check else (network, [])
+            for size in sizes:
                 progress(f"comparing at {size[0]} x {size[1]}")
-                pixels = to_pixels(image, channels, size, mean, std)
-                pairs = [(run(images), network(images)) for images in (pixels, torch.randn(3, channels, *size))]
+                pairs = [(run(images), network(images)) for images in network.samples(image, size, about)]
                 errors[f"{size[0]}x{size[1]}"] = max(_difference(got, expected) for got, expected in pairs)
         except Exception as error:
             raise ValueError(f"{path}: the written file does not run, so it is removed ({first_line(error)})") from error
-        if max(errors.values()) > TOLERANCE:
+        if max(errors.values(), default=0) > tolerance:
             found = ", ".join(f"{error:.1e} at {size}" for size, error in errors.items())
-            raise ValueError(f"{path}: the file differs from the model by {found}, above {TOLERANCE:g}, so it is removed")
+            raise ValueError(f"{path}: the file differs from the model by {found}, above {tolerance:g}, so it is removed")
         size_of_all = size_on_disk(written, target)
-    result = {"file": str(path), "format": format, "bytes": size_of_all, "errors": errors, "tolerance": TOLERANCE}
+    result = {"file": str(path), "format": format, "bytes": size_of_all, "errors": errors, "tolerance": tolerance}
     return result | ({"opset": OPSET} if format == "onnx" else {}) | {"metadata": metadata}

@@ -29,7 +29,6 @@ from .export import (
     SIZES,
     Exported,
     Outputs,
-    compared_sizes,
     export,
     files_of,
     first_line,
@@ -38,7 +37,6 @@ from .export import (
     save_openvino,
     save_program,
     size_on_disk,
-    to_pixels,
     to_program,
 )
 
@@ -169,17 +167,17 @@ def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], ima
     save_program(program, metadata, path)
 
 
-def _try(path: Path, format: str, out: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
+def _try(network: Exported, path: Path, format: str, out: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
     """Run a file at every size that exported files are compared at; for OpenVINO, at the model's own.
 
     Raises:
         ValueError: If it does not run, or gives something else than finite logits.
     """
-    channels, classes = about["input_size"][0], len(about["classes"])
+    classes = len(about["classes"])
     try:
         run = FORMATS[format].load(path)
-        for size in compared_sizes(about["input_size"])[: 1 if format == "openvino" else None]:
-            for images in (to_pixels(image, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)):
+        for size in network.sizes(about["input_size"])[: 1 if format == "openvino" else None]:
+            for images in network.samples(image, size, about):
                 (logits,) = run(images)
                 assert logits.shape == (len(images), classes) and logits.isfinite().all(), f"no logits at {size}"
     except Exception as error:
@@ -312,7 +310,7 @@ def quantize(
                 raise
             except Exception as error:
                 raise ValueError(f"{format} cannot carry this network as int8 {way} ({first_line(error)})") from error
-            _try(written, format, path, image, about)
+            _try(network, written, format, path, image, about)
             rows, skipped = _measure({"float32": exact, "int8": written}, format, about["input_size"], held_out, progress)
     result = {"file": str(path), "format": format, "int8": way, "calibration": source, "rows": rows, "verdict": verdict(*rows)}
     return result | {"threads": SETTINGS.threads, "machine": machine(SETTINGS), "skipped": skipped, "metadata": metadata}

@@ -20,8 +20,8 @@ LOCK = ".lock"
 class Claim:
     """Holds a run folder for this process alone, as a context; the claim ends with the process, however that ends.
 
-    The lock is one of POSIX, which network file systems know too, and which workers of loaders do not inherit. Windows has none:
-    there a note asks the user to start no second run.
+    The lock is one of POSIX, which network file systems know too, and which workers of loaders do not inherit. Windows
+    has none: there a note asks the user to start no second run.
 
     Args:
         folder: Created if need be.

@@ -66,7 +66,7 @@ class ClassificationTask(TaskSpec):
     evaluation_options = ("batch_size",)
     explainer_options = ("wanted_class",)
     columns = ("class", "probability")
-    other_options = ("plot", "max_batch", "features", "int8")
+    other_options = ("plot", "max_batch", "features", "int8", "with_preprocessing")
     casts_weights = True
     published = True
 
