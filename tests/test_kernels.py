@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from run_kernels import OPERATIONS, inputs_of, operate
+from test_groupmixformer import STAGES
 
-from groupmixformer import GroupMixAttention
+from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
 from groupmixformer.ops import attention as ops
 from groupmixformer.ops import dispatch
 
@@ -114,6 +115,23 @@ def test_the_operations_are_the_function_of_the_network(randomise):
     qkv, position = (x.reshape(*x.shape[:-3], H * W, -1, C // 2) for x in (maps, position))
     expected = ops.attend_heads(qkv, position, local.flatten(1, 2), attention.scale).reshape(mixed.shape)
     torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_fused_form_for_kernels_is_the_same_function(monkeypatch, randomise):
+    """What it computes around the kernels, for which their definitions stand here."""
+    network = randomise(GroupMixFormer(**STAGES)).double().eval()
+    images = torch.randn(2, 3, 67, 70, dtype=torch.float64)
+    monkeypatch.setattr(dispatch, "kernels_available", lambda x: True)
+    monkeypatch.setattr(ops, "_takes_kernels", lambda x: False)
+    fused, taken = fuse(network), []
+    for module in fused.modules():
+        if hasattr(module, "with_kernels"):
+            assert module.with_kernels
+            forward = module._forward_kernels
+            module._forward_kernels = lambda x, forward=forward: taken.append(x.shape) or forward(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images), network(images), rtol=1e-9, atol=1e-9)
+    assert len(taken) == sum(STAGES["depths"])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -67,6 +67,7 @@ def test_views_and_parameters(tmp_path, legacy):
         "half": torch.ones(3, dtype=torch.float16),
         "flags": torch.tensor([True, False]),
         "double": torch.tensor(1 / 3, dtype=torch.float64),
+        **{f"{dtype}": torch.ones(5, dtype=dtype) for dtype in (torch.complex64, torch.complex128, torch.int16, torch.int8)},
     }
     if not legacy:
         expected["bytes"] = torch.arange(6).to(torch.uint16)
@@ -86,6 +87,22 @@ def test_a_storage_shorter_than_declared(tmp_path):
     torch.save(TENSORS, path)
     zip_again(path, zipfile.ZIP_STORED, lambda name, data: data[:-4] if name.endswith("data/0") else data)
     assert_refused(path, "its storage 0 has 156 bytes, expected 160")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_shape_larger_than_the_storage(tmp_path, legacy):
+    """PyTorch would make the storage longer, with whatever is in memory."""
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=not legacy)
+    shape, larger = b"K\x03\x85", b"K\x07\x85"  # of a pickle: a tuple with 3, with 7
+    if legacy:
+        content = path.read_bytes()
+        assert content.count(shape) == 1
+        path.write_bytes(content.replace(shape, larger))
+        assert_refused(path, "its tensor a has 7 numbers, more than are stored for it")
+    else:
+        zip_again(path, zipfile.ZIP_STORED, lambda name, data: data.replace(shape, larger))
+        assert_refused(path, "resize storage")
 
 
 def test_every_bit_of_a_zip_counts(tmp_path):
@@ -139,6 +156,16 @@ def test_weights_that_are_not_finite(tmp_path, randomise, name, value):
     loaded = load_checkpoint(path, allow_nonfinite=True).state_dict()
     assert torch.equal(loaded["norm.weight"].isfinite(), weights["norm.weight"].isfinite())
     Run.open(path, allow_nonfinite=True).load()
+
+
+def test_the_first_tensors_that_are_not_finite_are_named(tmp_path):
+    tensors = {name: torch.tensor([1.0, torch.nan]) for name in "abcd"}
+    torch.save(tensors, tmp_path / "a.pth")
+    assert_refused(
+        tmp_path / "a.pth", r"4 of 4 tensors hold NaN or infinite values: a \(1 of 2\), b \(1 of 2\), c \(1 of 2\), \.\.\.: "
+    )
+    torch.save({name: tensors[name] for name in "abc"}, tmp_path / "a.pth")
+    assert_refused(tmp_path / "a.pth", r"a \(1 of 2\), b \(1 of 2\), c \(1 of 2\): training diverged")
 
 
 def test_large_finite_weights_are_not_infinite(tmp_path):
