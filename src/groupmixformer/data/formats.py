@@ -298,13 +298,13 @@ class _Format:
     find: Callable[[Path], Parts]
 
 
-OBJECTS = ("detection",)
-# In the order in which they are looked for: what is surer first.
+OBJECTS = ("detection", "segmentation")
+# In the order in which they are looked for: what is surer first, and masks before objects of which some are to be drawn.
 FORMATS = {
-    "coco": _Format("COCO's annotations", OBJECTS, _coco),
     "cityscapes": _Format("Cityscapes", ("segmentation",), _cityscapes),
     "ade20k": _Format("ADE20K", ("segmentation",), _ade20k),
     "masks": _Format("images and masks", ("segmentation",), _masks),
+    "coco": _Format("COCO's annotations", OBJECTS, _coco),
     "yolo": _Format("YOLO", OBJECTS, _yolo),
     "voc": _Format("Pascal VOC", ("detection",), _voc),
     "voc-masks": _Format("Pascal VOC's masks", ("segmentation",), _voc_masks),

@@ -1,131 +1,24 @@
 """Data sets with objects, in COCO's form whatever their format: checked before training, turned into samples."""
 
 import json
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from os.path import normpath
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ...data.annotations import Annotations, as_rle
 from ...data.formats import recognise
 from ...data.images import read_image
-from ...data.objects import read_objects
-from ...data.samples import Samples, in_threads, size_problem
+from ...data.samples import Samples
 from ...data.split import TRAIN, Splitter
-from ...files import Fields
 from ...visual.drawing import draw_objects, to_image
-
-
-class _Ids:
-    """Records of one kind by their ids, which are integers or texts, all of them.
-
-    Args:
-        records: What was read.
-        kind: images or categories.
-        source: What an error about all of them names.
-
-    Raises:
-        ValueError: If there are none, an id is of another kind than the first, or stands for two records.
-    """
-
-    def __init__(self, records: Sequence[Fields], kind: str, source: Path) -> None:
-        if not records:
-            raise ValueError(f"{source}: {kind} is [], expected one or more")
-        self.texts = isinstance(records[0].values.get("id"), str)
-        self.expected = f"{'a text' if self.texts else 'an integer'}, as the first id of the {kind} is"
-        self.records: dict[Any, Fields] = {}
-        for record in records:
-            key = self.read(record, "id")
-            if key in self.records:
-                first = _short(self.records[key].where)
-                raise ValueError(f"{record.where}: id is {key!r}, as in {first}, expected an id of its own")
-            self.records[key] = record
-
-    def read(self, record: Fields, name: str) -> Any:
-        """Return an id of these in a field of any record."""
-        value = record.values.get(name)
-        if type(value) is (str if self.texts else int):
-            return value
-        return int(record.take(name, self.expected, lambda value: not self.texts and _whole(value)))
-
-
-def _short(where: str) -> str:
-    return where.rpartition(": ")[2]  # without the file
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()  # what some programs make of an integer
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _read_images(records: _Ids) -> dict[Any, dict[str, Any]]:
-    """Return id, file_name, width and height of each image by its id."""
-    images: dict[Any, dict[str, Any]] = {}
-    files: dict[str, str] = {}  # and where they are named
-    for key, record in records.records.items():
-        name = record.text("file_name")
-        first = files.setdefault(normpath(name), record.where)
-        if first != record.where:
-            first = _short(first)
-            raise ValueError(f"{record.where}: file_name is {name}, as in {first}, expected one record with all its objects")
-        width, height = (record.integer(side, 1, 10**6) for side in ("width", "height"))
-        images[key] = {"id": key, "file_name": name, "width": width, "height": height}
-    return images
-
-
-def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Return COCO's run-length encoding of polygons, of an uncompressed encoding or of itself.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if not isinstance(segmentation, dict):
-        return dict(rle.merge(rle.frPyObjects(_polygons(segmentation), height, width)))
-    fields = Fields(segmentation, "segmentation")
-    size, counts = fields.integers("size", 2, 0), segmentation.get("counts")
-    if size != [height, width]:
-        raise ValueError(f"segmentation: size is {size}, expected height and width of the image, {[height, width]}")
-    if isinstance(counts, list):
-        if sum(fields.integers("counts", low=0)) != height * width:
-            raise ValueError(f"segmentation: counts are {sum(counts)} pixels in all, expected {height * width}")
-        return dict(rle.frPyObjects(segmentation, height, width))
-    fields.take("counts", "a list of integers, or COCO's text", lambda value: isinstance(value, str) and value.isascii())
-    try:
-        rle.decode([{"size": size, "counts": counts}])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"segmentation: counts cannot be decoded: {error}") from error
-    return {"size": size, "counts": counts}
-
-
-def _polygons(segmentation: Any) -> list[list[float]]:
-    """Return the polygons that have an area: three points or more.
-
-    Raises:
-        ValueError: If there are none, or one is damaged.
-    """
-    listed = segmentation if isinstance(segmentation, list) else []
-    for polygon in listed:
-        if not isinstance(polygon, list) or len(polygon) % 2 or not _finite(polygon):
-            raise ValueError("segmentation: a polygon is not of pairs of numbers, x and y")
-    usable = [polygon for polygon in listed if len(polygon) >= 6]
-    if not usable:
-        raise ValueError("segmentation: has no polygon of three points")
-    return usable
-
-
-def _finite(numbers: Any) -> bool:
-    return all(isinstance(n, int | float) and not isinstance(n, bool) and -1e9 < n < 1e9 for n in numbers)
 
 
 class CocoImages(Samples):
@@ -169,27 +62,12 @@ class CocoImages(Samples):
         splitter: Splitter | None = None,
     ) -> None:
         found = recognise(folder, "detection")
-        read = read_objects(found, found.undivided() if splitter else found.part(split, or_whole))
+        read = Annotations(found, found.undivided() if splitter else found.part(split, or_whole), masks)
         self.annotations, self.folder = read.source, read.folder
+        self.class_names, self.category_ids = read.class_names, read.category_ids
+        self.skipped, self.dropped, self.notes = read.skipped, read.dropped, read.notes
         self.masks, self.transform, self.seed = masks, transform, seed
-        categories, records = _Ids(read.categories, "categories", read.source), _Ids(read.images, "images", read.source)
-        self.category_ids = sorted(categories.records)
-        names = (categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
-        self.class_names = [str(name) for name in names]
-        images = _read_images(records)
-
-        def problem(image: Mapping[str, Any]) -> str:
-            return size_problem(self.folder / image["file_name"], (image["width"], image["height"]), "annotated as")
-
-        problems = in_threads(problem, images.values())
-        self.skipped = [*read.skipped, *(problem for problem in problems if problem)]
-        usable = {image["id"]: image for image, problem in zip(images.values(), problems, strict=True) if not problem}
-        if not usable:
-            raise ValueError(
-                f"{self.annotations}: none of its {len(images)} images can be used: {next(filter(None, problems))}"
-            )
-        objects = self._read_objects(read.annotations, records, categories, images, usable)
-        self.notes = [*read.notes, *self.notes]
+        usable, objects = read.images, read.objects
         if splitter:
             files = {image["file_name"]: self.folder / image["file_name"] for image in usable.values()}
             dealt = splitter(files, lambda: [{annotation["label"] for annotation in objects[key]} for key in usable])
@@ -214,73 +92,6 @@ class CocoImages(Samples):
             }
         # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
         self._records = [json.dumps({**image, "objects": objects[key]}).encode() for key, image in usable.items()]
-
-    def _read_objects(
-        self, records: Iterable[Fields], image_ids: _Ids, category_ids: _Ids, images: Mapping[Any, Any], usable: Container[Any]
-    ) -> dict[Any, list[dict[str, Any]]]:
-        """Check the objects, and gather those of usable images by image; note what is odd about them."""
-        labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        found: dict[Any, list[dict[str, Any]]] = {key: [] for key in images if key in usable}
-        self.dropped: list[str] = []
-        boxes: list[tuple[float, ...]] = []  # with width and height of their images
-        by_id: dict[Any, Fields] = {}
-        for number, record in enumerate(records, start=1):
-            image_id, category = image_ids.read(record, "image_id"), category_ids.read(record, "category_id")
-            crowd, area = record.flag("iscrowd", False), record.number("area", default=None)
-            own = record.take("id", "an integer or a text", _is_name, None)
-            image, box = images.get(image_id), record.values.get("bbox")
-            if own is not None and by_id.setdefault(own, record) is not record and by_id[own].values == record.values:
-                self.dropped.append(f"{_short(record.where)}: is {_short(by_id[own].where)} once more")
-                continue
-            try:
-                if image is None:
-                    raise ValueError("an image that is not annotated")
-                if category not in labels:
-                    raise ValueError(f"category {category}, which is not defined")
-                if not isinstance(box, list) or len(box) != 4 or not _finite(box):
-                    raise ValueError(f"box {box}, expected four numbers: x, y, width, height")
-                boxes.append((*box, image["width"], image["height"]))
-                annotation = {"category_id": category, "label": labels[category], "bbox": box, "iscrowd": int(crowd)}
-                self._check_object(record, image, box)
-            except ValueError as error:
-                name = number if own is None else own
-                self.dropped.append(f"object {name} of {image['file_name'] if image else image_id}: {error}")
-                continue
-            if image_id in found:
-                annotation |= {"id": number, "image_id": image_id, "area": box[2] * box[3] if area is None else area}
-                if self.masks:
-                    annotation["segmentation"] = record.values["segmentation"]
-                found[image_id].append(annotation)
-        self.notes = [f"{len(self.dropped)} objects left out: {'; '.join(self.dropped[:5])}"] if self.dropped else []
-        self._check_boxes(np.array(boxes, dtype=np.float64).reshape(-1, 6))
-        return found
-
-    def _check_object(self, record: Fields, image: Mapping[str, Any], box: Sequence[float]) -> None:
-        height, width = image["height"], image["width"]
-        x, y, w, h = box
-        if w < 1 or h < 1:
-            swapped = ": its corners are swapped" if w < 0 or h < 0 else ""
-            raise ValueError(f"box {box} is less than a pixel wide or high{swapped}")
-        if min(x + w, width) - max(x, 0) < 1 or min(y + h, height) - max(y, 0) < 1:
-            raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
-        if self.masks:
-            segmentation = record.values.get("segmentation")
-            if isinstance(segmentation, dict):
-                _as_rle(segmentation, height, width)
-            else:
-                _polygons(segmentation)  # not drawn yet: they are many
-
-    def _check_boxes(self, boxes: NDArray[np.float64]) -> None:
-        """Refuse boxes (N, 4) that are corners in place of sizes, by the sizes of their images (N, 2) in the last columns."""
-        x, y, w, h, width, height = boxes.T
-        beyond = (x + w > width + 1) | (y + h > height + 1)
-        corners = (x >= 0) & (y >= 0) & (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1)
-        if not beyond.any():
-            return
-        line = f"{beyond.sum()} of {len(boxes)} boxes reach more than a pixel beyond their image"
-        if beyond.mean() > 0.05 and corners.mean() > 0.8:
-            raise ValueError(f"{self.annotations}: {line}, and as x1, y1, x2, y2 they would fit: expected x, y, width, height")
-        self.notes = [*self.notes, f"{line}; training cuts them"]
 
     def relabel(self, names: Sequence[str], places: Sequence[int]) -> None:
         """Take the classes of a model; those that the annotations do not have get ids that stand for nothing."""
@@ -337,7 +148,7 @@ class CocoImages(Samples):
             "labels": torch.tensor([self.place(annotation["label"] - 1) + 1 for annotation in annotated], dtype=torch.int64),
         }
         if self.masks:
-            encoded = [_as_rle(annotation["segmentation"], height, width) for annotation in annotated]
+            encoded = [as_rle(annotation["segmentation"], height, width) for annotation in annotated]
             masks = rle.decode(encoded) if encoded else np.zeros((height, width, 0), dtype=np.uint8)  # (H, W, N)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))))
         return target

@@ -1,7 +1,8 @@
 """Data sets with a class for every pixel: found, checked before training, turned into samples."""
 
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ...data.annotations import Annotations, as_rle
 from ...data.formats import recognise
 from ...data.images import describe_left_out, image_sizes, read_image
+from ...data.objects import READERS
 from ...data.samples import Samples, in_threads, size_problem
 from ...data.split import TRAIN, Splitter
-from ...visual.drawing import draw_segments, to_image
+from ...files import to_json
+from ...visual.drawing import draw_segments, palette, to_image
 from .masks import Meaning, meaning, pairs
 
+BACKGROUND = "background"  # the class of pixels without a polygon
 IGNORE = 255  # label of pixels that do not count
 MOST_MASKS = 1000  # looked at before training for which classes are there
 
@@ -66,6 +71,18 @@ def _read_mask(path: Path, meaning: Meaning) -> NDArray[np.uint8]:
     return numbers[places]
 
 
+def _draw(record: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return the labels (H, W) of the objects of an image, the smaller ones over the larger; 0 is the background."""
+    from faster_coco_eval.core import mask as rle
+
+    height, width = record["height"], record["width"]
+    encoded = [(as_rle(one["segmentation"], height, width), one["label"]) for one in record["objects"]]
+    numbers = np.zeros((height, width), dtype=np.uint8)
+    for one, label in sorted(encoded, key=lambda pair: -float(rle.area(pair[0]))):
+        numbers[rle.decode(one) > 0] = label
+    return numbers
+
+
 class SemanticImages(Samples):
     """The images of one split with the class of each pixel.
 
@@ -74,7 +91,8 @@ class SemanticImages(Samples):
     marks pixels that do not count.
 
     Args:
-        folder: Holds images and masks in any layout of `groupmixformer.data.formats` that has some.
+        folder: Holds images with masks or polygons, in any format of `groupmixformer.data.formats` for segmentation; where
+            there are polygons, the background is a class.
         split: train, val or another.
         transform: From (image, labels) to the two augmented; none for evaluation.
         prepare: From an image to the tensor that a model takes; for evaluation.
@@ -106,6 +124,9 @@ class SemanticImages(Samples):
         found = recognise(folder, "segmentation")
         part = found.undivided() if splitter else found.part(split, or_whole)
         self.transform, self.prepare, self.seed = transform, prepare, seed
+        if found.format in READERS:
+            self._read_objects(Annotations(found, part, masks=True), split, splitter)
+            return
         self.meaning = meaning(found)
         self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
         left_out: Counter[str] = Counter()
@@ -118,21 +139,45 @@ class SemanticImages(Samples):
         usable = [pair for pair, problem in zip(files, problems, strict=True) if not problem]
         if not usable:
             raise ValueError(f"{found.parts[part][0]}: none of its {len(files)} images can be used: {self.skipped[0]}")
+        names = [image.relative_to(found.path).as_posix() for image, _ in usable]
+        self._take(names, [(str(image), str(mask)) for image, mask in usable], split, splitter)
+
+    def _read_objects(self, read: Annotations, split: str, splitter: Splitter | None) -> None:
+        """Take the polygons and run lengths of objects for masks, over a background."""
+        if len(read.class_names) > 254:
+            raise ValueError(f"{read.source}: has {len(read.class_names)} categories, expected 254 at most")
+        if not any(read.objects.values()):
+            reason = f": {read.dropped[0]}" if read.dropped else ""
+            raise ValueError(f"{read.source}: holds no object with a polygon or a mask{reason}")
+        names = [BACKGROUND, *(name for name in read.class_names if name != BACKGROUND)]
+        self.meaning = Meaning(read.source, names, list(range(len(names))), [[0, 0, 0], *palette(len(names) - 1)], [], [])
+        self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
+        self.skipped, self.notes = read.skipped, read.notes
+        for one in (one for objects in read.objects.values() for one in objects):
+            one["label"] = names.index(read.class_names[one["label"] - 1])
+        masks = [to_json({**image, "objects": read.objects[key]}).encode() for key, image in read.images.items()]
+        files = [image["file_name"] for image in read.images.values()]
+        usable = [(str(read.folder / file), mask) for file, mask in zip(files, masks, strict=True)]
+        self._take(files, usable, split, splitter)
+
+    def _take(
+        self, names: Sequence[str], usable: Sequence[tuple[str, str | bytes]], split: str, splitter: Splitter | None
+    ) -> None:
+        """Take images with their masks, those of the split if a splitter deals them out by their names."""
         self._labels = np.full(256, -1, dtype=np.int16)  # of each number in a mask file; -1 for those that mean nothing
         self._labels[self.meaning.ignored] = IGNORE
         self._labels[self.class_ids] = np.arange(len(self.class_ids))
         if splitter:
-            names = [image.relative_to(found.path).as_posix() for image, _ in usable]
-            by_name = dict(zip(names, (image for image, _ in usable), strict=True))
-            chosen = splitter(by_name, lambda: in_threads(self._classes_in, usable)).names(split)
+            by_name = dict(zip(names, (Path(image) for image, _ in usable), strict=True))
+            chosen = splitter(by_name, lambda: in_threads(self._classes_in, (mask for _, mask in usable))).names(split)
             usable = [pair for name, pair in zip(names, usable, strict=True) if name in chosen]
             self.skipped = self.skipped if split == TRAIN else []
-        self.names, self.masks = [str(image) for image, _ in usable], [str(mask) for _, mask in usable]
+        self.names, self.masks = [image for image, _ in usable], [mask for _, mask in usable]
 
-    def _classes_in(self, pair: tuple[Path, Path]) -> list[int]:
+    def _classes_in(self, mask: str | bytes) -> list[int]:
         """Return the classes that the mask of an image has pixels of."""
         try:
-            labels = np.unique(self._labels[self._numbers(str(pair[1]))])
+            labels = np.unique(self._labels[self._numbers(mask)])
         except ValueError:
             return []  # which is told where it is read
         return [label for label in labels.tolist() if label != IGNORE]
@@ -182,8 +227,10 @@ class SemanticImages(Samples):
         image = to_image(sample[0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         return draw_segments(image, sample[1], self.class_names, self.colors)
 
-    def _numbers(self, mask: str) -> NDArray[np.uint8]:
+    def _numbers(self, mask: str | bytes) -> NDArray[np.uint8]:
         """Return the numbers in a mask (H, W); ValueError if it cannot be read, or one is of no class."""
+        if isinstance(mask, bytes):
+            return _draw(json.loads(mask))
         numbers = _read_mask(Path(mask), self.meaning)
         if (unknown := self._labels[numbers] < 0).any():
             raise ValueError(f"{mask}: holds the number {numbers[unknown][0]}, which is of no class")
