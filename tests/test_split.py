@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from groupmixformer.cli.main import main
 from groupmixformer.data.duplicates import fingerprint, groups, near_pairs
 from groupmixformer.data.split import Split, Splitter, deal
 from groupmixformer.run import Run
+from groupmixformer.run_folder import read_metrics
 from groupmixformer.tasks.detection.data import CocoImages
 from groupmixformer.tasks.registry import build_task
 from groupmixformer.tasks.segmentation.data import SemanticImages
@@ -330,3 +333,23 @@ def test_a_detector_is_measured_on_the_part_that_was_held_out(tmp_path, capsys):
 def test_the_own_data_of_a_run_on_data_with_parts_has_no_splitter(photos, tmp_path):
     run = Run.open(fit(photos, tmp_path / "run"))
     assert "splitter" not in run._data(None)[1] and not (run.path / "split.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_split_and_balance_over_both(flat, tmp_path):
+    """Each deals the images out on its own, and both must come to the same."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "if __name__ == '__main__':\n    from groupmixformer.cli.main import main\n    raise SystemExit(main())\n"
+    )
+    runs = {}
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        options = ["--devices", devices, "--val-share", "0.2", "--balance", "sampling", "--batch-size", 4 // devices, "--json"]
+        argv = [sys.executable, script, "train", "folder", "--data", flat, "--out", out, *TINY, *options]
+        done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        runs[devices] = (parts(out), json.loads(done.stdout))
+    assert runs[1][0] == runs[2][0] and runs[2][1]["images"] == 5
+    losses = [read_metrics(tmp_path / str(devices))[0]["loss"] for devices in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.2)  # BatchNorm sees half the images

@@ -154,7 +154,7 @@ class Samples(Dataset[Any]):
             ValueError: If it is exceeded, or if too few classes are there.
         """
         counts, what, problems = self.count_classes()
-        self.summary = f"{len(self):,} images, {len(self.class_names):,} classes"
+        self.summary = f"{len(self):,} images, {len(self.class_names):,} class{'es' * (len(self.class_names) != 1)}"
         if counts and len(counts) > 1:
             least, most = (
                 f"{value:,} of {short(self.class_names[counts.index(value)])}" for value in (min(counts), max(counts))

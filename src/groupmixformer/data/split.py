@@ -178,8 +178,9 @@ class Splitter:
         part = deal(classes, group, shares, self.seed)
         parts = {title: sorted(names[i] for i in np.flatnonzero(part == number)) for number, title in enumerate(titles)}
         joined = np.unique(group, return_counts=True)[1]
-        kept = f"{joined[joined > 1].sum()} of them near duplicates, in {(joined > 1).sum()} groups that stay together"
-        kept = kept if pairs else "without near duplicates"
+        joined = joined[joined > 1]
+        together = f"{joined.sum()} of them near duplicates, in {len(joined)} group{'s' * (len(joined) != 1)} kept together"
+        kept = together if pairs else "without near duplicates"
         sizes = ", ".join(f"{title} {len(found)}" for title, found in parts.items())
         if empty := [title for title, found in parts.items() if not found]:
             raise ValueError(

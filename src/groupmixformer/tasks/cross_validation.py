@@ -70,7 +70,8 @@ def cross_validate(
         except SystemExit:  # after a signal, as a run says
             LOGGER.warning(f"all folds go on with {again}")
             raise
-        metrics = {name: value for name, value in result.items() if isinstance(value, float) and "second" not in name}
+        found = {name: value for name, value in result.items() if isinstance(value, float) and "second" not in name}
+        metrics = {name: value for name, value in found.items() if name not in vars(recipe)}  # crop_pct is a setting
         if not metrics:
             raise ValueError(f"{own.out}: could not be measured: continue with {again}")
         measured.append({"fold": fold, "run": own.out, **metrics})
@@ -79,7 +80,7 @@ def cross_validate(
     rows = [{"fold": row["fold"], **{name: row[name] for name in summary["mean"]}} for row in measured]
     rows += [{"fold": name, **summary[name]} for name in ("mean", "std")]
     write_rows(out / "summary.csv", rows)
-    return {"run": str(out), **summary}, _table(rows)
+    return {"run": str(out), **summary}, f"{_table(rows)}\nsummary {out / SUMMARY}"
 
 
 def summarise(measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
