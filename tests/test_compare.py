@@ -14,12 +14,14 @@ import pytest
 import scipy.stats
 import timm
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer import Run
 from groupmixformer.bench import compare as comparing
+from groupmixformer.bench.beyond import CORRUPTIONS, MEASURES, measure_beyond
 from groupmixformer.bench.compare import OUTCOME, PREDICTIONS, Candidate, Plan, make_plan, parse_model, train_all
-from groupmixformer.bench.comparison import compare, holm, paired_bootstrap, pareto, write_comparison
+from groupmixformer.bench.comparison import cells, compare, holm, paired_bootstrap, pareto, write_comparison
 from groupmixformer.bench.matching import costs, match
 from groupmixformer.bench.timing import Settings
 from groupmixformer.cli.main import main
@@ -79,8 +81,10 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
     result = json.loads(captured.out)
     for run in out.glob("runs/*/*"):
         assert [row["epoch"] for row in Run.open(run).metrics] == [0, 1]
-    assert main(command(photos, out)) == 0
+    capsys.readouterr()
+    assert main([*command(photos, out), "--also", "resolution", "shift"]) == 0
     assert len(trained) == 5
+    result = json.loads(capsys.readouterr().out)
 
     # Figures of the table, from the runs.
     for row in result["models"]:
@@ -90,6 +94,8 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
         assert row["top1"] == pytest.approx(sum(found) / 2)
         assert row["top1_sd"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
         assert row["inference_images_per_second"] > 0 and row["training_images_per_second"] > 0
+        assert row["top1_at_32"] == pytest.approx(row["top1"])  # the size of the training
+        assert 0 <= row["shift_consistency"] <= 1 and "top1_at_64" in row
     first, second = result["models"]
     assert abs(second["macs"] / first["macs"] - 1) < 0.02 and "embed_dims" in second["matched"]
     (pair,) = result["pairs"]
@@ -176,6 +182,29 @@ def test_bootstrap_finds_nothing_as_often_as_it_should():
     rng = np.random.default_rng(0)
     found = [paired_bootstrap(*(rng.random((2, 1, 200)) < 0.5), seed=i)[2] < 0.05 for i in range(300)]
     assert 0.02 < np.mean(found) < 0.09
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_grow_with_the_level_and_are_the_same_for_every_model(name):
+    pixels = F.interpolate(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 64, mode="bilinear")
+    pixels = (pixels * 200 + 20).byte()
+    apply, strengths = CORRUPTIONS[name]
+    changed = [apply(pixels, strength) for strength in strengths]
+    assert all(image.shape == pixels.shape and image.dtype == torch.uint8 for image in changed)
+    distances = [(image.float() - pixels).square().mean().item() for image in changed]
+    assert distances[4] > distances[2] > distances[0] > 0
+    assert torch.equal(changed[2], apply(pixels, strengths[2]))
+
+
+def test_further_measures_are_made_once(made, monkeypatch):
+    monkeypatch.setitem(MEASURES, "shift", lambda run: {"shift_consistency": run.seed / 4})
+    for run in made.all_runs:
+        measure_beyond(run, ["shift"])
+    monkeypatch.setitem(MEASURES, "shift", None)
+    measure_beyond(made.all_runs[0], ["shift"])
+    assert [row["shift_consistency"] for row in compare(made)["models"]] == [0.125, 0.125]
+    head, *_ = cells(compare(made))
+    assert "shift consistency %" in head
 
 
 def test_pareto_front():
@@ -300,7 +329,7 @@ def test_every_format_is_read_and_names_are_no_markup(made):
     assert [float(x) for x in pair["by_seed"].split()] == pytest.approx([0.2, 0.4])
 
     page = Page(files["index.html"])
-    assert "b" not in page.tags and page.tags.count("img") == 2  # without measured times
+    assert "b" not in page.tags and page.tags.count("img") == 3  # without measured times
     assert ODD in page.texts and "85.00" in page.texts
     assert "http" not in files["index.html"]
 

@@ -24,7 +24,7 @@ import yaml
 
 from ..files import atomic_write, one_line, read_json, read_text, to_json, write_file, write_rows
 from ..models.checkpoint import model_name
-from ..run_folder import CHECKPOINT, RECIPE, RunFolder, read_metrics
+from ..run_folder import RECIPE, RunFolder, read_metrics
 from ..tasks.classification.data import open_images
 from ..tasks.classification.training import create_classifier
 from ..tasks.registry import PRECISIONS, build_task, find_task, resolve_device
@@ -220,8 +220,18 @@ def is_done(run: Recipe) -> bool:
     return (Path(run.out) / OUTCOME).is_file()
 
 
+def open_last(run: Recipe, image_size: int | None = None) -> Any:
+    """Return what looks at images with the weights of the last epoch, which were not chosen by the held-out images."""
+    checkpoint, device, dtype = RunFolder(run.last_checkpoint), resolve_device(run.device), PRECISIONS[run.precision]
+    WEIGHTS_LOGGER.disabled = True  # it would say that these are weights of a checkpoint
+    try:
+        return find_task(run.task).predictor(checkpoint, device, image_size, dtype)
+    finally:
+        WEIGHTS_LOGGER.disabled = False
+
+
 def train_and_evaluate(run: Recipe) -> None:
-    """Train, or continue, and evaluate the weights of the last epoch, which were not chosen by the held-out images.
+    """Train, or continue, and evaluate the weights of the last epoch.
 
     Raises:
         KeyboardInterrupt: If a signal stopped it, after it was saved.
@@ -232,12 +242,7 @@ def train_and_evaluate(run: Recipe) -> None:
         train(run, build_task, "auto")
     except Stopped as stop:
         raise KeyboardInterrupt from stop
-    checkpoint, device, dtype = RunFolder(folder / CHECKPOINT), resolve_device(run.device), PRECISIONS[run.precision]
-    WEIGHTS_LOGGER.disabled = True  # it would say that these are weights of a checkpoint
-    try:
-        predictor: Any = find_task(run.task).predictor(checkpoint, device, None, dtype)
-    finally:
-        WEIGHTS_LOGGER.disabled = False
+    predictor = open_last(run)
     found = predictor.evaluate(predictor.open_data(run.data, root=run.root), run.workers).evaluation
     rows = [
         {"position": position, "true": true, "predicted": predicted, "confidence": confidence}

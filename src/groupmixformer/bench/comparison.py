@@ -8,17 +8,28 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from timm.utils.misc import natural_key
 
 from ..files import printable, read_json, read_text, short, to_json, write_file, write_rows
 from ..run_folder import RECIPE, read_metrics
 from ..visual.figures import drawn
 from ..visual.page import html_page, html_table, image
+from .beyond import read_beyond
 from .compare import OUTCOME, SPEED, Candidate, Plan, is_done, read_predictions
 
 RESAMPLES = 9999
 LEVEL = 0.05
-MEANS = {"top5": "top-5 %", "loss": "loss", "calibration_error": "calibration error %"}
+MEANS = ("top5", "loss", "calibration_error")
+
+
+# What a model costs: title and label of the figure, and what one of its units is.
+COSTS = {
+    "macs": ("MACs", "MACs of an image, in millions", 1e6),
+    "parameters": ("parameters", "parameters, in millions", 1e6),
+    "milliseconds": ("measured time", "milliseconds an image, inference", 1),
+}
 
 
 def paired_bootstrap(first: NDArray[Any], other: NDArray[Any], seed: int = 0) -> tuple[float, float, float]:
@@ -90,6 +101,10 @@ def _row(plan: Plan, model: Candidate, speed: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     for name in MEANS:
         row[name] = float(np.mean([outcome[name] for outcome in outcomes])) if outcomes else None
+    further = [{k: v for part in read_beyond(run).values() for k, v in part.items()} for run in done]
+    for name in further[0] if further else ():
+        values = [found[name] for found in further if found.get(name) is not None]
+        row[name] = float(np.mean(values)) if values else None  # type: ignore[arg-type]
     seconds = [read_metrics(Path(run.out))[-1]["seconds"] for run in done]
     row["training_seconds"] = float(np.mean(seconds)) if seconds else None
     for kind in ("inference", "training"):
@@ -111,12 +126,11 @@ def compare(plan: Plan) -> dict[str, Any]:
     """
     speed = read_json(plan.folder / SPEED) if (plan.folder / SPEED).is_file() else {}
     rows = [_row(plan, model, speed) for model in plan.models]
-    for name, costs in {
-        "pareto_macs": [row["macs"] for row in rows],
-        "pareto_time": [1 / s if (s := row["inference_images_per_second"]) else None for row in rows],
-    }.items():
-        for row, best in zip(rows, pareto(costs, [row["top1"] for row in rows]), strict=True):
-            row[name] = best
+    for row in rows:
+        row["milliseconds"] = 1000 / found if (found := row["inference_images_per_second"]) else None
+    for name in COSTS:
+        for row, best in zip(rows, pareto([row[name] for row in rows], [row["top1"] for row in rows]), strict=True):
+            row[f"pareto_{name}"] = best and name != plan.match
     right = [_right(plan, model) for model in plan.models]
     pairs = [_difference(right[0], other, model.name) for other, model in zip(right[1:], plan.models[1:], strict=True)]
     tested = [pair for pair in pairs if pair["p"] is not None]
@@ -153,7 +167,11 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     pairs = {pair["model"]: pair for pair in result["pairs"]}
     first = result["models"][0]["model"]
     head = ["model", "top-1 %", "sd", "n", f"against {first}", "95 % interval", "p (Holm)", "parameters M", "MACs M"]
-    head += ["inference images/s", "training images/s", "training MiB", "calibration error %"]
+    head += ["inference images/s", "training images/s", "training MiB"]
+    shares = ["calibration_error", "corrupted_top1", "shift_consistency"]
+    shares += sorted({key for row in result["models"] for key in row if key.startswith("top1_at_")}, key=natural_key)
+    shares = [name for name in shares if any(name in row for row in result["models"])]
+    head += [f"{name.replace('top1', 'top-1').replace('_', ' ')} %" for name in shares]
     rows = []
     for row in sorted(result["models"], key=lambda row: -(row["top1"] or 0)):
         pair = pairs.get(row["model"], {})
@@ -172,7 +190,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 _cell(row["inference_images_per_second"], ".0f"),
                 _cell(row["training_images_per_second"], ".0f"),
                 _cell(row["training_memory_mib"], ".0f"),
-                _cell(row["calibration_error"], ".1f", 100),
+                *(_cell(row.get(name), ".1f", 100) for name in shares),
             ]
         )
     return head, rows
@@ -223,20 +241,21 @@ def _curves(result: dict[str, Any]) -> Figure:
             epochs, style = range(1, values.shape[1] + 1), ("-", "--", ":", "-.")[i // 10 % 4]
             axes.plot(epochs, values.mean(0), color=f"C{i % 10}", linestyle=style, label=short(name))
             axes.fill_between(epochs, values.min(0), values.max(0), alpha=0.1, color=f"C{i % 10}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="held-out top-1 (%), mean of the seeds; band: least to greatest")
     figure.legend(loc="outside right upper", fontsize=7)
     return figure
 
 
-def _scatter(result: dict[str, Any], label: str, costs: Sequence[float | None], front: str) -> Figure:
+def _scatter(result: dict[str, Any], label: str, name: str, unit: float) -> Figure:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    shown = [(cost, row) for cost, row in zip(costs, result["models"], strict=True) if cost and row["top1"] is not None]
+    shown = [(row[name] / unit, row) for row in result["models"] if row[name] and row["top1"] is not None]
     for cost, row in shown:
         sd = 100 * row["top1_sd"] if row["top1_sd"] is not None else None
-        axes.errorbar(cost, 100 * row["top1"], sd, fmt="o", capsize=3, color="C0" if row[front] else "0.6")
+        axes.errorbar(cost, 100 * row["top1"], sd, fmt="o", capsize=3, color="C0" if row[f"pareto_{name}"] else "0.6")
         axes.annotate(short(row["model"]), (cost, 100 * row["top1"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
-    best = sorted((cost, 100 * row["top1"]) for cost, row in shown if row[front])
+    best = sorted((cost, 100 * row["top1"]) for cost, row in shown if row[f"pareto_{name}"])
     axes.plot(*zip(*best, strict=True), color="C0", linewidth=1, label="Pareto front")
     axes.set(xlabel=label, ylabel="held-out top-1 (%); bar: standard deviation")
     axes.legend()
@@ -247,12 +266,9 @@ def _figures(result: dict[str, Any]) -> dict[str, Figure]:
     if not any(row["n"] for row in result["models"]):
         return {}
     figures = {"Learning curves": _curves(result)}
-    costs = [row["macs"] / 1e6 for row in result["models"]]
-    figures["Accuracy against MACs"] = _scatter(result, "MACs of an image, in millions", costs, "pareto_macs")
-    times = [1000 / s if (s := row["inference_images_per_second"]) else None for row in result["models"]]
-    if any(times):
-        label = "milliseconds an image, inference"
-        figures["Accuracy against measured time"] = _scatter(result, label, times, "pareto_time")
+    for name, (title, label, unit) in COSTS.items():
+        if name != result["settings"]["match"] and any(row[name] for row in result["models"]):
+            figures[f"Accuracy against {title}"] = _scatter(result, label, name, unit)
     return figures
 
 

@@ -46,6 +46,7 @@ def compare(
     epochs: Works[Positive | None] = None,
     seeds: Works[Positive] = 3,
     match: Works[Literal["none", "macs", "parameters"]] = "none",
+    also: Works[Sequence[Literal["robustness", "shift", "resolution"]]] = (),
     jobs: Works[Positive] = 1,
     cluster: Annotated[Works[Sequence[str]], Option(metavar="NAME=VALUE")] = (),
     out: Writes[Folder] = Path("runs/compare"),
@@ -65,20 +66,23 @@ def compare(
         epochs: of each run; the recipe's by default
         seeds: runs of each model
         match: scale the width and the MLPs of the others to the first model's multiply-accumulates or parameters
+        also: of the trained models: top-1 under corruptions at 5 levels, share of shifted images that keep their class, top-1
+            at other sizes
         jobs: runs at a time
         cluster: run the jobs by submitit, with its settings: cluster=slurm slurm_partition=gpu timeout_min=600
         out: folder of the comparison
-        show_only: draw the tables and figures of a comparison again, as far as its runs are done, and train nothing
+        show_only: draw tables and figures of a comparison again, as far as its runs are done; train nothing
     """
-    from ..bench.compare import make_plan, measure_speed, read_plan, read_spec
+    from ..bench.beyond import measure_beyond
+    from ..bench.compare import is_done, make_plan, measure_speed, read_plan, read_spec
     from ..bench.comparison import compare as put_together
     from ..bench.comparison import headline, text_table, write_comparison
 
     words = [models] if isinstance(models, str) else list(models)  # the first of `fields` where no model is named
     failed: dict[str, str] = {}
     if show_only:
-        if words or fields or set(GIVEN.get()) - {"show_only", "json"}:
-            raise UsageError("--show draws what a folder holds and takes no other option but --json")
+        if words or fields or set(GIVEN.get()) - {"show_only", "also", "json"}:
+            raise UsageError("--show draws what a folder holds and takes no other option but --also and --json")
         plan = read_plan(show_only)
         if plan is None:
             raise ValueError(f"{show_only}: holds no comparison: gmf compare MODEL... --out {show_only} makes one")
@@ -106,6 +110,9 @@ def compare(
         plan = make_plan(Path(chosen["out"]), resolved, spec["models"], chosen["match"], chosen["seeds"])
         failed = _train(plan, chosen["jobs"], nodes)
         measure_speed(plan, progress)
+    if also:
+        for run in progress([run for run in plan.all_runs if is_done(run)], "further measures"):
+            measure_beyond(run, also)
     result = put_together(plan)
     files = write_comparison(plan, result)
     result |= {"failed": failed, "files": [str(path) for path in files]}

@@ -43,7 +43,8 @@ def image(title: str, png: bytes) -> str:
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table."""
     lines = [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>{''.join(lines)}</table>"
+    titles = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    return f'<div class="wide"><table><tr>{titles}</tr>{"".join(lines)}</table></div>'
 
 
 def html_page(title: str, body: str) -> str:
@@ -55,6 +56,8 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 img {{ max-width: 100%; }}
 th {{ text-align: left; padding-right: 2rem; font-weight: normal; }}
 td {{ padding-right: 2rem; }}
+.wide {{ overflow-x: auto; font-size: 14px; }}
+.wide th, .wide td {{ padding-right: 1.2rem; white-space: nowrap; }}
 pre {{ background: #f4f4f4; padding: 1rem; overflow: auto; color: #111; }}
 </style>
 {body}</html>
