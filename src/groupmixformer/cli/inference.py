@@ -267,7 +267,7 @@ def predict(
     format: Writes[Literal["json", "csv", "coco", "yolo", "voc"]] = "json",
     json: Json = False,
 ) -> None:
-    """Classify images, or find objects or segments in them; also in the frames of videos, webcam or webcam:1, and rtsp://...
+    """Classify images, videos and streams (webcam, rtsp://...), or find objects or segments in them.
 
     Args:
         every: of videos and streams: look at each frame of this number
