@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import supervision
 import torch
 from PIL import Image
 
@@ -83,7 +82,8 @@ def test_boxes_are_read_back_as_they_were_written(shared, tmp_path, name):
         np.testing.assert_allclose([row[1:] for row in again[image.name]], expected, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["coco", *(pytest.param(name, marks=pytest.mark.slow) for name in ("yolo", "voc"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACES)
 def test_predictions_of_a_command_are_read_back(runs, tmp_path, capsys, name):
     out = tmp_path / "out"
     words = ["--score-threshold", "0.01", "--out", out, "--device", "cpu", "--json"]
@@ -180,6 +180,8 @@ def test_a_format_that_a_task_does_not_have_is_refused(runs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_gives_detections_of_supervision(runs):
+    import supervision
+
     run, image = Run.open(runs / "detector"), runs / "images" / "a" / "1.png"
     options = {"device": "cpu", "score_threshold": 0.01}
     found = run.detections(image, **options)

@@ -22,6 +22,7 @@ TABLES = (
     *("classes.json", "class_dict.csv", "label_colors.txt", "labelmap.txt"),
     *("class_names.txt", "classes.csv", "classes.txt", "labels.txt"),
 )
+TAKEN_WHOLE = "it is not split: all of it is taken"
 PEEKED = 2**20  # bytes of a file that are looked at
 
 Parts = dict[str, tuple[Path, ...]]
@@ -73,7 +74,9 @@ class Recognised:
             if known in self.parts:
                 return known
         if WHOLE in self.parts:
-            raise ValueError(f"{self.path}: {self.title}, not split, expected a part {name}: deal it out with --val-share 0.2")
+            folder = ", or name the folder of all parts" if self.path.is_file() else ""
+            hint = f"deal it out with --val-share 0.2{folder}"
+            raise ValueError(f"{self.path}: {self.title}, not split, expected a part {name}: {hint}")
         there = "; ".join(f"{part} in {', '.join(map(str, read))}" for part, read in self.parts.items())
         raise ValueError(f"{self.path}: {self.title}, expected a part {name}; found {there}")
 

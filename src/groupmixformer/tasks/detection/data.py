@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.annotations import Annotations, as_rle
-from ...data.formats import recognise
+from ...data.formats import TAKEN_WHOLE, WHOLE, recognise
 from ...data.images import read_image
 from ...data.samples import Samples
 from ...data.split import TRAIN, Splitter
@@ -62,10 +62,12 @@ class CocoImages(Samples):
         splitter: Splitter | None = None,
     ) -> None:
         found = recognise(folder, "detection")
-        read = Annotations(found, found.undivided() if splitter else found.part(split, or_whole), masks)
+        part = found.undivided() if splitter else found.part(split, or_whole)
+        read = Annotations(found, part, masks)
         self.annotations, self.folder = read.source, read.folder
         self.class_names, self.category_ids = read.class_names, read.category_ids
         self.skipped, self.dropped, self.notes = read.skipped, read.dropped, read.notes
+        self.notes += [TAKEN_WHOLE] if part == WHOLE != split and not splitter else []
         self.masks, self.transform, self.seed = masks, transform, seed
         usable, objects = read.images, read.objects
         if splitter:

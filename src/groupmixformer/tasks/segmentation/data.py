@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.annotations import Annotations, as_rle
-from ...data.formats import recognise
+from ...data.formats import TAKEN_WHOLE, WHOLE, recognise
 from ...data.images import describe_left_out, image_sizes, read_image
 from ...data.objects import READERS
 from ...data.samples import Samples, in_threads, size_problem
@@ -124,6 +124,7 @@ class SemanticImages(Samples):
         found = recognise(folder, "segmentation")
         part = found.undivided() if splitter else found.part(split, or_whole)
         self.transform, self.prepare, self.seed = transform, prepare, seed
+        self.notes = [TAKEN_WHOLE] if part == WHOLE != split and not splitter else []
         if found.format in READERS:
             self._read_objects(Annotations(found, part, masks=True), split, splitter)
             return
@@ -131,7 +132,7 @@ class SemanticImages(Samples):
         self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
         left_out: Counter[str] = Counter()
         files = list(pairs(found, part, left_out))
-        self.notes = describe_left_out(left_out)
+        self.notes = [*self.notes, *describe_left_out(left_out)]
         if not files:
             raise ValueError(f"{found.parts[part][0]}: holds no images")
         problems = in_threads(lambda pair: _problem_of_pair(pair[0], pair[1], self.meaning.by_color), files)
@@ -152,7 +153,7 @@ class SemanticImages(Samples):
         names = [BACKGROUND, *(name for name in read.class_names if name != BACKGROUND)]
         self.meaning = Meaning(read.source, names, list(range(len(names))), [[0, 0, 0], *palette(len(names) - 1)], [], [])
         self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
-        self.skipped, self.notes = read.skipped, read.notes
+        self.skipped, self.notes = read.skipped, [*self.notes, *read.notes]
         for one in (one for objects in read.objects.values() for one in objects):
             one["label"] = names.index(read.class_names[one["label"] - 1])
         masks = [to_json({**image, "objects": read.objects[key]}).encode() for key, image in read.images.items()]
