@@ -116,6 +116,7 @@ class EvalResult:
         skipped: A line for each image that was left out.
         details: How images were prepared, in a line.
         notes: Further lines about the data: how its classes were matched, which objects were left out.
+        remarks: What must not be overlooked about the metrics, in words.
     """
 
     result: dict[str, Any]
@@ -124,6 +125,7 @@ class EvalResult:
     skipped: list[str]
     details: str = ""
     notes: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     def figure(self) -> "Figure | None":
         """Draw what numbers alone do not tell, if the task has a diagram for that."""
@@ -185,6 +187,24 @@ def class_table(rows: Sequence[Mapping[str, Any]], metric: str, title: str = "")
         images = f"{row['images']:>8,}" if counted else ""
         lines.append(f"{name:{length}}{images}{percent(row[metric]):>9}")
     return "\n".join(lines)
+
+
+def no_better_than_one_class(right: int, counts: Sequence[int], class_names: Sequence[str], unit: str) -> list[str]:
+    """Say it in a sentence where a model is right no more often than always answering the largest class would be.
+
+    Args:
+        right: How many it got right.
+        counts: How many there are of each class.
+        class_names: In the same order.
+        unit: What is counted.
+    """
+    largest, total = max(range(len(counts)), key=counts.__getitem__), sum(counts)
+    if right > counts[largest] or max(counts) == total:  # of one class alone any model is at best as good
+        return []
+    return [
+        f"no better than always answering {short(class_names[largest])}, the largest class: that is right for "
+        f"{counts[largest] / total:.2%} of the held-out {unit}, and the model for {right / total:.2%}"
+    ]
 
 
 class Predictor(ABC):
@@ -332,46 +352,6 @@ class Predictor(ABC):
         Returns:
             The path of report.html.
         """
-        from matplotlib.figure import Figure
+        from .report import write_report
 
-        from ..visual.figures import BLUE
-        from ..visual.page import curves, write_page
-
-        column, metric = self.metric
-        name = column.removeprefix("val_")
-        table = {
-            key.replace("_", " "): f"{value:.2f}" if "per_second" in key else percent(value)
-            for key, value in measured.result.items()
-            if isinstance(value, float)
-        }
-        table["held-out images"] = f"{measured.result['images']:,}; the epoch shown is the best of the run on these same images"
-        rows = measured.result.get("per_class") or []
-
-        def bars() -> Figure:
-            key = next(key for key in (name, *reversed(rows[0])) if key in rows[0])
-            figure = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
-            axis = figure.subplots()
-            axis.barh(range(len(rows)), [100 * max(0, row[key] or 0) for row in rows], color=BLUE)
-            axis.set_yticks(range(len(rows)), [short(row["class"]) for row in rows])
-            axis.invert_yaxis()
-            axis.set(xlabel=f"{key.replace('_', ' ')} (%)", xlim=(0, 100))
-            return figure
-
-        def predictions() -> Figure:
-            figure = Figure(figsize=(9, 3.4 * len(pairs)), layout="constrained")
-            axes = figure.subplots(len(pairs), 2, squeeze=False)
-            for row, pair in zip(axes, pairs, strict=True):
-                for axis, image in zip(row, pair, strict=True):
-                    axis.imshow(image)
-                    axis.axis("off")
-            axes[0][0].set_title("annotated", fontsize=9)
-            axes[0][1].set_title("found", fontsize=9)
-            return figure
-
-        sections = {"Curves": ("curves", lambda: curves(folder, column, metric))}
-        if rows:
-            sections["Classes"] = ("classes", bars)
-        shown = np.random.default_rng(0).permutation(len(images))[:6].tolist()
-        if pairs := self.examples(images, sorted(shown)):
-            sections["Held-out images"] = ("predictions", predictions)
-        return write_page(folder, f"{metric} {percent(measured.result[name])} on held-out images", table, sections)
+        return write_report(self, folder, images, measured)

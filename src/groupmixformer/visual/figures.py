@@ -1,6 +1,8 @@
-"""Figures of attention and relevance, overlaid on the images."""
+"""Figures of attention and relevance, overlaid on the images; how figures become files and parts of pages."""
 
 import io
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -20,6 +23,7 @@ from .fonts import set_plain
 # From Okabe and Ito's palette, which colour-blind people can tell apart; orange is visible on grey and on all of viridis.
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # of lines in a chart, from the same palette
 GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
 
 
@@ -101,6 +105,55 @@ def drawn(figure: Figure, form: str = "png", dpi: int = 110) -> bytes:
     with mpl.rc_context({"svg.hashsalt": "groupmixformer"}):
         figure.savefig(buffer, format=form, dpi=dpi, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
+
+
+TIP = ("tip:", "column:")  # begin the id of what is told where it is pointed at; columns are seen only then
+# Colours of a page, which has others for its dark form, by those of figures.
+PAGE_COLORS = dict(
+    zip(
+        (c.lower() for c in (*COLORS, "#000000", "#b0b0b0", "#cccccc")),
+        (f"var(--{name})" for name in ("blue", "orange", "green", "pink", "sky", "gold", "ink", "line", "line")),
+        strict=True,
+    )
+)
+SVG = "http://www.w3.org/2000/svg"
+
+
+def tip(artist: Artist, text: str, column: bool = False) -> None:
+    """Let a part of a figure tell a text where a page shows the figure."""
+    artist.set_gid(TIP[column] + text)
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """Return a figure as a part of a page, in whose colours and font it is; `name` tells it from the others there."""
+    set_plain(figure)
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    ET.register_namespace("", SVG)
+    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ET.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
+                parent.remove(child)
+    for element in list(root.iter()):
+        if style := element.get("style"):
+            element.set("style", re.sub("#[0-9a-f]{6}", lambda color: PAGE_COLORS.get(color[0], color[0]), style))
+        gid = element.get("id", "")
+        if element.tag == f"{{{SVG}}}g":
+            element.attrib.pop("id", None)  # these are the same in every figure
+        if gid.startswith(TIP):
+            element.set("class", "tip")
+            if gid.startswith(TIP[1]):
+                element[0].set("class", "column")
+            title = ET.Element(f"{{{SVG}}}title")
+            title.text = gid.partition(":")[2]
+            element.insert(0, title)
+    width = float(root.attrib.pop("width").removesuffix("pt"))
+    del root.attrib["height"]
+    root.set("style", f"width: {4 / 3 * width:.0f}px")  # 96 pixels an inch
+    return ET.tostring(root, encoding="unicode")
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,12 +128,29 @@ def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype
 
 
 def per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each class, in order: class, index, images and top1, its share of right ones (none without images)."""
-    images = evaluation.true.bincount(minlength=len(class_names))
-    right = evaluation.true[evaluation.predicted == evaluation.true].bincount(minlength=len(class_names))
+    """Measure each class, in order.
+
+    Returns:
+        class, index, images, top1 (the share of its images that are right: its recall), precision (the share of right ones
+        among the images that are taken for it) and f1, the harmonic mean of both. None where it has no images; precision also
+        where no image is taken for it.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    labels = range(len(class_names))
+    precision, recall, f1, images = precision_recall_fscore_support(
+        evaluation.true, evaluation.predicted, labels=labels, zero_division=np.nan
+    )
     return [
-        {"class": name, "index": index, "images": n, "top1": r / n if n else None}
-        for index, (name, n, r) in enumerate(zip(class_names, images.tolist(), right.tolist(), strict=True))
+        {
+            "class": name,
+            "index": index,
+            "images": int(n),
+            "top1": float(r) if n else None,
+            "precision": None if np.isnan(p) or not n else float(p),
+            "f1": float(f) if n else None,
+        }
+        for index, (name, n, p, r, f) in enumerate(zip(class_names, images, precision, recall, f1, strict=True))
     ]
 
 

@@ -16,7 +16,7 @@ from ...models.attention_maps import class_relevance, has_attention_maps, stages
 from ...models.checkpoint import load_model
 from ...run_folder import RunFolder
 from ..explainer import Explainer, Target, class_index
-from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, View, class_table
+from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, View, class_table, no_better_than_one_class
 from .data import eval_loader, eval_transform, open_images
 from .metrics import Evaluation, evaluate_classifier, per_class, reliability
 
@@ -148,8 +148,9 @@ class ClassificationPredictor(Predictor):
         loader = progress(eval_loader(images, batch_size, workers), "evaluating")
         evaluation = evaluate_classifier(self.model, loader, self.dtype)
         metrics, classes = evaluation.metrics, per_class(evaluation, images.class_names)
+        top5 = f"top-5 {metrics['top5']:.2%}  " if len(classes) > 5 else ""  # or it is 100 % whatever the model
         text = (
-            f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
+            f"top-1 {metrics['top1']:.2%}  {top5}loss {metrics['loss']:.4f}  "
             f"calibration error {metrics['calibration_error']:.2%}"
         )
         config = {key: self.config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
@@ -157,16 +158,17 @@ class ClassificationPredictor(Predictor):
         details = f"{height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, {config['interpolation']}"
         result = {**metrics, **config, "device": str(self.device), "batch_size": batch_size}
         result |= {"per_class": classes, "reliability": reliability(evaluation)}
-        return ClassificationResult(
-            result, text, class_table(classes, "top1", "top-1"), evaluation.problems, details, images.notes, evaluation
-        )
+        right, counts = int((evaluation.predicted == evaluation.true).sum()), [row["images"] for row in classes]
+        remarks = no_better_than_one_class(right, counts, images.class_names, "images")
+        table = class_table(classes, "top1", "top-1")
+        return ClassificationResult(result, text, table, evaluation.problems, details, images.notes, remarks, evaluation)
 
     def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
         """Write the report of a run, with confusion, calibration, examples right and wrong, and what they attend to."""
         from .report import write_report
 
-        assert isinstance(measured, ClassificationResult) and measured.evaluation is not None
-        return write_report(folder, self.model.cpu(), images, self.class_names, measured.evaluation, self.config)
+        assert isinstance(measured, ClassificationResult)
+        return write_report(folder, self.model.cpu(), images, self.class_names, measured, self.config)
 
     def save_examples(self, folder: Path, images: Any) -> list[Path]:
         """Write held-out images of different classes."""

@@ -1,86 +1,77 @@
-"""The report of a run: curves, confusion matrix, calibration, examples right and wrong, and what the model attends to."""
+"""The report of a run: confusion, classes, calibration, examples right and wrong, and what the model attends to."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import ConfusionMatrixDisplay
-from torch import Tensor, nn
+from sklearn.metrics import confusion_matrix
+from torch import nn
 
 from ...files import short, write_file
 from ...models.attention_maps import attention_maps, by_group_size, has_attention_maps, suited_stage
 from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import EXAMPLES
-from ...visual.figures import BLUE, ORANGE, Row, overlay_figure
-from ...visual.page import curves, write_page
-from ..predictor import to_png
+from ...visual.charts import new_axes
+from ...visual.figures import BLUE, ORANGE, Row, overlay_figure, tip
+from ...visual.page import Block, Chart, Gallery, Shown, Table
+from ..predictor import percent, to_png
+from ..report import confusion_blocks, finish, run_charts
 from .data import eval_transform
 from .metrics import Evaluation, reliability
 
+if TYPE_CHECKING:
+    from .predict import ClassificationResult
 
-def _confusion(true: Tensor, predicted: Tensor, class_names: Sequence[str]) -> Figure:
-    names = [short(name) for name in class_names]
-    side = min(14, 3 + 0.35 * len(names) + 0.08 * max(map(len, names)))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    ConfusionMatrixDisplay.from_predictions(
-        true,
-        predicted,
-        labels=range(len(class_names)),
-        display_labels=names,
-        include_values=len(class_names) <= 20,
-        cmap="Blues",
-        xticks_rotation="vertical",
-        colorbar=False,
-        ax=axes,
-    )
-    return figure
+MOST_NAMED = 200  # classes whose rows a page lists
+
+
+def class_blocks(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """List precision, recall and F1 of the classes, the worst F1 first, and their means."""
+    ordered = sorted(rows, key=lambda row: (row["f1"] is None, row["f1"]))[:MOST_NAMED]
+    listed = [
+        [short(row["class"]), f"{row['images']:,}", *(percent(row[key]) for key in ("precision", "top1", "f1"))]
+        for row in ordered
+    ]
+    present = [row for row in rows if row["images"]]
+    means = [percent(float(np.mean([row[key] or 0 for row in present]))) for key in ("precision", "top1", "f1")]
+    listed.append(["mean", f"{sum(row['images'] for row in rows):,}", *means])
+    more = [f"The {MOST_NAMED} worst of {len(rows):,} classes; gmf eval --json has all."] if len(rows) > MOST_NAMED else []
+    return [
+        "Precision: of the images taken for a class, the share that is of it. Recall: of the images of a class, the share that "
+        "is found. F1: their harmonic mean. The worst class first.",
+        *more,
+        Table(["class", "images", "precision", "recall", "F1"], listed),
+    ]
 
 
 def reliability_diagram(evaluation: Evaluation) -> Figure:
     """Draw the share of right answers over the confidence, by bin, and how many images each bin holds."""
     bins = reliability(evaluation)
     left, width = [row["from"] for row in bins], bins[0]["below"]
-    used = [row for row in bins if row["images"]]
-    figure = Figure(figsize=(6, 6.5), layout="constrained")
+    figure, first = new_axes(4.2)
+    first.remove()
     accuracy, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    accuracy.bar(
-        left, [row["top1"] or 0 for row in bins], width, align="edge", color=BLUE, edgecolor="white", label="share right"
-    )
+    right = [row["top1"] or 0 for row in bins]
+    shown = accuracy.bar(left, right, 0.94 * width, align="edge", color=BLUE, label="share right")
+    used = [row for row in bins if row["images"]]
+    starts, sure = [row["from"] for row in used], [row["confidence"] for row in used]
+    accuracy.hlines(sure, starts, [start + width for start in starts], color=ORANGE, linewidth=2, label="mean confidence")
     accuracy.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect calibration")
-    accuracy.plot(
-        [row["confidence"] for row in used],
-        [row["top1"] for row in used],
-        color=ORANGE,
-        marker="o",
-        linestyle="none",
-        label="mean confidence of the bin",
-    )
-    accuracy.set(ylabel="share of images right", xlim=(0, 1), ylim=(0, 1.02))
     metrics = evaluation.metrics
-    accuracy.set_title(f"Expected calibration error {metrics['calibration_error']:.2%} on {metrics['images']:,} images")
-    accuracy.legend(loc="upper left")
-    bars = counts.bar(left, [row["images"] for row in bins], width, align="edge", color="0.6", edgecolor="white")
-    counts.bar_label(bars, [f"{row['images']:,}" if row["images"] else "" for row in bins], fontsize=7)
-    counts.margins(y=0.2)
+    accuracy.set_title(f"Calibration error {metrics['calibration_error']:.2%} on {metrics['images']:,} images", fontsize=9)
+    accuracy.set(ylabel="share of images right", xlim=(0, 1), ylim=(0, 1.02))
+    accuracy.legend(loc="upper left", fontsize=8)
+    bars = counts.bar(left, [row["images"] for row in bins], 0.94 * width, align="edge", color="#808080", linewidth=0)
     counts.set(xlabel=f"confidence, in {len(bins)} bins", ylabel="images")
-    return figure
-
-
-def _examples(images: Sequence[Image.Image], titles: Sequence[str], colors: Sequence[str]) -> Figure:
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, image, title, color in zip(figure.axes, images, titles, colors, strict=False):
-        axes.imshow(image)
-        axes.set_title(title, fontsize=7, color=color)
+    for row, *parts in zip(bins, shown, bars, strict=True):
+        for part in parts:
+            of = f"{row['top1']:.1%} right at a mean confidence of {row['confidence']:.1%}" if row["images"] else "none"
+            tip(part, f"confidence {row['from']:.2f} to {row['below']:.2f}: {row['images']:,} images\n{of}")
     return figure
 
 
@@ -106,22 +97,24 @@ def write_report(
     model: nn.Module,
     images: Any,
     class_names: Sequence[str],
-    evaluation: Evaluation,
+    measured: "ClassificationResult",
     config: dict[str, Any],
 ) -> Path:
-    """Write report.html, one file with its images inside, and the images beside it in report/.
+    """Write report.html, one file with everything inside, and its charts beside it in report/.
 
     Args:
         folder: Folder of the run.
         model: The trained model, in eval mode.
         images: The held-out set.
         class_names: Names of the classes, in order.
-        evaluation: What `evaluate_classifier` found on the held-out set.
+        measured: What the predictor's `evaluate` found on the held-out set.
         config: Input of the model, by timm's names.
 
     Returns:
         The path of report.html.
     """
+    evaluation, rows = measured.evaluation, measured.result["per_class"]
+    assert evaluation is not None
     metrics, predicted, confidence, true = evaluation.metrics, evaluation.predicted, evaluation.confidence, evaluation.true
     wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
     right = (predicted == true).nonzero().flatten().tolist()
@@ -130,37 +123,44 @@ def write_report(
         wrong, right = [], []
     chosen = {i: images.read(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
 
-    def shown(indices: Sequence[int]) -> Figure:
-        titles = [f"{short(class_names[int(predicted[i])])} ({confidence[i]:.0%})" for i in indices]
-        titles = [
-            title if predicted[i] == true[i] else f"{title}\nis {short(class_names[int(true[i])])}"
-            for i, title in zip(indices, titles, strict=True)
-        ]
-        colors = [BLUE if predicted[i] == true[i] else ORANGE for i in indices]
-        return _examples([chosen[i] for i in indices], titles, colors)
+    def shown(indices: Sequence[int]) -> list[Shown]:
+        items = []
+        for i in indices:
+            name, is_right = short(class_names[int(predicted[i])]), bool(predicted[i] == true[i])
+            other = "" if is_right else f", is {short(class_names[int(true[i])])}"
+            items.append(Shown(chosen[i], f"{name} {confidence[i]:.0%}{other}", is_right))
+        return items
 
-    sections = {
-        "Curves": ("curves", lambda: curves(folder, "val_top1", "top-1")),
-        "Confusion": ("confusion", lambda: _confusion(true, predicted, class_names)),
-        "Calibration": ("calibration", lambda: reliability_diagram(evaluation)),
+    few = np.random.default_rng(0).permutation(len(true))[:8].tolist() if chosen else []  # as they come, right and wrong
+    chosen |= {i: images.read(int(evaluation.positions[i]))[0] for i in few if i not in chosen}
+    counts = confusion_matrix(true, predicted, labels=range(len(class_names)))
+    sections: dict[str, list[Block]] = {
+        "": [Gallery("sample", lambda: shown(few))] if few else [],
+        "How the training went": run_charts(folder, "val_top1", "top-1"),
+        "Confusion": confusion_blocks(counts, class_names, "images"),
+        "Classes": class_blocks(rows),
+        "Calibration": [
+            "How far the confidence can be believed: where a bar ends at the orange line, it is right as often as it says.",
+            Chart("calibration", "Share right by confidence", lambda: reliability_diagram(evaluation)),
+        ],
     }
     if wrong:
-        sections["Held-out images it gets wrong, the most confident first"] = ("wrong", lambda: shown(wrong))
+        sections["Held-out images it gets wrong, the most confident first"] = [Gallery("wrong", lambda: shown(wrong))]
     if right:
-        sections["Held-out images it gets right"] = ("right", lambda: shown(right))
+        sections["Held-out images it gets right"] = [Gallery("right", lambda: shown(right))]
     if has_attention_maps(model) and right:
-        caption = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
-        sections[caption] = ("attention", lambda: _attention(model, [chosen[i] for i in right[:4]], config))
-
-    rows = {
-        "top-1": f"{metrics['top1']:.2%}",
-        "top-5": f"{metrics['top5']:.2%}",
+        title = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
+        looked = [chosen[i] for i in right[:4]]
+        sections["Attention"] = [Chart("attention", title, lambda: _attention(model, looked, config), wide=True)]
+    f1 = float(np.mean([row["f1"] for row in rows if row["images"]]))
+    tiles = {
+        "top-1": percent(metrics["top1"]),
+        **({"top-5": percent(metrics["top5"])} if len(class_names) > 5 else {}),
+        "mean F1": percent(f1),
         "loss": f"{metrics['loss']:.4f}",
-        "calibration error": f"{metrics['calibration_error']:.2%}",
-        "held-out images": f"{metrics['images']:,}; the epoch shown is the best of the run on these same images",
-        **({"held-out images left out": f"{metrics['skipped']:,} that cannot be read"} if metrics["skipped"] else {}),
+        "calibration error": percent(metrics["calibration_error"]),
     }
-    return write_page(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", rows, sections)
+    return finish(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", tiles, sections, measured)
 
 
 def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:

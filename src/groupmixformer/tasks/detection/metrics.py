@@ -1,11 +1,13 @@
 """COCO's results and its twelve metrics of boxes and masks."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
 from torch import Tensor
 
 # What COCO's own evaluation prints, in its order: average precision at 0.50:0.95, 0.50 and 0.75, for small (below 32 x 32
@@ -66,6 +68,34 @@ def restrict(ground_truth: Mapping[str, Any], ids: Container[Any]) -> dict[str, 
     }
 
 
+QUIET = {"print_function": lambda *_: None}
+
+
+def _as_coco(
+    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Literal["bbox", "segm"]
+) -> tuple[COCO, COCO]:
+    """Return what is expected and what was found as the library takes it; categories are numbered by label."""
+    # The library takes numbers only; those of images decide between equal scores, so they are in the order of the ids.
+    images = {key: number for number, key in enumerate(sorted(image["id"] for image in ground_truth["images"]), start=1)}
+    labels = {category["id"]: label for label, category in enumerate(ground_truth["categories"], start=1)}
+
+    def numbered(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {**record, "image_id": images[record["image_id"]], "category_id": labels[record["category_id"]]}
+
+    expected = COCO(
+        {
+            "images": [{**image, "id": images[image["id"]]} for image in ground_truth["images"]],
+            "annotations": [numbered(annotation) for annotation in ground_truth["annotations"]],
+            "categories": [{**category, "id": labels[category["id"]]} for category in ground_truth["categories"]],
+        },
+        **QUIET,
+    )
+    # Masks go without their boxes, or the areas of the boxes would be taken for theirs.
+    left_out = "bbox" if kind == "segm" else "segmentation"
+    found = [numbered({key: value for key, value in result.items() if key != left_out}) for result in results]
+    return expected, expected.loadRes(found)
+
+
 def coco_metrics(
     ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -80,26 +110,7 @@ def coco_metrics(
         `COCO_METRICS` by name, as shares of 1, and for each category class, index and AP. A value is -1 where there is no
         object to find: COCO's convention. The categories are in the order of the annotations' list.
     """
-    quiet = {"print_function": lambda *_: None}
-    # The library takes numbers only; those of images decide between equal scores, so they are in the order of the ids.
-    images = {key: number for number, key in enumerate(sorted(image["id"] for image in ground_truth["images"]), start=1)}
-    labels = {category["id"]: label for label, category in enumerate(ground_truth["categories"], start=1)}
-
-    def numbered(record: Mapping[str, Any]) -> dict[str, Any]:
-        return {**record, "image_id": images[record["image_id"]], "category_id": labels[record["category_id"]]}
-
-    expected = COCO(
-        {
-            "images": [{**image, "id": images[image["id"]]} for image in ground_truth["images"]],
-            "annotations": [numbered(annotation) for annotation in ground_truth["annotations"]],
-            "categories": [{**category, "id": labels[category["id"]]} for category in ground_truth["categories"]],
-        },
-        **quiet,
-    )
-    # Masks go without their boxes, or the areas of the boxes would be taken for theirs.
-    left_out = "bbox" if kind == "segm" else "segmentation"
-    found = [numbered({key: value for key, value in result.items() if key != left_out}) for result in results]
-    evaluation = COCOeval_faster(expected, expected.loadRes(found), kind, **quiet)
+    evaluation = COCOeval_faster(*_as_coco(ground_truth, results, kind), kind, **QUIET)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -109,6 +120,100 @@ def coco_metrics(
     for index, category in enumerate(evaluation.params.catIds):
         present = precision[:, :, index][precision[:, :, index] > -1]
         per_class.append(
-            {"class": expected.cats[category]["name"], "index": index, "AP": float(present.mean()) if present.size else -1.0}
+            {
+                "class": evaluation.cocoGt.cats[category]["name"],
+                "index": index,
+                "AP": float(present.mean()) if present.size else -1.0,
+            }
         )
     return metrics, per_class
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How right a detector is at an IoU of 0.50, by class (K) and over all, which is the last row.
+
+    Attributes:
+        thresholds: Least scores (T), from 0 to 1.
+        f1: F1 of the objects of at least these scores (K + 1, T); NaN for a class without objects.
+        recalls: From 0 to 1 (R).
+        precision: At these recalls, over all scores (K + 1, R); the mean over the classes last, NaN as above.
+    """
+
+    thresholds: NDArray[np.float64]
+    f1: NDArray[np.float64]
+    recalls: NDArray[np.float64]
+    precision: NDArray[np.float64]
+
+    @property
+    def best(self) -> float:
+        """The least score at which F1 over all objects is best."""
+        return float(self.thresholds[self.f1[-1].argmax()])
+
+
+def _matched(
+    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Literal["bbox", "segm"], by_class: bool
+) -> COCOeval_faster:
+    """Match what was found with what is expected at an IoU of 0.50, the best score first, within classes or across them."""
+    evaluation = COCOeval_faster(*_as_coco(ground_truth, results, kind), kind, extra_calc=True, **QUIET)
+    evaluation.params.iouThrs = np.array([0.5])
+    evaluation.params.maxDets = [1000]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.useCats = int(by_class)
+    evaluation.evaluate()
+    evaluation.accumulate()  # which writes into the records of objects with which they were matched
+    return evaluation
+
+
+def _is_ignored(evaluation: COCOeval_faster, found: Mapping[str, Any]) -> bool:
+    """Whether an object lies in a crowd, where it is neither right nor wrong."""
+    match = found.get("gt_id")
+    return match is not None and bool(evaluation.cocoGt.anns[match]["iscrowd"])
+
+
+def detection_curves(
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
+) -> Curves:
+    """Compute F1 over the least score, and precision over recall; the arguments are those of `coco_metrics`."""
+    evaluation = _matched(ground_truth, results, kind, by_class=True)
+    number = len(ground_truth["categories"])
+    found = [record for record in evaluation.cocoDt.anns.values() if not _is_ignored(evaluation, record)]
+    labels = np.array([record["category_id"] for record in found], dtype=int)
+    scores = np.array([record["score"] for record in found])
+    right = np.array(["gt_id" in record for record in found], dtype=bool)
+    objects = np.bincount(
+        [record["category_id"] for record in evaluation.cocoGt.anns.values() if not record["iscrowd"]], minlength=number + 1
+    )
+    thresholds = np.linspace(0, 1, 101)
+    f1 = np.full((number + 1, len(thresholds)), np.nan)
+    for label in range(1, number + 2):
+        total, of_label = (objects[label], labels == label) if label <= number else (objects.sum(), labels > 0)
+        if total:
+            sure = of_label & (scores >= thresholds[:, None])  # (T, N)
+            f1[label - 1] = 2 * (sure & right).sum(axis=1) / (sure.sum(axis=1) + total)
+    precision = evaluation.eval["precision"][0, :, :, 0, 0].T  # (K, R)
+    precision = np.where(precision < 0, np.nan, precision)
+    with_objects = precision[~np.isnan(precision).any(axis=1)]
+    return Curves(thresholds, f1, evaluation.params.recThrs, np.vstack([precision, with_objects.mean(axis=0)]))
+
+
+def detection_confusion(
+    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Literal["bbox", "segm"], score: float
+) -> NDArray[np.int64]:
+    """Count objects by true class (rows) and found class (columns) (K + 1, K + 1); the last of both is the background.
+
+    Objects of at least a score are matched at an IoU of 0.50, whatever their class. What matches nothing is found in the
+    background, and what is not matched is taken for it.
+    """
+    evaluation = _matched(ground_truth, (r for r in results if r["score"] >= score), kind, by_class=False)
+    background = len(ground_truth["categories"])
+    counts = np.zeros((background + 1, background + 1), dtype=np.int64)
+    for found in evaluation.cocoDt.anns.values():
+        if not _is_ignored(evaluation, found):
+            match = found.get("gt_id")
+            row = background if match is None else evaluation.cocoGt.anns[match]["category_id"] - 1
+            counts[row, found["category_id"] - 1] += 1
+    for expected in evaluation.cocoGt.anns.values():
+        if not expected["iscrowd"] and "dt_id" not in expected:
+            counts[expected["category_id"] - 1, background] += 1
+    return counts

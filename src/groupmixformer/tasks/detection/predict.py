@@ -2,8 +2,9 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,14 @@ from .model import load_detector
 CUT = 2  # pixels from the edge of a window within which the side of a box counts as cut
 
 
+@dataclass(frozen=True)
+class DetectionResult(EvalResult):
+    """What an evaluation of a detector found; also what is annotated and what was found, in COCO's form."""
+
+    ground_truth: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Mapping[str, Any]] = ()
+
+
 class DetectionPredictor(Predictor):
     """A detector: boxes, and masks if it is Mask R-CNN.
 
@@ -51,7 +60,7 @@ class DetectionPredictor(Predictor):
         """Return the detector, and the names and ids of its classes."""
         model, config = load_detector(run)
         self.class_names = config["class_names"]
-        self.kinds = {"box": "bbox", **({"mask": "segm"} if model.masks else {})}
+        self.kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox", **({"mask": "segm"} if model.masks else {})}
         self.metric = ("val_mask_AP", "mask AP") if model.masks else ("val_box_AP", "box AP")
         if image_size:
             transform = model.network.transform
@@ -106,7 +115,7 @@ class DetectionPredictor(Predictor):
             found: dict[str, torch.Tensor] = self.model([image.to(self.device)])[0]
         return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in found.items()}
 
-    def evaluate(self, images: CocoImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
+    def evaluate(self, images: CocoImages, workers: int = 0, progress: Progress = lambda items, _: items) -> DetectionResult:
         """Compute COCO's twelve metrics, for boxes and masks."""
         results: list[dict[str, Any]] = []
         doubtful, watch = list[str](), Stopwatch()
@@ -124,15 +133,19 @@ class DetectionPredictor(Predictor):
         result: dict[str, Any] = {}
         lines: list[str] = []
         classes: list[dict[str, Any]] = [{"class": name, "index": index} for index, name in enumerate(self.class_names)]
+        ground_truth, remarks = restrict(images.ground_truth, seen), list[str]()
         for name, kind in self.kinds.items():
-            metrics, per_class = coco_metrics(restrict(images.ground_truth, seen), results, kind)  # type: ignore[arg-type]
+            metrics, per_class = coco_metrics(ground_truth, results, kind)
+            if not metrics["AP50"]:
+                remarks.append(f"no {name} that it finds is right: {name} AP50 is 0, as it is for a model that finds nothing")
             result |= {f"{name}_{metric}": value for metric, value in metrics.items()}
             lines.append(f"{name:4}  {'  '.join(f'{metric} {percent(value)}' for metric, value in metrics.items())}")
             for row, of_class in zip(classes, per_class, strict=True):
                 row[f"{name}_AP"] = of_class["AP"]
         result |= {"images": len(seen), **watch.rates(len(seen)), "objects_left_out": images.dropped, "per_class": classes}
         table = class_table(classes, self.metric[0].removeprefix("val_"))
-        return EvalResult(result, "\n".join(lines), table, skipped, notes=images.notes)
+        text = "\n".join(lines)
+        return DetectionResult(result, text, table, skipped, "", images.notes, remarks, ground_truth, results)
 
     def predict(self, image: Image.Image, name: str = "") -> Predicted:
         """Find objects; those of at least the least score are drawn and listed, all are in COCO's results."""
@@ -192,6 +205,13 @@ class DetectionPredictor(Predictor):
             found = self.predict(image, record["file_name"])
             pairs.append((draw_objects(image, target, self.class_names), Image.open(io.BytesIO(found.files[".png"]))))
         return pairs
+
+    def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
+        """Write the report of a run, with curves, confusion, and images drawn at the best threshold."""
+        from .report import write_report
+
+        assert isinstance(measured, DetectionResult)
+        return write_report(self, folder, images, measured)
 
 
 def _image_id(name: str) -> int | str:

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,34 @@ from ...data.split import Splitter
 from ...run_folder import RunFolder
 from ...visual.drawing import draw_segments
 from ..explainer import BackboneExplainer, Target, class_index
-from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, Stopwatch, View, class_table, to_png
+from ..predictor import (
+    EvalResult,
+    Point,
+    Predicted,
+    Predictor,
+    Progress,
+    Stopwatch,
+    View,
+    class_table,
+    no_better_than_one_class,
+    to_png,
+)
 from .data import IGNORE, SemanticImages, collate_segmentation
 from .metrics import confusion_matrix, segmentation_metrics
 from .model import STRIDE, load_segmenter, segment
+
+
+@dataclass(frozen=True)
+class SegmentationResult(EvalResult):
+    """What an evaluation of a segmenter found.
+
+    Attributes:
+        confusion: Pixels by true class (rows) and predicted class (columns), (K, K).
+        by_image: Place and mIoU of each image.
+    """
+
+    confusion: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    by_image: Sequence[tuple[int, float]] = ()
 
 
 class SegmentationPredictor(Predictor):
@@ -55,20 +80,24 @@ class SegmentationPredictor(Predictor):
         with self.autocast():
             return segment(self.model, image.to(self.device), size, **self.options).argmax(dim=0).cpu()
 
-    def evaluate(self, images: SemanticImages, workers: int = 0, progress: Progress = lambda items, _: items) -> EvalResult:
+    def evaluate(
+        self, images: SemanticImages, workers: int = 0, progress: Progress = lambda items, _: items
+    ) -> SegmentationResult:
         """Compute mIoU and accuracies from one confusion matrix over all pixels, in the size of the files."""
         confusion: Any = 0
-        doubtful, seen, watch = list[str](), 0, Stopwatch()
+        doubtful, by_image, watch = list[str](), list[tuple[int, float]](), Stopwatch()
         loader = DataLoader(images, batch_size=1, num_workers=workers, collate_fn=collate_segmentation)
-        for inputs, (true, *_), problems in progress(loader, "evaluating"):
+        for place, (inputs, (true, *_), problems) in enumerate(progress(loader, "evaluating")):
             doubtful += problems
             if not true.numel():
                 continue
             with watch:
                 predicted = self._labels(inputs[0], (true.shape[0], true.shape[1]))
-            confusion = confusion + confusion_matrix(true, predicted, len(self.class_names))
-            seen += 1
+            of_image = confusion_matrix(true, predicted, len(self.class_names))
+            confusion = confusion + of_image
+            by_image.append((place, segmentation_metrics(of_image)["mIoU"]))
         skipped = [*images.skipped, *Doubts().take(doubtful)]
+        seen = len(by_image)
         if not seen:
             raise ValueError(f"no image to evaluate on: {skipped[0]}")
         metrics = segmentation_metrics(confusion)
@@ -85,7 +114,10 @@ class SegmentationPredictor(Predictor):
             "ignored_label": IGNORE,
             "per_class": classes,
         }
-        return EvalResult(result, text, class_table(classes, "IoU"), skipped, notes=images.notes)
+        right, counts = int(confusion.diag().sum()), confusion.sum(dim=1).int().tolist()
+        remarks = no_better_than_one_class(right, counts, self.class_names, "pixels")
+        table = class_table(classes, "IoU")
+        return SegmentationResult(result, text, table, skipped, "", images.notes, remarks, confusion, by_image)
 
     def predict(self, image: Image.Image, name: str = "") -> Predicted:
         """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
@@ -120,6 +152,13 @@ class SegmentationPredictor(Predictor):
                 tuple(draw_segments(image, shown, self.class_names, self.config["colors"]) for shown in (true, labels))
             )
         return pairs  # type: ignore[return-value]
+
+    def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
+        """Write the report of a run, with confusion, classes, the best and the worst images."""
+        from .report import write_report
+
+        assert isinstance(measured, SegmentationResult)
+        return write_report(self, folder, images, measured)
 
 
 class SegmentationExplainer(BackboneExplainer):
