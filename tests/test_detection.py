@@ -417,13 +417,16 @@ def test_a_run_folder_holds_everything(trained, shapes):
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "versions.json", "metrics.csv", "model.safetensors", "config.json", "report.html"} <= names
     assert not [name for name in names if name.endswith(".part")]
-    assert {path.name for path in (run / "report").iterdir()} == {"curves.png", "classes.png", "predictions.png"}
+    assert {path.name for path in (run / "report").iterdir()} == {
+        *("loss.png", "metric.png", "rate.png", "precision-recall.png", "f1-confidence.png"),
+        *("confusion.png", "confusion-counts.png", "classes.png"),
+    }
     for path in (run / "report").iterdir():
         with Image.open(path) as image:
             image.load()
     page = (run / "report.html").read_text()
-    assert f"mask AP {result['mask_AP']:.2%} on held-out images" in page
-    assert page.count("data:image/png") == 3
+    assert f"mask AP {result['mask_AP']:.2%} on 5 held-out images" in page
+    assert page.count("<img") == 10 and "could not be drawn" not in page
     rows = read_metrics(run)
     assert [(row["epoch"], row["step"], row["val_images"]) for row in rows] == [(e, 8.0 * (e + 1), 5) for e in range(4)]
     measured = [f"val_{kind}_{number}" for kind in ("box", "mask") for number in ("AP", "AP50", "AP75")]

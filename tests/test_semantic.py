@@ -159,7 +159,7 @@ def test_colours_are_given_or_chosen(tmp_path):
 
 
 def test_the_palette_has_a_colour_for_each_class():
-    assert palette(2) == [[255, 64, 64], [64, 120, 255]]  # hues of 0 and of 222.5 degrees
+    assert palette(2) == [[0, 114, 178], [213, 94, 0]]  # Okabe and Ito's blue and vermilion
     assert len({tuple(color) for color in [[0, 0, 0], *palette(255)]}) == 256
 
 
@@ -590,7 +590,7 @@ def test_objects_are_drawn_where_they_are():
     assert (drawn[100, 150] == first).all() and (drawn[300, 850] == second).all()  # the borders
     for color, (row, column) in ((first, (180, 180)), (second, (380, 800))):
         assert np.abs(drawn[row, column] - (0.6 * 100 + 0.4 * color)).max() <= 1
-    assert (drawn[220:290] == 100).all() and (drawn[:, 910:] == 100).all()
+    assert (drawn[220:270] == 100).all() and (drawn[:, 910:] == 100).all()
     del objects["masks"], objects["scores"]
     boxed = np.asarray(draw_objects(image, objects, ["a", "b"]))
     assert (boxed[100, 150] == first).all() and (boxed[180, 180] == 100).all()

@@ -29,7 +29,7 @@ from groupmixformer.deploy.model_card import markdown
 from groupmixformer.files import printable, short, to_json, write_rows
 from groupmixformer.visual.drawing import draw_objects, draw_segments, palette
 from groupmixformer.visual.figures import Row, drawn, overlay_figure
-from groupmixformer.visual.page import write_page
+from groupmixformer.visual.page import Table, write_page
 
 MARKUP = [*"$\\_^{}%&#~<>\"'`*[]()|!:;=-+/@,.0 \n\r\t\x1b\x00\x07\x7f\x85\u2028\u202e\u2066\ufeff\u200d\ud800\udcff"]
 WORDS = [
@@ -112,11 +112,16 @@ def page(rng):
         write_rows(folder / "metrics.csv", [{"epoch": 0, "loss": 1.0, "seconds": 1.0}])
         (folder / "versions.json").write_text(to_json({names[0]: names[1]}))
         (folder / "recipe.yaml").write_text("data: x\n")
-        content = write_page(folder, names[0], {names[1]: names[2]}, {}).read_text()
+        sections = {names[0]: [names[1], Table(names, [names])]}
+        content = write_page(folder, names[0], {names[1]: names[2]}, sections, names).read_text()
     parsed = Tags()
     parsed.feed(content)
-    assert {tag for tag, _ in parsed.tags} == {"html", "meta", "title", "style", "h1", "table", "tr", "th", "td", "h2", "pre"}
-    assert {key for _, keys in parsed.tags for key in keys} == {"lang", "charset"}
+    own = (
+        "html head meta title style body main section h1 h2 p pre dl div dt dd ul li table thead tbody tr th td details summary"
+    )
+    assert {tag for tag, _ in parsed.tags} == {*own.split(), "script"}
+    keys = {"lang", "charset", "name", "content", "http-equiv", "class", "id", "role", "hidden"}
+    assert {key for _, found in parsed.tags for key in found} == keys
     assert printable(names[2]) in parsed.text
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e\u2066]", content)
 

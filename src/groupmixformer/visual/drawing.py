@@ -1,24 +1,70 @@
 """Boxes, masks and segments drawn on a copy of the image."""
 
 import colorsys
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks
 
 from ..files import short
 
 SIDE = 480  # smaller images are enlarged to this shorter side, so that names can be read
+# Okabe and Ito's palette without black, which colour-blind people can tell apart.
+SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 
 
 def palette(number: int) -> list[list[int]]:
-    """Return bright colours (red, green, blue) for so many classes: hues a golden section apart, so that neighbours differ."""
+    """Return colours (red, green, blue) for so many classes.
+
+    Colour-blind people can tell the first seven apart. No palette is safe for more: the others are hues a golden section apart,
+    in four degrees of brightness.
+    """
     golden = (5**0.5 - 1) / 2
-    return [[round(255 * part) for part in colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0)] for i in range(number)]
+    more = (colorsys.hsv_to_rgb(i * golden % 1, 0.75, (1, 0.6, 0.8, 0.4)[i % 4]) for i in range(number))
+    safe = (ImageColor.getrgb(color)[:3] for color in SAFE)
+    return [list(color) for color in (*safe, *([round(255 * part) for part in color] for color in more))][:number]
+
+
+def ink_on(color: Sequence[int]) -> str:
+    """Return black or white, whichever is easier to read on a colour (red, green, blue), by WCAG's relative luminance."""
+    linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in color]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"
+
+
+def place_labels(
+    boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]
+) -> list[tuple[int, int] | None]:
+    """Find places for the labels of boxes in an image, so that none covers another.
+
+    Args:
+        boxes: Left, top, right, bottom of each; the first ones choose first.
+        sizes: Width and height of each label.
+        canvas: Width and height of the image.
+
+    Returns:
+        Left and top of each label: above its box, below or inside, as near as there is place; none where there is none.
+    """
+    taken: list[tuple[int, int, int, int]] = []
+    places: list[tuple[int, int] | None] = []
+    for (left, top, right, bottom), (width, height) in zip(boxes, sizes, strict=True):
+        rows = (top - height, bottom, top, bottom - height, top - 2 * height, bottom + height, top + height)
+        columns = (left, right - width, (left + right - width) / 2)
+        found = None
+        for y, x in itertools.product(map(round, rows), columns):
+            x = round(min(max(x, 0), max(0, canvas[0] - width)))
+            inside = 0 <= y <= canvas[1] - height
+            if inside and all(x >= r or x + width <= l or y >= b or y + height <= t for l, t, r, b in taken):  # noqa: E741
+                found = (x, y)
+                taken.append((x, y, x + width, y + height))
+                break
+        places.append(found)
+    return places
 
 
 def _write(texts: Sequence[str]) -> tuple[str, list[str]]:
@@ -52,7 +98,7 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
         names: Of the classes.
 
     Returns:
-        A copy, enlarged if the image is small.
+        A copy, enlarged if the image is small. No label covers another: among many boxes, some have none.
     """
     canvas, factor = _canvas(image)
     labels = objects["labels"].tolist()
@@ -66,16 +112,27 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
         masks &= masks.cumsum(dim=0) == 1  # torchvision paints overlaps black: the first mask, with the best score, wins
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
-    font, texts = _write(
+    file, texts = _write(
         [
             short(names[label - 1]) + ("" if score is None else f" {score:.0%}")
             for label, score in zip(labels, scores, strict=True)
         ]
     )
-    side = min(canvas.shape[-2:])
-    style: Any = {"width": max(1, side // 300), "font": font, "font_size": max(9, side // 45)}
-    drawn = draw_bounding_boxes(canvas, objects["boxes"] * factor, texts, colors, **style)
-    return F.to_pil_image(drawn)
+    page = F.to_pil_image(canvas)
+    pen, side = ImageDraw.Draw(page), min(page.size)
+    width, size = max(2, round(side / 240)), max(12, round(side / 36))
+    font = ImageFont.truetype(file, size)
+    padding, height = size // 4, round(1.4 * size)
+    boxes = (objects["boxes"] * factor).tolist()
+    for box, color in reversed(list(zip(boxes, colors, strict=True))):  # the best are drawn over the others
+        pen.rectangle(box, outline=color, width=width)
+    sizes = [(round(font.getlength(text)) + 2 * padding, height) for text in texts]
+    for place, (wide, _), text, color in zip(place_labels(boxes, sizes, page.size), sizes, texts, colors, strict=True):
+        if place:
+            x, y = place
+            pen.rectangle((x, y, x + wide - 1, y + height - 1), fill=color)
+            pen.text((x + padding, y + height / 2), text, fill=ink_on(color), font=font, anchor="lm")
+    return page
 
 
 def draw_segments(image: Image.Image, labels: Tensor, names: Sequence[str], colors: Sequence[Sequence[int]]) -> Image.Image:
@@ -100,7 +157,9 @@ def draw_segments(image: Image.Image, labels: Tensor, names: Sequence[str], colo
     size = max(12, canvas.shape[1] // 32)
     file, lines = _write([f"{short(names[index])}  {int(counts[index]) / labels.numel():.1%}" for index in present])
     font = ImageFont.truetype(file, size)
-    wide = max((round(font.getlength(line)) for line in lines), default=0) + 3 * size
+    # As wide for every image of a data set, so that images beside each other have the same size.
+    widest = max((font.getlength(f"{short(name)}  100.0%") for name in names), default=0)
+    wide = round(max(widest, *map(font.getlength, lines), 0)) + 3 * size if lines else 3 * size
     page = Image.new("RGB", (canvas.shape[2] + wide, max(canvas.shape[1], 2 * size * len(lines))), "white")
     page.paste(F.to_pil_image(canvas), (0, 0))
     pen = ImageDraw.Draw(page)

@@ -17,13 +17,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..files import write_file
+from ..files import printable, write_file
+from .drawing import SAFE
 from .fonts import set_plain
 
-# From Okabe and Ito's palette, which colour-blind people can tell apart; orange is visible on grey and on all of viridis.
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # of lines in a chart, from the same palette
+COLORS = SAFE[:6]  # of lines in a chart; yellow is hard to see on white
+BLUE, ORANGE = SAFE[:2]  # orange is visible on grey and on all of viridis
 GROUPS = ("single tokens", "3 × 3 groups", "5 × 5 groups", "7 × 7 groups")
 
 
@@ -116,12 +115,13 @@ PAGE_COLORS = dict(
         strict=True,
     )
 )
+BREAK = "\u2028"  # of lines in an id, as XML makes a space of a usual one
 SVG = "http://www.w3.org/2000/svg"
 
 
 def tip(artist: Artist, text: str, column: bool = False) -> None:
     """Let a part of a figure tell a text where a page shows the figure."""
-    artist.set_gid(TIP[column] + text)
+    artist.set_gid(TIP[column] + BREAK.join(map(printable, text.split("\n"))))
 
 
 def inline_svg(figure: Figure, name: str) -> str:
@@ -148,7 +148,7 @@ def inline_svg(figure: Figure, name: str) -> str:
             if gid.startswith(TIP[1]):
                 element[0].set("class", "column")
             title = ET.Element(f"{{{SVG}}}title")
-            title.text = gid.partition(":")[2]
+            title.text = gid.partition(":")[2].replace(BREAK, "\n")
             element.insert(0, title)
     width = float(root.attrib.pop("width").removesuffix("pt"))
     del root.attrib["height"]

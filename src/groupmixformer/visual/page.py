@@ -54,8 +54,9 @@ svg * { stroke-linejoin: round; font-family: system-ui, sans-serif !important; }
   background: var(--ink); color: var(--paper); font-size: .85rem; white-space: pre-line; overflow-wrap: anywhere; }
 main > img { max-width: 100%; }
 .gallery { display: grid; grid-template-columns: repeat(8, 1fr); gap: .75rem; margin: .75rem 0; }
-@media (max-width: 40rem) { .gallery { grid-template-columns: repeat(4, 1fr); gap: .5rem; } }
-.gallery.large { grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
+.gallery.large { grid-template-columns: 1fr 1fr; }
+@media (max-width: 40rem) { .gallery { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
+  .gallery.large { grid-template-columns: 1fr; } }
 .gallery img { display: block; width: 100%; border-radius: .375rem; border: .1875rem solid transparent; }
 .gallery img.small { image-rendering: pixelated; }
 .gallery .right img { border-color: var(--blue); }

@@ -34,7 +34,7 @@ def write_report(predictor: "DetectionPredictor", folder: Path, images: Any, mea
         return line_chart(x, lines, form="{:.2f}", x_form="{:.2f}", strong=all_, ylim=(0, 1.02), **more)
 
     sections: dict[str, list[Block]] = {
-        "": [Gallery("predictions", lambda: pairs_shown(pairs[:2], *captions), large=True)] if pairs else [],
+        "": [Gallery("predictions", lambda: pairs_shown(pairs[:1], *captions), large=True)] if pairs else [],
         "How the training went": run_charts(folder, column, metric),
         "Precision, recall and confidence": [
             f"At an IoU of 0.50. F1, the harmonic mean of precision and recall, is best for scores from {best:.2f} on, where "
@@ -58,8 +58,8 @@ def write_report(predictor: "DetectionPredictor", folder: Path, images: Any, mea
         ],
         "Classes": [class_chart(result["per_class"], name)],
     }
-    if pairs:
-        sections["Held-out images"] = [Gallery("more", lambda: pairs_shown(pairs[2:], *captions), large=True)]
+    if pairs[1:]:
+        sections["Held-out images"] = [Gallery("more", lambda: pairs_shown(pairs[1:], *captions), large=True)]
     tiles = {f"{part} {key}": percent(result[f"{part}_{key}"]) for part in predictor.kinds for key in ("AP", "AP50", "AP75")}
     tiles |= {"best F1": f"{f1:.2f}", "at scores from": f"{best:.2f}"}
     heading = f"{metric} {percent(result[name])} on {result['images']:,} held-out images"
