@@ -331,7 +331,7 @@ def test_every_format_is_read_and_names_are_no_markup(made):
     page = Page(files["index.html"])
     assert "b" not in page.tags and page.tags.count("img") == 3  # without measured times
     assert ODD in page.texts and "85.00" in page.texts
-    assert "http" not in files["index.html"]
+    assert "http:" not in files["index.html"] and "https:" not in files["index.html"]
 
     table = [line for line in files["table.md"].splitlines() if line.startswith("|")]
     assert len(table) == 4 and {len(re.split(r"(?<!\\)\|", line)) for line in table} == {15}
