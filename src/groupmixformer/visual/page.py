@@ -68,7 +68,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem 1rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; font-weight: normal; min-width: 6rem; max-width: 20rem; overflow-wrap: break-word; }
 thead th { color: var(--soft); font-weight: normal; position: sticky; top: 0; background: var(--paper); white-space: nowrap; }
-.facts td { text-align: left; overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .75rem 0; padding: .5rem .75rem; }
 summary { cursor: pointer; font-weight: 600; }
 pre { overflow: auto; font-size: .85rem; }
