@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import Run
+from groupmixformer import GroupMixFormer, Run
 from groupmixformer.bench import compare as comparing
-from groupmixformer.bench.beyond import CORRUPTIONS, MEASURES, measure_beyond
+from groupmixformer.bench.beyond import CORRUPTIONS, MEASURES, cka, head_features, measure_beyond
 from groupmixformer.bench.compare import OUTCOME, PREDICTIONS, Candidate, Plan, make_plan, parse_model, train_all
 from groupmixformer.bench.comparison import cells, compare, holm, paired_bootstrap, pareto, write_comparison
 from groupmixformer.bench.matching import costs, match
@@ -82,7 +82,7 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
     for run in out.glob("runs/*/*"):
         assert [row["epoch"] for row in Run.open(run).metrics] == [0, 1]
     capsys.readouterr()
-    assert main([*command(photos, out), "--also", "resolution", "shift"]) == 0
+    assert main([*command(photos, out), "--also", "resolution", "shift", "heads"]) == 0
     assert len(trained) == 5
     result = json.loads(capsys.readouterr().out)
 
@@ -96,6 +96,7 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
         assert row["inference_images_per_second"] > 0 and row["training_images_per_second"] > 0
         assert row["top1_at_32"] == pytest.approx(row["top1"])  # the size of the training
         assert 0 <= row["shift_consistency"] <= 1 and "top1_at_64" in row
+        assert (row["head_similarity"] is None) == ("pool" in row["model"])
     first, second = result["models"]
     assert abs(second["macs"] / first["macs"] - 1) < 0.02 and "embed_dims" in second["matched"]
     (pair,) = result["pairs"]
@@ -194,6 +195,30 @@ def test_corruptions_grow_with_the_level_and_are_the_same_for_every_model(name):
     distances = [(image.float() - pixels).square().mean().item() for image in changed]
     assert distances[4] > distances[2] > distances[0] > 0
     assert torch.equal(changed[2], apply(pixels, strengths[2]))
+
+
+def test_similarity_of_heads():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2000, 4, generator=rng, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=rng, dtype=torch.float64))[0]
+    assert cka(x, 3 * x @ rotation + 1) == pytest.approx(1)
+    assert cka(x, y) < 0.02
+    assert cka(x, torch.ones_like(x)) == 0
+
+
+@pytest.mark.parametrize(("mixer", "width"), [("group_mix", 2), ("factorised", 5), ("pool", None)])
+def test_heads_are_those_before_the_projection(mixer, width):
+    dim = 40 if mixer == "factorised" else 20
+    model = GroupMixFormer(embed_dims=(dim,), depths=(2,), mlp_ratios=(1,), mixer=mixer, num_classes=2).eval()
+    found = head_features(model, torch.randn(3, 3, 32, 32))
+    assert [tuple(heads.shape) for heads in found] == [(8, 3 * 64, width)] * (2 if width else 0)
+    if mixer == "group_mix":  # without the last head's weights nothing of it is left
+        attention = model.stages[0].blocks[0].attn
+        with torch.no_grad():
+            attention.aggregators.norm.weight[-2:] = 0
+            attention.aggregators.norm.bias[-2:] = 0
+        assert head_features(model, torch.randn(3, 3, 32, 32))[0][:7].abs().sum() > 0
+        assert head_features(model, torch.randn(3, 3, 32, 32))[0][7].abs().sum() == 0
 
 
 def test_further_measures_are_made_once(made, monkeypatch):

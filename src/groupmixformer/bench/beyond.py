@@ -1,17 +1,20 @@
-"""Beyond accuracy: how the runs of a comparison bear common corruptions, shifts, and other sizes of the same images."""
+"""Beyond accuracy: how runs bear corruptions, shifts and other sizes of the same images; how alike heads are."""
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from timm.models.coat import FactorAttnConvRelPosEnc
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as images
 
 from ..files import read_json, to_json, write_file
+from ..models.groupmixformer import GroupMixAttention
 from ..training.recipe import Recipe
 from .compare import open_last
 
@@ -97,12 +100,16 @@ class _Looker:
 
     def predicted(self, change: Callable[..., Tensor] | None = None, *arguments: Any) -> Tensor:
         """Return the class that is found for each image (N), which ``change(pixels, *arguments)`` changes first."""
-        mean, std = (torch.tensor(self.predictor.config[name])[:, None, None] for name in ("mean", "std"))
         found = []
         for pixels in self.pixels.split(BATCH):
             changed = change(pixels, *arguments) if change else pixels
-            found.append(self.predictor.probabilities((changed.float() / 255 - mean) / std).argmax(1))
+            found.append(self.predictor.probabilities(self.normalised(changed)).argmax(1))
         return torch.cat(found)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return what the model takes."""
+        mean, std = (torch.tensor(self.predictor.config[name])[:, None, None] for name in ("mean", "std"))
+        return (pixels.float() / 255 - mean) / std
 
     def top1(self, change: Callable[..., Tensor] | None = None, *arguments: Any) -> float:
         """Return the share of images that are classified rightly."""
@@ -145,10 +152,65 @@ def _resolution(run: Recipe) -> dict[str, float | None]:
     return found
 
 
+def cka(x: Tensor, y: Tensor) -> float:
+    """Return the linear centred kernel alignment (arXiv 1905.00414) of two features of the same tokens (N, E), 0 to 1."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((x.T @ y).square().sum() / scale) if scale > 0 else 0.0
+
+
+def head_features(network: nn.Module, batch: Tensor) -> list[Tensor]:
+    """Return what the heads of Group-Mix Attention, and of the control without groups, give to the projection.
+
+    Args:
+        network: In eval mode.
+        batch: Images (B, 3, H, W).
+
+    Returns:
+        For each attention, by heads and tokens: (8, B * N, E). None of other mixers.
+    """
+    found: list[Tensor] = []
+
+    def widths(attention: Any) -> tuple[int, int]:
+        ours = isinstance(attention, GroupMixAttention)
+        return (8, attention.head_dim) if ours else (attention.num_heads, attention.proj.in_features // attention.num_heads)
+
+    def hook(heads: int, width: int) -> Any:
+        def keep(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            found.append(inputs[0].flatten(0, 1)[:, : heads * width].unflatten(1, (heads, width)).transpose(0, 1))
+
+        return keep
+
+    attentions: list[Any] = [m for m in network.modules() if isinstance(m, GroupMixAttention | FactorAttnConvRelPosEnc)]
+    hooks = [attention.proj.register_forward_pre_hook(hook(*widths(attention))) for attention in attentions]
+    with torch.inference_mode():
+        network(batch)
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+def _heads(run: Recipe) -> dict[str, float | None]:
+    """Return head_similarity: CKA between the heads of an attention, over their pairs and blocks; and within and between sizes.
+
+    Heads come in pairs of the same group size. Without groups the pairs are arbitrary, which makes them the control.
+    """
+    looker = _Looker(run)
+    batch = looker.normalised(looker.pixels[:BATCH])
+    pairs: dict[str, list[float]] = {"head_similarity": [], "head_similarity_within": [], "head_similarity_between": []}
+    for heads in head_features(looker.predictor.model, batch.to(looker.predictor.device)):
+        for i, j in combinations(range(len(heads)), 2):
+            value = cka(heads[i].double(), heads[j].double())
+            pairs["head_similarity"].append(value)
+            pairs["head_similarity_within" if i // 2 == j // 2 else "head_similarity_between"].append(value)
+    return {name: sum(values) / len(values) if values else None for name, values in pairs.items()}
+
+
 MEASURES: dict[str, Callable[[Recipe], Mapping[str, float | None]]] = {
     "robustness": _robustness,
     "shift": _shift,
     "resolution": _resolution,
+    "heads": _heads,
 }
 
 

@@ -168,7 +168,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     first = result["models"][0]["model"]
     head = ["model", "top-1 %", "sd", "n", f"against {first}", "95 % interval", "p (Holm)", "parameters M", "MACs M"]
     head += ["inference images/s", "training images/s", "training MiB"]
-    shares = ["calibration_error", "corrupted_top1", "shift_consistency"]
+    shares = ["calibration_error", "corrupted_top1", "shift_consistency", "head_similarity"]
     shares += sorted({key for row in result["models"] for key in row if key.startswith("top1_at_")}, key=natural_key)
     shares = [name for name in shares if any(name in row for row in result["models"])]
     head += [f"{name.replace('top1', 'top-1').replace('_', ' ')} %" for name in shares]
