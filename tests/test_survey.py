@@ -56,6 +56,7 @@ def test_a_folder_of_classes(photos, tmp_path, capsys):
     assert leak == {
         "equal": False,
         "parts": ["train", "val"],
+        "classes": ["cat", "dog"],
         "files": {"train": ["train/cat/0.png"], "val": ["val/dog/copy.png"]},
     }
     assert same["equal"] and same["files"] == {"train": ["train/dog/1.png", "train/dog/same.png"]}
@@ -64,7 +65,10 @@ def test_a_folder_of_classes(photos, tmp_path, capsys):
     shown = re.findall(r'<figure><img alt="([^"]*)" src="data:image/webp;base64,[^"]+">', text)
     assert "val: val/dog/copy.png" in shown and shown.count("") == 11  # the batch, of all training images
     assert not re.search(r'(src|href)="(?!data:)', text) and "default-src 'none'" in text
+    assert "2 near duplicates, of the classes cat, dog" in text
     lines = gmf(capsys, "data", photos).out.splitlines()
+    assert lines[2] == lines[1].replace("leak", "several classes")
+    assert lines[3] == "duplicates: equal files: train/dog/1.png (train), train/dog/same.png (train)"
     assert lines[1] == "leak: near duplicates: train/cat/0.png (train), val/dog/copy.png (val)"
 
 

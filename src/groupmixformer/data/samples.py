@@ -126,6 +126,10 @@ class Samples(Dataset[Any]):
         """
         return (), "", []
 
+    def labels(self) -> list[int] | None:
+        """Return the class of each image, where each has one and that takes no reading of images."""
+        return None
+
     def files(self) -> list[Path]:
         """Return the image files, in the order of the samples; none where images come from elsewhere."""
         return []

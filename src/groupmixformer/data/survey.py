@@ -35,6 +35,7 @@ class Look:
         channels: In words.
         format: By Pillow's names.
         print: What it is compared by.
+        label: Name of its class, if it has one.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Look:
     channels: str = ""
     format: str = ""
     print: Fingerprint | None = None
+    label: str | None = None
 
 
 def look_at(path: Path) -> Look:
@@ -83,10 +85,11 @@ def describe(looks: Sequence[Look]) -> dict[str, Any]:
 
 
 def duplicates(parts: Mapping[str, Sequence[Look]]) -> list[dict[str, Any]]:
-    """Return the groups of duplicates over all parts, those that are in several parts first.
+    """Return the groups of duplicates over all parts, those that are in several parts first, then those of several classes.
 
     Returns:
-        Of each group, whether its files are ``equal`` or near duplicates, the ``parts`` it is in, and ``files`` by part.
+        Of each group, whether its files are ``equal`` or near duplicates, the ``parts`` it is in, the ``classes`` if an image
+        has one, and ``files`` by part.
     """
     looks = [(part, look) for part, found in parts.items() for look in found]
     group = groups(len(looks), near_pairs([look.print for _, look in looks]))
@@ -98,5 +101,6 @@ def duplicates(parts: Mapping[str, Sequence[Look]]) -> list[dict[str, Any]]:
         for part, look in members:
             files.setdefault(part, []).append(str(look.path))
         equal = len({look.print.content for _, look in members if look.print}) == 1
-        found.append({"equal": equal, "parts": list(files), "files": files})
-    return sorted(found, key=lambda entry: -len(entry["parts"]))
+        classes = sorted({look.label for _, look in members if look.label is not None})
+        found.append({"equal": equal, "parts": list(files), "classes": classes, "files": files})
+    return sorted(found, key=lambda entry: (-len(entry["parts"]), -len(entry["classes"])))

@@ -51,15 +51,17 @@ class Survey:
         parts: dict[str, Any] = {}
         looks = {}
         self.base = self.found.path if self.found.path.is_dir() else self.found.path.parent
-        names = sorted(self.found.parts, key=lambda name: [*PARTS, name].index(name))
-        for name in progress(names, "looking"):
+        order = sorted(self.found.parts, key=lambda name: [*PARTS, name].index(name))
+        for name in progress(order, "looking"):
             try:
                 samples = self.task.open_part(self.found.path, name)
             except ValueError as error:
                 parts[name] = {"problem": str(error)}
                 continue
             self.parts[name] = samples
-            looks[name] = in_threads(self._look_at, samples.files())
+            labels = samples.labels()
+            names = [None] * len(samples) if labels is None else [samples.class_names[label] for label in labels]
+            looks[name] = in_threads(self._look_at, zip(samples.files(), names, strict=True))
             parts[name] = _summary(samples) | describe(looks[name])
         if not self.parts:
             raise ValueError("; ".join(part["problem"] for part in parts.values()))
@@ -72,14 +74,9 @@ class Survey:
             "duplicates": duplicates(looks),
         }
 
-    def _look_at(self, path: Path) -> Look:
-        look = look_at(path)
-        return replace(look, path=path.relative_to(self.base)) if path.is_relative_to(self.base) else look
-
-    @property
-    def leaks(self) -> list[dict[str, Any]]:
-        """Groups of duplicates that are in several parts."""
-        return [group for group in self.result["duplicates"] if len(group["parts"]) > 1]
+    def _look_at(self, item: tuple[Path, str | None]) -> Look:
+        path, label = item
+        return replace(look_at(path), path=path.relative_to(self.base) if path.is_relative_to(self.base) else path, label=label)
 
     def page(self, recipe: "Recipe") -> str:
         """Return the page, with a batch as it is augmented by a recipe."""
@@ -92,9 +89,10 @@ class Survey:
     def drawn(self, part: str) -> list[tuple[str, Image.Image]]:
         """Draw a few images of a part, chosen at random, with their annotations."""
         samples, shown = self.parts[part], []
+        files = samples.files()
         for index in np.random.default_rng(0).permutation(len(samples)).tolist():
             try:
-                shown.append((samples.files()[index].name, samples.drawn(index)))
+                shown.append((files[index].name, samples.drawn(index)))
             except ValueError:  # which was told
                 continue
             if len(shown) == SHOWN:
@@ -112,16 +110,14 @@ class Survey:
     def text(self) -> str:
         """What was found, in lines; what is wrong first."""
         lines = [self.found.text]
-        for part in self.leaks[:3]:
-            lines.append(f"leak: {_files(part)}")
-        if len(self.leaks) > 3:
-            lines.append(f"leak: {len(self.leaks) - 3} more groups of duplicates are in several parts")
+        groups = self.result["duplicates"]
+        leaks, labels = ([group for group in groups if len(group[of]) > 1] for of in ("parts", "classes"))
+        within = [group for group in groups if len(group["parts"]) == 1]
+        for title, chosen in (("leak", leaks), ("several classes", labels), ("duplicates", within)):
+            lines += [f"{title}: {_files(group)}" for group in chosen[:3]]
+            lines += [f"{title}: {len(chosen) - 3} more groups"] if len(chosen) > 3 else []
         for name, part in self.result["parts"].items():
             lines += [f"{name:6} {line}" for line in _lines(part)]
-        within = [group for group in self.result["duplicates"] if len(group["parts"]) == 1]
-        if within:
-            images = sum(len(files) for group in within for files in group["files"].values())
-            lines.append(f"{images} images in {len(within)} groups of duplicates within a part: {_files(within[0])}")
         return "\n".join(lines)
 
 

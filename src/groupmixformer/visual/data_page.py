@@ -98,7 +98,8 @@ def _groups(groups: Sequence[Mapping[str, Any]], read: Callable[[str], Image.Ima
     rows = []
     for group in groups[:MOST_GROUPS]:
         members = [(part, file) for part, names in group["files"].items() for file in names]
-        rows.append(f"<p>{len(members)} {'equal files' if group['equal'] else 'near duplicates'}</p>")
+        classes = f", of the classes {_text(', '.join(map(short, group['classes'])))}" if len(group["classes"]) > 1 else ""
+        rows.append(f"<p>{len(members)} {'equal files' if group['equal'] else 'near duplicates'}{classes}</p>")
         rows.append(_images((f"{part}: {file}", read(file)) for part, file in members[:MOST_FILES]))
     more = len(groups) - MOST_GROUPS
     return "".join(rows) + (f"<p>and {more:,} more groups</p>" if more > 0 else "")

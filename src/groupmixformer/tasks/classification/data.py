@@ -101,7 +101,7 @@ class ImageSamples(Samples):
         return decode(file, self.name(index)) if file else to_rgb(image, self.name(index)), self.place(int(label))
 
     def labels(self) -> list[int] | None:
-        """Return the class of each image; none where that takes reading the images."""
+        """Return the class of each image, where the labels are at hand."""
         reader: Any = getattr(self.source, "reader", None)
         if hasattr(reader, "label_key"):  # Hugging Face's
             labels: Any = reader.dataset[reader.label_key]
