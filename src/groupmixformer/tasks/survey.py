@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,17 @@ from ..data.formats import PARTS, Recognised, recognise
 from ..data.images import decode
 from ..data.samples import Samples, in_threads
 from ..data.survey import Look, describe, duplicates, look_at
-from ..visual.data_page import SIDE, render
+from ..files import short
+from ..visual.data_page import render
+from ..visual.page import Gallery, Shown
 from .predictor import Progress
 from .registry import find_task
 
 if TYPE_CHECKING:  # which brings jsonargparse
     from ..training.recipe import Recipe
 
-SHOWN = 12  # images drawn of a part, and in a batch
+SHOWN = 8  # images drawn of a part, and in a batch
+SIDE = 224  # at least, of duplicates
 
 
 class Survey:
@@ -80,19 +84,21 @@ class Survey:
 
     def page(self, recipe: "Recipe") -> str:
         """Return the page, with a batch as it is augmented by a recipe."""
-        drawn = {f"Images of {part}": self.drawn(part) for part in self.parts}
-        mixed = self.task.name == "classification" and (recipe.augmentation.mixup or recipe.augmentation.cutmix)
-        title = f"A batch as training sees it{', before mixup and cutmix' if mixed else ''}"
-        drawn[title] = [("", image) for image in self.batch(recipe)]
-        return render(self.result, self.found.text, lambda file: decode(self.base / file, file, least_side=SIDE), drawn)
+        plain = self.task.name == "classification"  # nothing is drawn on the images
+        batch = "A batch as training sees it"
+        batch += ", before mixup and cutmix" if plain and (recipe.augmentation.mixup or recipe.augmentation.cutmix) else ""
+        galleries = {f"Images of {part}": Gallery(part, partial(self.drawn, part), not plain) for part in self.parts}
+        galleries[batch] = Gallery(batch, lambda: [Shown(image, "") for image in self.batch(recipe)], not plain)
+        heading = f"{self.found.title}, {len(self.parts)} part{'s' * (len(self.parts) != 1)}"
+        return render(self.result, heading, lambda file: decode(self.base / file, file, least_side=SIDE), galleries)
 
-    def drawn(self, part: str) -> list[tuple[str, Image.Image]]:
+    def drawn(self, part: str) -> list[Shown]:
         """Draw a few images of a part, chosen at random, with their annotations."""
-        samples, shown = self.parts[part], []
+        samples, shown = self.parts[part], list[Shown]()
         files = samples.files()
         for index in np.random.default_rng(0).permutation(len(samples)).tolist():
             try:
-                shown.append((files[index].name, samples.drawn(index)))
+                shown.append(Shown(samples.drawn(index), short(files[index].name, 80)))
             except ValueError:  # which was told
                 continue
             if len(shown) == SHOWN:

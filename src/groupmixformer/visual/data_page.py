@@ -1,115 +1,79 @@
-"""The page of a data set: what is wrong with it, what it holds, and how it looks, in one file that loads nothing."""
+"""The page of a data set: what is wrong with it, what it holds, and how it looks."""
 
-import base64
-import html
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ..files import printable, short
+from ..files import short
+from .charts import bar_chart
+from .page import Block, Chart, Gallery, Shown, Table, html_head, html_page, html_section
 
-SIDE = 320  # of the images in the page, in pixels
 MOST_GROUPS = 24  # of duplicates that are shown
-MOST_FILES = 6  # of a group
-MOST_LINES = 200  # of a list
-
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; font-weight: normal; }
-thead th { border-bottom: 1px solid; }
-.scroll { overflow-x: auto; }
-.alert { border-left: .3rem solid #d55e00; padding-left: .75rem; }
-.images { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-start; }
-figure { margin: 0; width: min(13rem, 45%); }
-figure img { width: 100%; }
-figcaption { font-size: .8rem; line-height: 1.3; }
-meter { width: 8rem; }
-"""
-
-
-def _text(value: Any) -> str:
-    return html.escape(printable(str(value)))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of cells that are HTML already."""
-    cells = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-    names = "".join(f"<th>{_text(name)}</th>" for name in head)
-    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead>{cells}</table></div>'
-
-
-def _list(lines: Sequence[str]) -> str:
-    more = [f"and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
-    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in [*lines[:MOST_LINES], *more])}</ul>"
-
-
-def _images(images: Iterable[tuple[str, Image.Image]]) -> str:
-    figures = []
-    for caption, image in images:
-        buffer, small = io.BytesIO(), image.convert("RGB")
-        small.thumbnail((SIDE, SIDE))
-        small.save(buffer, "WEBP", quality=85)
-        data = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        text = _text(short(caption, 80))
-        figures.append(f'<figure><img alt="{text}" src="{data}"><figcaption>{text}</figcaption></figure>')
-    return f'<div class="images">{"".join(figures)}</div>'
+MOST_FILES = 8  # of a group
+MOST_BARS = 60  # classes of a chart
+MOST_LINES = 200  # of what was left out
 
 
 def _span(spread: Mapping[str, float] | None, form: str) -> str:
     return " / ".join(format(spread[name], form) for name in ("min", "median", "max")) if spread else ""
 
 
-def _facts(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    def counted(values: Mapping[str, int]) -> str:
-        return "<br>".join(f"{count:,} {_text(name)}" for name, count in values.items())
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
-    rows = {
+
+def _facts(parts: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "images": lambda part: f"{part['images']:,}",
         "left out": lambda part: f"{len(part['left_out']):,}",
         "damaged": lambda part: f"{len(part['damaged']):,}",
         "megabytes": lambda part: f"{part['bytes'] / 1e6:,.1f}",
-        "width: least / median / greatest": lambda part: _span(part.get("width"), ".0f"),
+        "width, least / median / greatest": lambda part: _span(part.get("width"), ".0f"),
         "height": lambda part: _span(part.get("height"), ".0f"),
         "width : height": lambda part: _span(part.get("aspect_ratio"), ".2f"),
-        "channels": lambda part: counted(part["channels"]),
-        "formats": lambda part: counted(part["formats"]),
+        "channels": lambda part: _counted(part["channels"]),
+        "formats": lambda part: _counted(part["formats"]),
     }
-    return _table(["", *parts], ([_text(name), *map(tell, parts.values())] for name, tell in rows.items()))
+    return Table(["", *parts], [[name, *map(tell, parts.values())] for name, tell in rows.items()])
 
 
-def _classes(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = {name: {row["class"]: row["count"] for row in part["classes"]} for name, part in parts.items()}
-    names = list(dict.fromkeys(name for found in counts.values() for name in found))
+def _classes(parts: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    blocks: list[Block] = []
+    for name, part in parts.items():
+        rows, total = part["classes"], max(1, sum(row["count"] for row in part["classes"]))
+        told = [f"{short(row['class'])}: {row['count']:,} ({row['count'] / total:.1%})" for row in rows]
+        if 1 < len(rows) <= MOST_BARS:
+            shares = [row["count"] / total for row in rows]
+            draw: Callable[[], Figure] = partial(bar_chart, [row["class"] for row in rows], shares, told, xlabel="share (%)")
+            blocks.append(Chart(f"classes-{len(blocks)}", f"{name}: {part['counted']}", draw))
+    names = list(dict.fromkeys(row["class"] for part in parts.values() for row in part["classes"]))
+    counts = [{row["class"]: f"{row['count']:,}" for row in part["classes"]} for part in parts.values()]
+    table = Table(["class", *parts], [[short(name), *(found.get(name, "") for found in counts)] for name in names])
+    return [*blocks, table]
 
-    def cell(part: str, name: str) -> str:
-        count, most = counts[part].get(name, 0), max(1, *counts[part].values())
-        return f'<meter max="{most}" value="{count}"></meter> {count:,}'
 
-    head = [f"{name} ({part['counted']})" for name, part in parts.items() if part["classes"]]
-    chosen = [name for name, part in parts.items() if part["classes"]]
-    return _table(["class", *head], ([_text(short(name)), *(cell(part, name) for part in chosen)] for name in names))
-
-
-def _groups(groups: Sequence[Mapping[str, Any]], read: Callable[[str], Image.Image]) -> str:
-    rows = []
+def _groups(groups: Sequence[Mapping[str, Any]], read: Callable[[str], Image.Image]) -> list[Block]:
+    blocks: list[Block] = []
     for group in groups[:MOST_GROUPS]:
         members = [(part, file) for part, names in group["files"].items() for file in names]
-        classes = f", of the classes {_text(', '.join(map(short, group['classes'])))}" if len(group["classes"]) > 1 else ""
-        rows.append(f"<p>{len(members)} {'equal files' if group['equal'] else 'near duplicates'}{classes}</p>")
-        rows.append(_images((f"{part}: {file}", read(file)) for part, file in members[:MOST_FILES]))
-    more = len(groups) - MOST_GROUPS
-    return "".join(rows) + (f"<p>and {more:,} more groups</p>" if more > 0 else "")
+        classes = f", of the classes {', '.join(map(short, group['classes']))}" if len(group["classes"]) > 1 else ""
+        blocks.append(f"{len(members)} {'equal files' if group['equal'] else 'near duplicates'}{classes}")
+        blocks.append(Gallery("duplicates", partial(_shown, members[:MOST_FILES], read)))
+    return [*blocks, *([f"and {len(groups) - MOST_GROUPS:,} more groups"] if len(groups) > MOST_GROUPS else [])]
+
+
+def _shown(members: Sequence[tuple[str, str]], read: Callable[[str], Image.Image]) -> list[Shown]:
+    return [Shown(read(file), f"{part}: {short(file, 80)}") for part, file in members]
 
 
 def render(
     result: Mapping[str, Any],
     heading: str,
     read: Callable[[str], Image.Image],
-    drawn: Mapping[str, Sequence[tuple[str, Image.Image]]],
+    galleries: Mapping[str, Gallery],
 ) -> str:
     """Return the page.
 
@@ -117,40 +81,29 @@ def render(
         result: What a look through the data gave, as `gmf data --json` prints it.
         heading: What the data is, in a sentence.
         read: Reads an image of the duplicates by the name of its file.
-        drawn: Images with captions, by the title of their section.
+        galleries: Images of the data by the title of their section.
     """
     parts = {name: part for name, part in result["parts"].items() if "problem" not in part}
-    body = [f"<h1>{_text(heading)}</h1>"]
-    body += [
-        f'<p class="alert">{_text(name)} cannot be used: {_text(part["problem"])}</p>'
-        for name, part in result["parts"].items()
-        if name not in parts
-    ]
-    leaks, within = (
-        [group for group in result["duplicates"] if (len(group["parts"]) > 1) == several] for several in (True, False)
-    )
+    remarks = [f"{name} cannot be used: {part['problem']}" for name, part in result["parts"].items() if name not in parts]
+    leaks, others = ([group for group in result["duplicates"] if (len(group["parts"]) > 1) == leak] for leak in (True, False))
     if leaks:
-        body.append(f'<h2 class="alert">Leaks: duplicates in several parts ({len(leaks):,} groups)</h2>{_groups(leaks, read)}')
-    elif len(parts) > 1:
-        body.append("<p>No image is in two parts, nor a near duplicate of one.</p>")
-    body += [f"<h2>Parts</h2>{_facts(parts)}", f"<h2>Classes</h2>{_classes(parts)}"]
+        remarks.append("Images of one part are in another too, or near duplicates: what is measured there is too good.")
+    sections: dict[str, Sequence[Block]] = {}
+    if leaks:
+        sections["Leaks: duplicates in several parts"] = _groups(leaks, read)
+    sections |= {"Parts": [_facts(parts)], "Classes": _classes(parts)}
     for name, part in parts.items():
         damaged = [f"{entry['file']}: {entry['reason']}" for entry in part["damaged"]]
-        lines = [
-            *part["notes"],
-            *(f"{count:,} images: {text}" for text, count in part["doubts"].items()),
-            *part["left_out"],
-            *damaged,
-        ]
+        doubts = [f"{count:,} images: {text}" for text, count in part["doubts"].items()]
+        lines = [*part["notes"], *doubts, *part["left_out"], *damaged]
         if lines:
-            body.append(f"<h2>Left out and to be seen to: {_text(name)}</h2>" + _list(lines))
-    body += [f"<h2>{_text(title)}</h2>{_images(images)}" for title, images in drawn.items()]
-    if within:
-        body.append(f"<h2>Duplicates within a part ({len(within):,} groups)</h2>{_groups(within, read)}")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{_text(heading)}</title><style>{STYLE}</style></head><body>
-{"".join(body)}
-</body></html>
-"""
+            more = [f"and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
+            sections[f"Left out and to be seen to: {name}"] = [Table([""], [[line] for line in [*lines[:MOST_LINES], *more]])]
+    sections |= {title: [gallery] for title, gallery in galleries.items()}
+    if others:
+        sections["Duplicates within a part"] = _groups(others, read)
+    tiles = {f"{name}: images": f"{part['images']:,}" for name, part in parts.items()}
+    tiles |= {"groups of duplicates in several parts": f"{len(leaks):,}"} if len(parts) > 1 else {}
+    tiles |= {"damaged or left out": f"{sum(len(part['damaged']) + len(part['left_out']) for part in parts.values()):,}"}
+    body = "".join(html_section(title, blocks) for title, blocks in sections.items())
+    return html_page(heading, html_head(result["data"], heading, tiles, remarks) + body)

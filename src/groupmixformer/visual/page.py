@@ -176,11 +176,12 @@ def _shown(item: Shown, side: int) -> str:
     return f'<figure{kind}><img{pixels} alt="{caption}" src="{data}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _render(block: Block, folder: Path) -> str:
+def _render(block: Block, folder: Path | None) -> str:
     if isinstance(block, Chart):
         figure = block.draw()
         svg = inline_svg(figure, block.name)
-        write_file(folder / "report" / f"{block.name}.png", drawn(figure))
+        if folder:
+            write_file(folder / "report" / f"{block.name}.png", drawn(figure))
         title = _text(block.title)
         svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
         return f'<figure class="chart{" wide" if block.wide else ""}"><figcaption>{title}</figcaption>{svg}</figure>'
@@ -192,7 +193,8 @@ def _render(block: Block, folder: Path) -> str:
     return f'<p class="note">{_text(block)}</p>'
 
 
-def _section(title: str, blocks: Sequence[Block], folder: Path) -> str:
+def html_section(title: str, blocks: Sequence[Block], folder: Path | None = None) -> str:
+    """Return a part of a page, whose charts are written to a run's report/ too; what cannot be drawn is named instead."""
     parts, charts = [f"<h2>{_text(title)}</h2>"] if title else [], list[str]()
     for block in [*blocks, ""]:
         if charts and not isinstance(block, Chart):
@@ -203,10 +205,17 @@ def _section(title: str, blocks: Sequence[Block], folder: Path) -> str:
         except Exception as error:  # whatever a library makes of unusual data, the rest of the page is worth having
             name = block.name if isinstance(block, Chart | Gallery) else title
             missing = f"{name} could not be drawn: {type(error).__name__}: {one_line(error)}"
-            logging.getLogger(__name__).warning(f"{folder / REPORT}: {missing}")
+            logging.getLogger(__name__).warning(f"{folder / REPORT}: {missing}" if folder else missing)
             made = f"<p>{_text(missing)}</p>"
         (charts if isinstance(block, Chart) else parts).append(made)
     return f"<section>{''.join(parts)}</section>"
+
+
+def html_head(about: str, heading: str, tiles: Mapping[str, Any], remarks: Sequence[str]) -> str:
+    """Return the beginning of a page: what it is about, what came out, numbers by name, and what must not be overlooked."""
+    cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles.items())
+    told = f'<ul class="remarks">{"".join(f"<li>{_text(line)}</li>" for line in remarks)}</ul>' if remarks else ""
+    return f'<p class="run">{_text(about)}</p>\n<h1>{_text(heading)}</h1>\n<dl class="tiles">{cells}</dl>\n{told}'
 
 
 def write_page(
@@ -232,15 +241,10 @@ def write_page(
     (folder / "report").mkdir(exist_ok=True)
     changes = RunFolder(folder).changes
     told = [*remarks, *([f"The recipe was changed while it was trained: {changes}."] if changes else [])]
-    cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in tiles.items())
-    first, *others = [_section(title, blocks, folder) for title, blocks in sections.items()] or [""]
+    parts = [html_section(title, blocks, folder) for title, blocks in sections.items()]
     facts = "".join(f"<tr><th>{_text(n)}</th><td>{_text(v)}</td></tr>" for n, v in read_json(folder / VERSIONS).items())
-    body = f"""<p class="run">GroupMixFormer run {_text(folder.name)}</p>
-<h1>{_text(heading)}</h1>
-<dl class="tiles">{cells}</dl>
-{f'<ul class="remarks">{"".join(f"<li>{_text(line)}</li>" for line in told)}</ul>' if told else ""}
-{first}
-{"".join(others)}
+    body = f"""{html_head(f"GroupMixFormer run {folder.name}", heading, tiles, told)}
+{"".join(parts)}
 <section><h2>How it was made</h2>
 <details><summary>Versions and machine</summary><table class="facts">{facts}</table></details>
 <details><summary>Recipe</summary><pre>{html.escape(read_text(folder / RECIPE))}</pre></details></section>"""
