@@ -29,6 +29,7 @@ SLOW = EXHAUSTIVE | {
     "evaluate.md",
     "explain.md",
     "export.md",
+    "learning.md",
     "lightning.md",
     "smp.md",
 }

@@ -67,6 +67,8 @@ def read_card_info(run: RunFolder, network: NetworkInfo) -> CardInfo:
     """
     task, rows = find_task(run.task), run.metrics
     recipe = _read_yaml(run.recipe_path) if run.recipe_path else {}
+    if teacher := _teacher(recipe):
+        recipe["distill"]["teacher"] = _public(teacher)
     recipe |= {name: _public(recipe[name]) for name in ("data", "root", "checkpoint", "out") if name in recipe}
     of_best = run.weights.name in WEIGHTS  # and not of the last step
     monitor = next((column for column in task.hub_metrics if of_best and rows and column in rows[0]), None)
@@ -74,6 +76,12 @@ def read_card_info(run: RunFolder, network: NetworkInfo) -> CardInfo:
     packages = ("groupmixformer", "torch", "timm", "lightning", "device")
     versions = {name: run.versions[name] for name in packages if name in run.versions}
     return CardInfo(task, network, recipe, best, len(rows), versions, run.changes)
+
+
+def _teacher(recipe: Mapping[str, Any]) -> str:
+    """Return the teacher that a recipe names, if any."""
+    distill = recipe.get("distill")
+    return str(distill.get("teacher") or "") if isinstance(distill, dict) else ""
 
 
 def _measured_on(known: CardInfo) -> str:
@@ -157,8 +165,10 @@ def _training(known: CardInfo) -> str:
     if not known.recipe:
         return "How it was trained is not known to this card."
     start = _code(str(known.recipe["checkpoint"])) if known.recipe.get("checkpoint") else "random weights"
+    teacher = _teacher(known.recipe)
+    taught = f", with {_code(teacher)} as teacher ({known.recipe['distill'].get('kind')})" if teacher else ""
     lines = [
-        f"Trained by `gmf train` on {_code(str(known.recipe.get('data')))}, from {start}. "
+        f"Trained by `gmf train` on {_code(str(known.recipe.get('data')))}, from {start}{taught}. "
         "The recipe, which is also in `recipe.yaml`:",
         _code(yaml.safe_dump(known.recipe, sort_keys=False).rstrip(), "yaml"),
     ]

@@ -139,6 +139,12 @@ def model_name(variant: str) -> str:
     raise ValueError(f"no model {variant}, expected a name of timm.list_models(): the nearest is {near}")
 
 
+def fixed_size(name: str, image_size: int) -> dict[str, Any]:
+    """Return what tells a model that is made for one size of image, such as a ViT, which it is."""
+    cfg = timm.get_pretrained_cfg(name)
+    return {"img_size": image_size} if cfg and cfg.fixed_input_size else {}
+
+
 def downloaded_cfg(variant: str) -> dict[str, Any]:
     """Return what tells timm to load the released weights of a variant from `groupmixformer.released.weights_folder`.
 

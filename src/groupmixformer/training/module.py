@@ -79,6 +79,7 @@ class Task(lightning.LightningModule):
         if self.average:
             self.average.module.requires_grad_(False)  # DDP would wait for its gradients
         self.notes: list[str] = []  # about the data: what was left out, which classes are not there
+        self.depends: dict[str, Any] = {}  # on what is not in the recipe, by name: resuming tells that it changed
         self.before: dict[str, Any] = {}  # what the checkpoint that the run continues from says of it
         self.history: list[dict[str, Any]] = []  # changes of the recipe while it ran, each with its place
         for name, samples in (("training", loaders.train), ("held-out", loaders.held_out)):
@@ -95,6 +96,11 @@ class Task(lightning.LightningModule):
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:
         """Write `model`, which is `evaluated`, to a folder."""
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimiser updates: the model, maybe with layers that only training needs."""
+        return self.model
 
     def compile_model(self) -> None:
         """Compile what is trained, or the part of it that compiles well."""
@@ -120,7 +126,7 @@ class Task(lightning.LightningModule):
         """Return timm's optimiser and its schedule, stepped after every update; rates are scaled to the total batch."""
         optimizer, schedule = self.recipe.optimizer, self.recipe.schedule
         made = create_optimizer_v2(
-            self.model,
+            self.trained,
             opt=optimizer.name,
             lr=optimizer.lr * self.rate_scale,
             weight_decay=optimizer.weight_decay,
@@ -182,17 +188,17 @@ class Task(lightning.LightningModule):
         Raises:
             ValueError: If more than `recipe.max_skipped_steps` steps in a row had to be skipped.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if norm.isfinite():  # the same on every process, as gradients are
             self.skipped_in_a_row = 0
             if self.recipe.optimizer.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.trained.parameters(), self.recipe.optimizer.clip_grad, norm)
             self.log("grad_norm", norm)
             return
         # Optimisers pass over parameters without a gradient. BN has already averaged in what came of this batch.
-        self.model.zero_grad(set_to_none=True)
+        self.trained.zero_grad(set_to_none=True)
         torch._foreach_copy_([buffer for buffer in self.model.buffers() if buffer.is_floating_point()], self._statistics)
         self.skipped += 1
         self.skipped_in_a_row += 1
@@ -269,11 +275,15 @@ class Task(lightning.LightningModule):
             model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}, assign=True)
         return model.eval()
 
+    def describe(self, processes: int) -> dict[str, Any]:
+        """Return what a checkpoint says of the run."""
+        return describe(self.recipe, processes, self.loaders.samples, self.class_names) | self.depends
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counts of all processes; Lightning saves the metrics of the first only."""
         loss = (float(self.train_loss.mean_value), float(self.train_loss.weight))
         checkpoint["counts"] = {"skipped": self.skipped, "unreadable": self.all_unreadable(), "losses": self._of_all(loss)}
-        checkpoint["run"] = describe(self.recipe, self.trainer.world_size, self.loaders.samples, self.class_names)
+        checkpoint["run"] = self.describe(self.trainer.world_size)
         checkpoint["run"]["history"] = self.history
 
     def _update_settings(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:

@@ -36,6 +36,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_unreadable", "drop_path_rate", "ema", "hflip", "vflip", "random_erasing", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("lr", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
     **dict.fromkeys(("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "max_size", "channels"), (1, math.inf)),
+    **dict.fromkeys(("weight", "label_weight"), (0, math.inf)),
+    "temperature": (0.01, 1000),
     "crop_pct": (0.01, 1),
     "val_share": (0.01, 0.9),
     "folds": (2, math.inf),
@@ -101,7 +103,7 @@ class _Checked:
         for name, value in vars(self).items():
             if problem := _problem(name, value, hints[name]):
                 raise RecipeError(problem)
-            if name in ("data", "root", "checkpoint", "out") and value is not None:
+            if name in ("data", "root", "checkpoint", "out", "teacher") and value is not None:
                 setattr(self, name, os.path.expanduser(value))  # noqa: PTH111 - Path drops the slashes of a URL
 
 
@@ -173,6 +175,26 @@ class Augmentation(_Checked):
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.1
+
+
+@dataclass
+class Distillation(_Checked):
+    """A teacher, from which a classifier learns besides the labels.
+
+    Args:
+        teacher: A run, a checkpoint, a variant whose released weights are there, or any model of timm; none for no teacher.
+        kind: logits: the teacher's probabilities of the classes, matched by name; features: the vector before its classifier,
+            through a linear layer where the widths differ.
+        weight: Of the teacher's loss.
+        label_weight: Of the labels' loss; 0 to learn from the teacher alone.
+        temperature: Divides the logits of both.
+    """
+
+    teacher: str | None = None
+    kind: Literal["logits", "features"] = "logits"
+    weight: float = 1.0
+    label_weight: float = 1.0
+    temperature: float = 2.0
 
 
 @dataclass
@@ -280,6 +302,7 @@ class Recipe(_Checked):
         balance: For classification, against classes of unequal numbers: loss weights each image by the inverse of its class's
             number, sampling shows each class equally often in an epoch of the same length; none for images as they are.
         augmentation: For classification, what is done to training images.
+        distill: For classification, a teacher.
         detector: For detection, the detector and what is done to its images.
         segmenter: For segmentation, the decoder and what is done to its images.
         task_options: Fields of a task of another package, by its names.
@@ -323,6 +346,7 @@ class Recipe(_Checked):
     schedule: Schedule = field(default_factory=Schedule)
     balance: Literal["loss", "sampling"] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
+    distill: Distillation = field(default_factory=Distillation)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
     task_options: dict[str, Any] = field(default_factory=dict)
@@ -361,7 +385,7 @@ class Recipe(_Checked):
 
 
 TASK_FIELDS = {
-    "classification": ("root", "download", "crop_pct", "balance", "augmentation"),
+    "classification": ("root", "download", "crop_pct", "balance", "augmentation", "distill"),
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }

@@ -131,7 +131,7 @@ def _values(run: Mapping[str, Any]) -> dict[str, Any]:
             yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
     fields = {name: value for name, value in run.get("recipe", {}).items() if name not in WITHOUT_EFFECT}
-    return dict(flat(fields)) | {name: run[name] for name in ("processes", "images") if name in run}
+    return dict(flat(fields)) | {name: run[name] for name in ("processes", "images", "teacher") if name in run}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -30,7 +30,7 @@ from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, Met
 from .claim import Claim
 from .module import Task
 from .recipe import Recipe, write_recipe
-from .resume import Start, changes, check_classes, describe, find_start
+from .resume import Start, changes, check_classes, find_start
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # the recipe's names and Lightning's
 START = timedelta(seconds=float(os.environ.get("GMF_START_SECONDS", 300)))  # that processes wait for each other at the start
@@ -144,8 +144,7 @@ def _continue(task: Task, start: Start, processes: int) -> None:
         ValueError: If the data has other classes.
     """
     check_classes(start.before, task.class_names, start.path)
-    now = describe(task.recipe, processes, task.loaders.samples, task.class_names)
-    changed = changes(start.before, now)
+    changed = changes(start.before, task.describe(processes))
     task.before, task.history = start.before, list(start.before.get("history", []))
     if changed:
         task.history.append({**start.place, "changed": changed})

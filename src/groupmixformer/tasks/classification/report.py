@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import torch
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
-from ...files import short, write_file
+from ...files import read_text, short, write_file
 from ...models.attention_maps import attention_maps, by_group_size, has_attention_maps, suited_stage
 from ...models.groupmixformer import GroupMixFormer
-from ...run_folder import EXAMPLES
+from ...run_folder import EXAMPLES, RECIPE
 from ...visual.charts import new_axes
 from ...visual.figures import BLUE, ORANGE, Row, overlay_figure, tip
 from ...visual.page import Block, Chart, Gallery, Shown, Table
@@ -92,6 +93,16 @@ def _attention(model: GroupMixFormer, images: Sequence[Image.Image], config: dic
     return overlay_figure(rows, "query marked")
 
 
+def _learnt_from(folder: Path) -> list[str]:
+    """Say what a run learnt from besides the labels."""
+    distill = yaml.safe_load(read_text(folder / RECIPE)).get("distill") or {}
+    if not distill.get("teacher"):
+        return []
+    how = f", temperature {distill['temperature']:g}" if distill["kind"] == "logits" else ""
+    weights = f"weight {distill['weight']:g} beside {distill['label_weight']:g}"
+    return [f"Teacher: {distill['teacher']} ({distill['kind']}, {weights} of the labels{how})."]
+
+
 def write_report(
     folder: Path,
     model: nn.Module,
@@ -136,7 +147,7 @@ def write_report(
     counts = confusion_matrix(true, predicted, labels=range(len(class_names)))
     sections: dict[str, list[Block]] = {
         "": [Gallery("sample", lambda: shown(few))] if few else [],
-        "How the training went": run_charts(folder, "val_top1", "top-1"),
+        "How the training went": [*_learnt_from(folder), *run_charts(folder, "val_top1", "top-1")],
         "Confusion": confusion_blocks(counts, class_names, "images"),
         "Classes": class_blocks(rows),
         "Calibration": [

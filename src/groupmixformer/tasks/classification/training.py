@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ...models.checkpoint import load_model, model_arguments, model_name, save_checkpoint
+from ...models.checkpoint import fixed_size, load_model, model_arguments, model_name, save_checkpoint
 from ...models.groupmixformer import GroupMixFormer
 from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
+from ...weights import checksum
 from .data import (
     ImageData,
     ImageSamples,
@@ -27,6 +28,7 @@ from .data import (
     open_images,
     training_config,
 )
+from .distillation import distillation, open_teacher
 
 
 def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
@@ -41,7 +43,7 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     if not recipe.checkpoint:
         name, options = model_name(recipe.model), recipe.model_options
         try:
-            model: Any = timm.create_model(name, **settings, **_size(name, recipe), **options)
+            model: Any = timm.create_model(name, **settings, **fixed_size(name, recipe.image_size), **options)
         except TypeError as error:
             raise ValueError(f"{name} cannot be made with model_options {options}: {error}") from error
         model.model_options = options
@@ -56,17 +58,11 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
         model = GroupMixFormer(**model_arguments(source) | settings)
     else:
         other, options = source.pretrained_cfg["architecture"], source.model_options
-        model = timm.create_model(other, **options | settings | _size(other, recipe))
+        model = timm.create_model(other, **options | settings | fixed_size(other, recipe.image_size))
         model.model_options = options
     model.load_state_dict(source.state_dict())
     model.pretrained_cfg = source.pretrained_cfg
     return model
-
-
-def _size(name: str, recipe: Recipe) -> dict[str, Any]:
-    """Tell a model that is made for one size of image, such as a ViT, which it is."""
-    cfg = timm.get_pretrained_cfg(name)
-    return {"img_size": recipe.image_size} if cfg and cfg.fixed_input_size else {}
 
 
 def class_weights(labels: Sequence[int], classes: int) -> Tensor:
@@ -121,6 +117,16 @@ class ClassificationModule(Task):
                 num_classes=len(images.class_names),
             )
         self.soft_loss = SoftTargetCrossEntropy()
+        # In a list, and so no part of this module: its teacher is in no checkpoint, and always in eval mode.
+        self.distillation: list[Any] = []
+        if recipe.distill.teacher:
+            teacher = open_teacher(recipe.distill.teacher, recipe.image_size)
+            self.depends["teacher"] = checksum(teacher.state_dict())
+            self.distillation.append(distillation(recipe.distill, teacher, model, self.label_loss, images.class_names))
+            if self.trained is not model:
+                if recipe.strategy == "fsdp":
+                    raise ValueError("strategy fsdp shards the model alone: teach logits (--distill.kind logits)")
+                self.projection = self.distillation[0].trainable_module.projection
         self.val_images = SumMetric()
         self.val_loss = MeanMetric()
         self.top1 = MulticlassAccuracy(len(images.class_names), average="micro", ignore_index=-1)
@@ -134,20 +140,43 @@ class ClassificationModule(Task):
         targets = classes
         if self.mixup is not None:
             images, targets = self.mixup(images, classes)
-        loss: Tensor
-        if self.class_weights is not None:
-            # Not divided by the weights of the batch, as PyTorch would, so that batches count as many of them do together.
-            smoothing = 0.0 if self.mixup else self.recipe.augmentation.label_smoothing
-            losses = F.cross_entropy(
-                self.model(images), targets, self.class_weights, reduction="none", label_smoothing=smoothing
-            )
-            loss = losses.mean()
-        elif self.mixup is not None:
-            loss = self.soft_loss(self.model(images), targets)
+        if self.distillation:
+            losses = self.distillation[0](images, targets)
+            loss = losses["loss"]
+            self.log("distill_loss", losses["kd_loss"])
         else:
-            loss = F.cross_entropy(self.model(images), classes, label_smoothing=self.recipe.augmentation.label_smoothing)
+            loss = self.label_loss(self.model(images), targets)
         self.log_loss(loss, len(images))
         return loss
+
+    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits (B, classes) and classes (B) or, after mixup, their shares (B, classes)."""
+        smoothing = 0.0 if self.mixup else self.recipe.augmentation.label_smoothing
+        if self.class_weights is not None:
+            # Not divided by the weights of the batch, as PyTorch would, so that batches count as many of them do together.
+            losses = F.cross_entropy(logits, targets, self.class_weights, reduction="none", label_smoothing=smoothing)
+            return losses.mean()
+        if self.mixup is not None:
+            return self.soft_loss(logits, targets)
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model, with the layer that makes its features as wide as a teacher's."""
+        of_features = self.distillation and self.recipe.distill.kind == "features"
+        return self.distillation[0].trainable_module if of_features else self.model
+
+    def compile_model(self) -> None:
+        """Compile the model, for training with the layers that are trained beside it."""
+        self.trained.compile()
+        if self.trained is not self.model:
+            self.model.compile()
+
+    def on_fit_start(self) -> None:
+        """Put the teacher on the device."""
+        for task in self.distillation:
+            task.teacher.to(self.device)
+            task.student_mean, task.student_std = task.student_mean.to(self.device), task.student_std.to(self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> None:
         """Measure loss and accuracy of held-out images; classes of -1 fill up a batch and do not count."""
