@@ -353,3 +353,11 @@ def test_two_processes_share_a_split_and_balance_over_both(flat, tmp_path):
     assert runs[1][0] == runs[2][0] and runs[2][1]["images"] == 5
     losses = [read_metrics(tmp_path / str(devices))[0]["loss"] for devices in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], abs=0.2)  # BatchNorm sees half the images
+
+
+def test_shards_of_a_folder_without_parts(flat, photos, tmp_path, capsys):
+    error = gmf(capsys, "shards", flat, "--out", tmp_path / "none", code=1).err
+    assert "--val-share 0.2" in error
+    told = json.loads(gmf(capsys, "shards", flat, "--out", tmp_path / "shards", "--val-share", "0.2", "--json").out)
+    assert (told["train"], told["validation"]) == (20, 5)
+    assert "leave out --val-share" in gmf(capsys, "shards", photos, "--out", tmp_path / "x", "--val-share", "0.2", code=1).err

@@ -15,6 +15,7 @@ from .common import (
     Positive,
     Reads,
     RunPath,
+    Share,
     UsageError,
     Works,
     Writes,
@@ -183,10 +184,11 @@ def push(
     show(result | {"commit": url}, json, text)
 
 
-@command("shards", "gmf shards photos --out shards", "data")
+@command("shards", "gmf shards photos --out shards", "data", "train")
 def shards(
     folder: Reads[PathText],
     *,
+    val_share: Reads[Share | None] = None,
     seed: Works[NonNegative] = 0,
     workers: Works[Positive] = CORES,
     images_per_shard: Writes[Positive] = 1000,
@@ -197,16 +199,23 @@ def shards(
 
     Args:
         folder: holds train/ and val/, each with one folder of images per class
-        seed: of the order for training
+        val_share: share of the images to hold out, where there are folders of classes alone
+        seed: of the order for training, and of what is held out
         workers: threads, one for each core
         images_per_shard: images in a file
     """
     from ..data.shards import write_shards
+    from ..data.split import Splitter
     from ..tasks.classification.data import open_images
 
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
-    images = open_images(folder)
+    splitter = Splitter(val_share, seed=seed) if val_share else None
+    images = open_images(folder, splitter=splitter)
+    if splitter and not splitter.split:
+        raise ValueError(f"{folder}: has a training and a held-out part of its own: leave out --val-share")
+    for line in splitter.notes if splitter else ():
+        note(line)
     splits = {"train": images.train_source.samples, "validation": images.held_out_source.samples}
     settings: dict[str, Any] = {"per_shard": images_per_shard, "seed": seed, "workers": workers, "progress": progress}
     result = write_shards(Path(folder), splits, images.class_names, Path(out), **settings)
