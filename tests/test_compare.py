@@ -20,7 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from groupmixformer import GroupMixFormer, Run
 from groupmixformer.bench import compare as comparing
 from groupmixformer.bench.beyond import CORRUPTIONS, MEASURES, cka, head_features, measure_beyond
-from groupmixformer.bench.compare import OUTCOME, PREDICTIONS, Candidate, Plan, make_plan, parse_model, train_all
+from groupmixformer.bench.compare import (
+    OUTCOME,
+    PREDICTIONS,
+    Candidate,
+    Plan,
+    make_plan,
+    parse_model,
+    parse_settings,
+    train_all,
+)
 from groupmixformer.bench.comparison import cells, compare, holm, paired_bootstrap, pareto, write_comparison
 from groupmixformer.bench.matching import costs, match
 from groupmixformer.bench.timing import Settings
@@ -118,7 +127,12 @@ def test_several_at_a_time_and_as_jobs_of_submitit(photos, tmp_path):
     pytest.importorskip("submitit")
     recipe = read_recipe("folder", ["--data", str(photos), "--epochs", "1", *TINY])
     tops = []
-    for kind, cluster in (("alone", None), ("pool", None), ("debug", {"cluster": "debug"}), ("local", {"cluster": "local"})):
+    for kind, cluster in (
+        ("alone", None),
+        ("pool", None),
+        ("debug", {"cluster": "debug"}),
+        ("local", {"cluster": "local", "timeout_min": 10}),
+    ):
         plan = make_plan(tmp_path / kind, recipe, {"a": "mobile"}, "none", 2)
         states = list(train_all(plan, 2 if kind == "pool" else 1, cluster))
         assert (states[-1].runs, states[-1].failed) == (2, {})
@@ -256,6 +270,11 @@ def test_models_are_named_with_options():
             parse_model(text)
 
 
+def test_settings_of_a_cluster_have_types():
+    words = ["cluster=slurm", "timeout_min=600", "slurm_partition=gpu"]
+    assert parse_settings(words) == {"cluster": "slurm", "timeout_min": 600, "slurm_partition": "gpu"}
+
+
 @pytest.mark.parametrize(
     ("words", "reason", "code"),
     [
@@ -268,6 +287,7 @@ def test_models_are_named_with_options():
         (["mobile:mixer=hilow"], "the nearest is hilo", 1),
         (["--show", "nothing"], "holds no comparison", 1),
         (["mobile", "--show", "nothing"], "takes no other option", 2),
+        (["mobile", "--cluster", "slurm"], "got 'slurm', expected settings with values", 1),
         (["missing.yaml"], "missing.yaml", 1),
     ],
 )

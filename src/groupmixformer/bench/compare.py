@@ -5,13 +5,14 @@ resumes after a kill, with `OUTCOME` and `PREDICTIONS` of the held-out images be
 What follows from them is in `comparison.py`.
 """
 
+import contextlib
 import csv
 import logging
 import multiprocessing
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -113,6 +114,17 @@ def read_spec(path: Path) -> dict[str, Any]:
     models = content["models"]
     content["models"] = {str(k): str(v) for k, v in (models if isinstance(models, dict) else {m: m for m in models}).items()}
     return content
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in words such as ``timeout_min=600``, their values as in YAML.
+
+    Raises:
+        ValueError: If one has no value.
+    """
+    if bad := [word for word in words if not re.fullmatch(r"\w+=.+", word)]:
+        raise ValueError(f"got {bad[0]!r}, expected settings with values, as in timeout_min=600")
+    return {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in words)}
 
 
 @dataclass(frozen=True)
@@ -351,8 +363,11 @@ def train_all(plan: Plan, jobs: int = 1, cluster: Mapping[str, Any] | None = Non
                 note(run, error)
             yield state()
         return
-    executor = _pool(jobs, plan.recipe.device) if cluster is None else _cluster(plan.folder, jobs, cluster)
-    futures = {executor.submit(train_and_evaluate, run): run for run in waiting}
+    executor: Any = _pool(jobs, plan.recipe.device) if cluster is None else _cluster(plan.folder, jobs, cluster)
+    with (
+        contextlib.nullcontext() if cluster is None else executor.batch()
+    ):  # on SLURM an array, which limits the jobs at a time
+        futures = {executor.submit(train_and_evaluate, run): run for run in waiting}
     try:
         last = state()
         while futures:

@@ -74,7 +74,7 @@ def compare(
         show_only: draw tables and figures of a comparison again, as far as its runs are done; train nothing
     """
     from ..bench.beyond import measure_beyond
-    from ..bench.compare import is_done, make_plan, measure_speed, read_plan, read_spec
+    from ..bench.compare import is_done, make_plan, measure_speed, parse_settings, read_plan, read_spec
     from ..bench.comparison import compare as put_together
     from ..bench.comparison import headline, text_table, write_comparison
 
@@ -105,7 +105,7 @@ def compare(
         chosen = settings | spec | {name: value for name, value in settings.items() if name in GIVEN.get()}
         own = [f"--{k}={v if isinstance(v, str) else json_module.dumps(v)}" for k, v in spec.get("fields", {}).items()]
         own += [f"--epochs={chosen['epochs']}"] if chosen["epochs"] else []
-        nodes = dict(item.partition("=")[::2] for item in cluster) if cluster else spec.get("cluster")
+        nodes = parse_settings(cluster) if cluster else spec.get("cluster")
         resolved = resolve_recipe(chosen["recipe"], [*own, *fields])
         plan = make_plan(Path(chosen["out"]), resolved, spec["models"], chosen["match"], chosen["seeds"])
         failed = _train(plan, chosen["jobs"], nodes)
