@@ -208,7 +208,7 @@ def text_table(result: dict[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([!-*+./:-@[-`{-~])", r"\\\1", printable(text)) if re.search(r"[^\w .,%()/+-]|_", text) else text
+    return re.sub(r"([!-*+./:-@[-`{-~])", r"\\\1", printable(text)) if re.search(r"[^\w .,%()/+-]|\b_|_\b", text) else text
 
 
 def markdown_table(result: dict[str, Any]) -> str:
