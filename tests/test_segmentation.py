@@ -753,7 +753,7 @@ def test_eval_matches_classes_by_name(trained, data, other_classes, tmp_path, ca
     listed.write_text(json.dumps(content))
     line = refusal(capsys, "eval", run, "--data", tmp_path / "data")
     assert "has other classes than the model: only the data has bus; only the model has car; expected classes" in line
-    assert "no such folder" in refusal(capsys, "eval", trained[0], "--split", "test")
+    assert "expected a part test; found train in " in refusal(capsys, "eval", trained[0], "--split", "test")
 
 
 def renumber(path):

@@ -1,8 +1,8 @@
 """Boxes and polygons of any format as records in COCO's form, each of which knows its file and its place there.
 
-Formats are read here rather than by supervision (0.31), which draws every polygon as a mask of the image's size, decodes whole
-images for Pascal VOC, is silent about coordinates beyond the image, swapped corners and labels without an image, names no line, and
-reads one flat folder.
+Formats are read here rather than by supervision (0.31), which draws every polygon as a mask of the image's size, decodes
+whole images for Pascal VOC, names no line, reads one flat folder, and is silent about coordinates beyond the image, swapped
+corners and labels without an image.
 """
 
 import math
