@@ -4,7 +4,7 @@
     python tests/kill_and_resume.py --kills 6 --recipe nuclei --images 32
 
 Prints one JSON object: kills, where the checkpoint stood at each, and what differs in a bit of the best model, last.ckpt
-(weights, averaged weights, optimiser, schedule, counts) and metrics.csv but for the seconds.
+(weights, averaged weights, optimiser, schedule, counts) and metrics.csv but for its times.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def state(run):
     """What a run left that must not depend on how often it was stopped: the best model, the last checkpoint, the table."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     parts = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "DataModule", "counts")
-    table = [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(run)]
+    table = [{name: value for name, value in row.items() if name not in ("seconds", "waiting")} for row in read_metrics(run)]
     model = load_file(run / "model.safetensors")
     return dict(leaves({"best": model, "metrics.csv": table, **{part: checkpoint[part] for part in parts}}))
 

@@ -11,7 +11,7 @@ SOURCE = ROOT / "src" / "groupmixformer"
 
 # A package or a module at the top may import those of the rows above its own, and its own package.
 LAYERS = [
-    {"files", "released"},
+    {"files", "released", "threads"},
     {"weights"},
     {"data", "ops", "run_folder"},
     {"models", "visual"},

@@ -16,7 +16,7 @@ WRONG = {
     "epochs: null": "epochs is null, expected an integer of at least 1",
     "ema: abc": 'ema is "abc", expected a number from 0 to 1 or null',
     "crop_pct: 87.5": "crop_pct is 87.5, expected a number from 0.01 to 1",
-    "precision: fp8": 'precision is "fp8", expected one of fp32, bf16, fp16',
+    "precision: fp8": 'precision is "fp8", expected one of auto, fp32, bf16, fp16',
     "optimizer: 3": "optimizer is 3, expected fields, such as name, lr, lr_batch",
     "optimizer: null": "optimizer is null, expected fields, such as name, lr, lr_batch",
     "optimizer: {lr: fast}": 'optimizer.lr is "fast", expected a number of at least 0',
@@ -45,7 +45,7 @@ def test_a_wrong_value_in_a_file_is_named_in_a_line(tmp_path, text):
         (["--batch-size=0"], "--batch_size is 0, expected an integer of at least 1"),
         (["--optimizer.lr=fast"], '--optimizer.lr is "fast", expected a number of at least 0'),
         (["--optimizer.lr", "-1"], '--optimizer.lr is "-1", expected a number of at least 0'),
-        (["--precision", "fp8"], '--precision is "fp8", expected one of fp32, bf16, fp16'),
+        (["--precision", "fp8"], '--precision is "fp8", expected one of auto, fp32, bf16, fp16'),
     ],
 )
 def test_a_wrong_value_of_an_option_is_named_in_a_line(capsys, option, expected):

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -13,10 +13,13 @@ from PIL import Image
 
 from .data.images import read_image, to_rgb
 from .data.split import Splitter
-from .models import groupmixformer  # noqa: F401 - registers the variants with timm
+from .models.fuse import fuse as inference_form
+from .models.groupmixformer import GroupMixFormer
 from .run_folder import CONFIG, SPLIT, RunFolder, one_line
+from .tasks.graphs import replay_repeated
 from .tasks.predictor import EvalResult, Point, Predicted, Predictor, Progress
 from .tasks.registry import PRECISIONS, TaskSpec, check_options, find_task, resolve_device
+from .threads import ThreadChoice
 
 if TYPE_CHECKING:  # which bring jsonargparse and matplotlib
     from .tasks.explainer import Explainer
@@ -165,7 +168,13 @@ class Run:
         return made
 
     def predictor(
-        self, device: str | torch.device = "auto", image_size: int | None = None, precision: str = "fp32", **options: Any
+        self,
+        device: str | torch.device = "auto",
+        image_size: int | None = None,
+        precision: str = "fp32",
+        fuse: bool = True,
+        threads: int | Literal["auto"] | None = None,
+        **options: Any,
     ) -> Predictor:
         """Return the model ready to look at images; the same one if it is asked for in the same way again.
 
@@ -173,6 +182,8 @@ class Run:
             device: To run on; ``auto`` is CUDA where there is one.
             image_size: Side of the images, or the shorter side; the model's own by default.
             precision: fp32, or bf16 or fp16 for autocast.
+            fuse: Take the inference form of a GroupMixFormer, and on CUDA, CUDA graphs for sizes that come again.
+            threads: CPU threads of PyTorch from then on; ``auto`` chooses by the first images; none leaves them alone.
             options: Of the task: ``top`` classes to name; ``score_threshold`` of objects; ``sliding_window``, ``scales`` and
                 ``flip`` for segments.
 
@@ -181,11 +192,18 @@ class Run:
         """
         self._check(options, self.definition.predictor_options, "predict")
         task, where, dtype = self.definition, resolve_device(device), PRECISIONS[precision]
-        return self._once(
-            "predictor",
-            f"{where} {image_size} {precision} {sorted(options.items())}",
-            lambda: task.predictor(self.folder, where, image_size, dtype, **options),
-        )
+
+        def make() -> Predictor:
+            made = task.predictor(self.folder, where, image_size, dtype, **options)
+            if fuse and any(isinstance(module, GroupMixFormer) for module in made.model.modules()):
+                made.model, made.fused = inference_form(made.model), True
+            if fuse and where.type == "cuda":
+                replay_repeated(task.compiled_part(made.model))
+            if threads and where.type == "cpu":
+                ThreadChoice(None if threads == "auto" else threads).watch(made.model)
+            return made
+
+        return self._once("predictor", f"{where} {image_size} {precision} {fuse} {threads} {sorted(options.items())}", make)
 
     def explainer(self, device: str | torch.device = "auto", image_size: int | None = None, **options: Any) -> "Explainer":
         """Return the model ready to explain images; the same one if it is asked for in the same way again.
@@ -217,7 +235,7 @@ class Run:
 
         Args:
             images: One, or a list: paths, PIL images, or arrays (H, W) or (H, W, C) of 8 bits.
-            options: As `predictor` takes them: device, image_size, precision and those of the task.
+            options: As `predictor` takes them: device, image_size, precision, fuse, threads and those of the task.
 
         Returns:
             For each image what was found: ``result`` as a dictionary, ``text`` in a line, ``files`` with drawings and masks.
@@ -291,6 +309,8 @@ class Run:
         device: str | torch.device = "auto",
         image_size: int | None = None,
         precision: str = "fp32",
+        fuse: bool = True,
+        threads: int | Literal["auto"] | None = None,
         workers: int = 0,
         progress: Progress = _quiet,
         **options: Any,
@@ -302,6 +322,8 @@ class Run:
             device: To run on; ``auto`` is CUDA where there is one.
             image_size: Side of the images, or the shorter side; the model's own by default.
             precision: fp32, or bf16 or fp16 for autocast.
+            fuse: As for `predictor`.
+            threads: As for `predictor`.
             workers: Processes that load images.
             progress: Takes the batches and what is done with them, and yields them, as tqdm does.
             options: Of the task: ``root``, ``batch_size``, ``test_size``, ``crop_pct``, ``crop_mode`` and ``interpolation`` of
@@ -317,7 +339,7 @@ class Run:
             {name: options[name] for name in names if name in options}
             for names in (task.predictor_options, task.data_options, task.evaluation_options)
         )
-        predictor = self.predictor(device, image_size, precision, **predicting)
+        predictor = self.predictor(device, image_size, precision, fuse, threads, **predicting)
         images = predictor.open_data(chosen, **own | opening)
         if "splitter" in own:
             images.notes = [*images.notes, *own["splitter"].notes]
@@ -335,7 +357,7 @@ class Run:
         Raises:
             ValueError: If it has no recipe.
         """
-        predictor = self.predictor(device)
+        predictor = self.predictor(device, fuse=False)  # attention is looked at too
         data, own = self._data(None)
         images = predictor.open_data(data, **own)
         measured = predictor.evaluate(images, workers, progress)
@@ -418,7 +440,7 @@ class Run:
         from .tasks.classification.data import eval_loader, eval_transform, open_images
 
         found = self.definition.exportable(self.folder, format)
-        predictor = self.predictor("cpu")
+        predictor = self.predictor("cpu", fuse=False)
         skipped: list[str] = []
         if way == "static" and not calibrate and self.recipe is None:
             unknown = f"{self.folder.source}: has no recipe that names its training data"

@@ -151,6 +151,12 @@ Images = Annotated[Reads[Sequence[PathText]], Option(help="files, folders or quo
 AllowNonfinite = Annotated[Reads[bool], Option(help="load weights that hold NaN or infinite values, to study them")]
 Root = Annotated[Reads[PathText], Option(metavar="DIR", help="where timm's data sets lie")]
 Device = Annotated[Works[str], Option(help="auto, cpu, cuda, ...")]
+Threads = Annotated[
+    Works[Positive | None], Option(help="CPU threads of the model; by default measured to be fast, again when images take long")
+]
+Fuse = Annotated[
+    Works[bool], Option(help="take the inference form of a GroupMixFormer, and on CUDA, CUDA graphs (default: yes)")
+]
 Host = Annotated[Works[str], Option(help="address to listen on; by default this machine alone")]
 Port = Annotated[Works[NonNegative], Option(help="0 takes one that is free")]
 AllowedHosts = Annotated[

@@ -18,6 +18,7 @@ from .common import (
     Figure,
     Flip,
     Folder,
+    Fuse,
     Host,
     Images,
     ImageSize,
@@ -37,6 +38,7 @@ from .common import (
     ScoreThreshold,
     Share,
     SlidingWindow,
+    Threads,
     Tile,
     Top,
     UsageError,
@@ -66,6 +68,8 @@ def evaluate(
     split: Reads[str] = "val",
     workers: Reads[NonNegative] = 0,
     device: Device = "auto",
+    threads: Threads = None,
+    fuse: Fuse = True,
     precision: Works[Precision] = "fp32",
     batch_size: Works[Positive] = 64,
     image_size: ImageSize = None,
@@ -104,7 +108,7 @@ def evaluate(
         from ..visual.figures import write_figure  # before the work, in case that matplotlib is missing
 
         plot.parent.mkdir(parents=True, exist_ok=True)
-    measured = opened.evaluate(data, device, image_size, precision, workers, progress, **options)
+    measured = opened.evaluate(data, device, image_size, precision, fuse, threads or "auto", workers, progress, **options)
     stored = opened.config.get("pretrained_cfg", {})
     if test_size and not any(stored.get(key) for key in ("test_input_size", "test_crop_pct")):
         note(f"{run} stores no size or crop for tests: its usual ones are used")
@@ -254,6 +258,8 @@ def predict(
     *,
     allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
+    threads: Threads = None,
+    fuse: Fuse = True,
     image_size: ImageSize = None,
     sliding_window: SlidingWindow = False,
     scales: ScalesOption = (1.0,),
@@ -284,7 +290,7 @@ def predict(
     known = ["json", *(["csv"] if task.columns else []), *task.formats]
     if format not in known:
         raise UsageError(f"--format {format}: {run} holds a model for {task.name}, expected {', '.join(known)}")
-    predictor = opened.predictor(device, image_size, **options)
+    predictor = opened.predictor(device, image_size, fuse=fuse, threads=threads or "auto", **options)
     seen = _each("predict", images, out, predictor.predict, every, frames)
     if format == "csv":
         table = [{"image": path, **row} for path, _, one in seen.found for row in task.table(one)]
@@ -350,6 +356,8 @@ def serve(
     *,
     allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
+    threads: Threads = None,
+    fuse: Fuse = True,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_batch: Works[Positive] = 16,
@@ -358,7 +366,6 @@ def serve(
     max_connections: Works[Positive] = 512,
     max_per_client: Works[Positive] = 32,
     allowed_hosts: AllowedHosts = (),
-    fuse: Works[bool] = True,
     image_size: ImageSize = None,
     sliding_window: SlidingWindow = False,
     scales: ScalesOption = (1.0,),
@@ -377,22 +384,16 @@ def serve(
         max_megabytes: size of a request
         max_connections: open at once; fewer if the limit of open files is low
         max_per_client: requests of one address taken in at once
-        fuse: take the inference form of a GroupMixFormer (default: yes)
     """
     from ..deploy.serve import Limits, application, service
     from ..deploy.server import listen, server
-    from ..models.fuse import fuse as inference_form
-    from ..models.groupmixformer import GroupMixFormer
 
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "tile": tile}
     looks |= {"top": top, "score_threshold": score_threshold}
     opened, options = open_run(run, looks, "max_batch", allow_nonfinite=allow_nonfinite)
     listening, address = listen(host, port)
     with listening:
-        predictor = opened.predictor(device, image_size, **options)
-        fused = fuse and any(isinstance(module, GroupMixFormer) for module in predictor.model.modules())
-        if fused:
-            predictor.model = inference_form(predictor.model)
+        predictor = opened.predictor(device, image_size, fuse=fuse, threads=threads or "auto", **options)
         serving = service(predictor, Limits(max_batch, queue, max_megabytes, max_per_client))
         serving.warm_up()
         name, task = Path(run).resolve().name, opened.task
@@ -401,7 +402,7 @@ def serve(
         if json:
             show({"address": address, "model": name, "task": task}, json, "")
         print(
-            f"gmf serve: {name} ({task}{', fused' * fused}) at {address}: POST an image to /predict",
+            f"gmf serve: {name} ({task}{', fused' * predictor.fused}) at {address}: POST an image to /predict",
             file=sys.stderr,
             flush=True,
         )

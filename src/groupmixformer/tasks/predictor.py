@@ -219,6 +219,7 @@ class Predictor(ABC):
 
     Attributes:
         model: The network, in eval mode.
+        fused: Whether that is the inference form.
         config: What is stored with it.
         class_names: In the order of its labels.
         has_names: Whether they are stored with it; otherwise they are numbers or ImageNet's.
@@ -232,6 +233,7 @@ class Predictor(ABC):
     """
 
     model: Any
+    fused: bool = False
     config: dict[str, Any]
     class_names: list[str]
     has_names: bool = True

@@ -24,6 +24,7 @@ from ..run_folder import CHECKPOINT, METRICS, PREVIOUS, UNREADABLE, WEIGHTS, one
 from .claim import Claim
 from .loaders import STOP_SIGNALS
 from .module import Task
+from .pace import PaceCallback
 
 
 class Stopped(BaseException):
@@ -179,8 +180,8 @@ PROBLEM_COUNTS = {"skipped_steps": "steps skipped", "unreadable": "images unread
 class MetricsCallback(Callback):
     """Writes a row of metrics.csv after every epoch, saves the best model in the run folder and prints the progress."""
 
-    def __init__(self, folder: Path, claim: Claim | None = None) -> None:
-        self.folder, self.claim = folder, claim
+    def __init__(self, folder: Path, pace: PaceCallback, claim: Claim | None = None) -> None:
+        self.folder, self.pace, self.claim = folder, pace, claim
         self.best = -1.0
         self.seconds = 0.0  # of the run, over all its parts
         self.start = time.monotonic()
@@ -230,9 +231,13 @@ class MetricsCallback(Callback):
             "skipped_steps": pl_module.skipped,
             "unreadable": len(unreadable),
             "seconds": round(seconds, 1),
+            "waiting": round(self.pace.waiting, 3),
+            "threads": torch.get_num_threads(),
         }
         with writing(METRICS, self.folder):
-            write_rows(self.folder / METRICS, [*read_metrics(self.folder), row])
+            rows = read_metrics(self.folder)
+            known = rows[0] if rows else row  # a run of an earlier version may have fewer columns
+            write_rows(self.folder / METRICS, [*rows, {name: value for name, value in row.items() if name in known}])
         if unreadable:
             with writing(UNREADABLE, self.folder):
                 write_file(self.folder / UNREADABLE, "".join(f"{line}\n" for line in unreadable))

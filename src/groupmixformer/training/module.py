@@ -1,13 +1,16 @@
 """What every task shares: optimiser and schedule, EMA weights, sharding, skipped steps, unreadable images."""
 
 import copy
+import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning
 import torch
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -21,6 +24,47 @@ from . import old_names
 from .loaders import DataModule
 from .recipe import Recipe
 from .resume import describe
+
+
+def _drop_path(path: Any, x: torch.Tensor) -> torch.Tensor:
+    """Do what timm's DropPath does, with its rate in a tensor: of a number, each value would need a graph of its own."""
+    if not path.training:
+        return x
+    kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < path.keep
+    return x * (kept / path.keep).to(x.dtype)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each block of a network in place for training, or all of it if it has none; names of weights do not change.
+
+    Equal blocks share what is compiled. Where it fails, all blocks run eager from then on, and a warning says so once.
+    """
+    failed = False
+    paths: list[Any] = [module for module in network.modules() if type(module) is DropPath and 0 < module.drop_prob < 1]
+    for path in paths:
+        path.register_buffer("keep", torch.tensor(1 - path.drop_prob), persistent=False)
+        path.forward = MethodType(_drop_path, path)
+
+    def compile_block(block: Any) -> None:
+        eager: Callable[..., Any] = block.forward
+        compiled: Callable[..., Any] = torch.compile(eager, dynamic=False)
+
+        def forward(*args: Any, **options: Any) -> Any:
+            nonlocal failed
+            if failed or not block.training:  # graphs for validation, of other sizes, would be compiled for a few batches
+                return eager(*args, **options)
+            try:
+                return compiled(*args, **options)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                failed = True
+                reason = " ".join(str(error).split())[:200]
+                logging.getLogger(__name__).warning(f"torch.compile failed, so the run goes on without it: {reason}")
+                return eager(*args, **options)
+
+        block.forward = forward
+
+    for block in [block for module in network.modules() for block in getattr(module, "blocks", ())] or [network]:
+        compile_block(block)
 
 
 class Task(lightning.LightningModule):
@@ -37,6 +81,7 @@ class Task(lightning.LightningModule):
         ValueError: If there are fewer samples than a batch, or the model cannot do what the recipe asks of it.
     """
 
+    fixed_size = True  # whether all images of training are of one size
     monitor = "val_top1"  # the validation metric that decides which epoch is best; higher is better
 
     def __init__(
@@ -104,7 +149,7 @@ class Task(lightning.LightningModule):
 
     def compile_model(self) -> None:
         """Compile what is trained, or the part of it that compiles well."""
-        self.model.compile()
+        compile_blocks(self.model)
 
     @property
     def evaluated(self) -> Any:

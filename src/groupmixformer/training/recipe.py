@@ -31,7 +31,9 @@ class RecipeError(ValueError):
 
 # Least and greatest value of fields, by their names in whatever section; numbers of other fields are finite.
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("batch_size", "grad_accum_steps", "image_size", "epochs", "devices", "nodes", "log_steps"), (1, math.inf)),
+    **dict.fromkeys(
+        ("batch_size", "grad_accum_steps", "image_size", "epochs", "devices", "nodes", "threads", "log_steps"), (1, math.inf)
+    ),
     **dict.fromkeys(("workers", "patience", "max_skipped_steps", "save_minutes", "seed", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("max_unreadable", "drop_path_rate", "ema", "hflip", "vflip", "random_erasing", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("lr", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
@@ -286,12 +288,15 @@ class Recipe(_Checked):
         max_skipped_steps: Steps in a row that may be skipped because their gradients are not finite before the run stops.
         save_minutes: Minutes between checkpoints inside an epoch; each epoch ends with one too.
         log_steps: Steps between entries of the TensorBoard log; metrics.csv has a row for each epoch.
-        precision: fp32, or bf16 or fp16 for mixed precision, whose weights stay fp32.
-        compile: Compile the model with torch.compile.
+        precision: fp32, or bf16 or fp16 for mixed precision, whose weights stay fp32; auto is bf16 on CUDA where the GPU has
+            it, otherwise fp32.
+        compile: Compile the model with torch.compile, block by block; auto does so on CUDA where all images are of one size.
         grad_checkpointing: Recompute activations in the backward pass: less memory, slower.
         channels_last: Keep other models than GroupMixFormer, which always does, in channels_last memory.
         deterministic: Refuse operations that do not give the same result twice.
         device: auto, cpu, cuda, ...
+        threads: CPU threads of each process; auto chooses the fastest number by measuring steps, again when they become slow.
+            The number changes how sums are rounded, so deterministic leaves it to PyTorch.
         devices: Processes on this machine, each with its device; under torchrun and SLURM, theirs.
         nodes: Machines; under torchrun and SLURM, theirs.
         strategy: ddp copies the model to every process, fsdp shards it over them, for models that do not fit.
@@ -331,12 +336,13 @@ class Recipe(_Checked):
     max_skipped_steps: int = 20
     save_minutes: float = 10.0
     log_steps: int = 10
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
     grad_checkpointing: bool = False
     channels_last: bool = True
     deterministic: bool = False
     device: str = "auto"
+    threads: int | Literal["auto"] = "auto"
     devices: int = 1
     nodes: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,11 @@ from torch import nn
 from ..data.samples import Samples
 from ..files import printable
 from ..run_folder import CHECKPOINT, PREVIOUS, RECIPE, SPLIT, VERSIONS, WEIGHTS, write_versions
+from ..threads import ThreadChoice
 from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, MetricsCallback, writing
 from .claim import Claim
 from .module import Task
+from .pace import PaceCallback
 from .recipe import Recipe, write_recipe
 from .resume import Start, changes, check_classes, find_start
 
@@ -79,6 +82,18 @@ class _DDP(_InTime, DDPStrategy):
 
 class _ModelParallel(_InTime, ModelParallelStrategy):
     pass
+
+
+def _on_cuda(recipe: Recipe) -> bool:
+    return recipe.device in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def _threads(recipe: Recipe, world_size: int) -> ThreadChoice | None:
+    """Return what sets the number of threads; none for several processes, to which Lightning deals out the cores."""
+    if recipe.threads != "auto":
+        return ThreadChoice(recipe.threads)
+    cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.accelerator.is_available())
+    return ThreadChoice() if cpu and world_size == 1 and not recipe.deterministic else None
 
 
 def _strategy(recipe: Recipe, world_size: int) -> Strategy | str:
@@ -177,6 +192,9 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
         OSError: If a file cannot be written.
         Stopped: If a signal stopped the run, after it was saved.
     """
+    bf16 = _on_cuda(recipe) and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast: Any = "bf16" if bf16 else "fp32"
+    recipe = replace(recipe, precision=fast if recipe.precision == "auto" else recipe.precision)
     folder = Path(recipe.out)
     devices, nodes = _processes(recipe)
     first = is_first_process()
@@ -216,10 +234,10 @@ def _fit(
         if recipe.splitter.split is None:
             raise ValueError(f"{recipe.data}: has a training and a held-out part of its own: leave out val_share and folds")
         task.notes += recipe.splitter.notes
+    if recipe.compile == "auto":
+        recipe.compile = _on_cuda(recipe) and task.fixed_size
     if start:
         _continue(task, start, world_size)
-    if recipe.compile:
-        task.compile_model()
     if first:
         with writing(RECIPE, folder):
             write_recipe(recipe, folder / RECIPE, task.history)
@@ -229,11 +247,12 @@ def _fit(
             with writing(SPLIT, folder):
                 recipe.splitter.split.write(folder / SPLIT)
 
-    callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")]
+    pace = PaceCallback(_threads(recipe, world_size), recipe.grad_accum_steps)
+    callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step"), pace]
     if recipe.patience is not None:
         callbacks.append(EarlyStopping(task.monitor, recipe.patience))
     callbacks += [
-        MetricsCallback(folder, claim),
+        MetricsCallback(folder, pace, claim),
         CheckpointCallback(recipe.last_checkpoint, recipe.save_minutes, recipe.grad_accum_steps, claim),
     ]
     if sys.stderr.isatty():
@@ -260,6 +279,7 @@ def _fit(
             deterministic=recipe.deterministic,
             logger=TensorBoardLogger(folder, name="", version=""),
             callbacks=callbacks,
+            profiler=pace.loading,
             plugins=[checkpoints, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
             enable_checkpointing=False,
             enable_progress_bar=sys.stderr.isatty(),
@@ -270,6 +290,8 @@ def _fit(
         device = trainer.strategy.root_device.type
         if world_size > 1 and device != "cpu":
             task.model = convert_sync_batchnorm(task.model)  # timm's, which keeps the activation of its BatchNormAct2d
+        if recipe.compile:
+            task.compile_model()
         if first:
             _print_settings(task, world_size, device)
             for note in task.notes:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...data.classes import differences
 from ...run_folder import save_network
 from ...training.loaders import DataModule
-from ...training.module import Task
+from ...training.module import Task, compile_blocks
 from ...training.recipe import Recipe
 from ..backbone import open_backbone, start_from
 from .data import CocoImages, collate_detection, detection_transform
@@ -28,6 +28,8 @@ class DetectionModule(Task):
         held_out: Validation set.
         world_size: Number of processes.
     """
+
+    fixed_size = False
 
     def __init__(self, recipe: Recipe, train: CocoImages, held_out: CocoImages, world_size: int = 1) -> None:
         settings = recipe.detector
@@ -57,7 +59,7 @@ class DetectionModule(Task):
 
     def compile_model(self) -> None:
         """Compile the backbone; the rest depends on what is found in an image."""
-        self.model.features.compile()
+        compile_blocks(self.model.features)
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]], list[str]], batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses for a batch of images, targets and problems."""
