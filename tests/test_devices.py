@@ -1,5 +1,7 @@
 """The network on a GPU, in every form. Without one the same tests run on the CPU, on the smallest case."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,3 +94,30 @@ def test_it_is_measured(device, mode, train):
     (row,) = measure({"tiny": lambda: Runner(GroupMixFormer(**STAGES), settings)}, settings)
     assert row["milliseconds"] > 0
     assert row["peak_memory"] is None or row["peak_memory"] >= 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_cuda_graphs_give_what_the_fused_network_gives(randomise, dtype):
+    from groupmixformer.tasks.graphs import replay_repeated
+
+    plain = fuse(randomise(GroupMixFormer(**STAGES, num_classes=6)).cuda().eval())
+    fast, images = copy.deepcopy(plain), torch.randn(5, 2, 3, *SIZE, device="cuda")
+    replay_repeated(fast)
+    with torch.inference_mode():
+        for batch in (*images, *images):  # recorded at the third
+            with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                assert relative_error(fast(batch).float(), plain(batch).float()) < (1e-5 if dtype is None else 0.02)
+
+
+@needs_gpu
+def test_blocks_compile_on_a_gpu(randomise):
+    from groupmixformer.training.module import compile_blocks
+
+    plain = randomise(GroupMixFormer(**STAGES, num_classes=6)).cuda().train()
+    fast, images = copy.deepcopy(plain), torch.randn(4, 3, *SIZE, device="cuda")
+    compile_blocks(fast)
+    for model in (plain, fast):
+        model(images).square().mean().backward()
+    for (name, one), two in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert relative_error(two.grad, one.grad) < 1e-2, name

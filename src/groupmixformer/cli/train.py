@@ -34,9 +34,17 @@ def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") 
         options = ["--out", str(path.parent), *options]
     recipe = resolve_recipe(name, options)
     if recipe.folds and not recipe.fold:
+        import torch
+
         from ..tasks.cross_validation import cross_validate
 
-        return cross_validate(recipe, lambda own, resume: _train_run(own, resume)[0], resume)
+        threads = torch.get_num_threads()
+
+        def train_fold(own: "Recipe", resume: "bool | Literal['auto']") -> dict[str, Any]:
+            torch.set_num_threads(threads)  # what a fold chose is no limit for the next
+            return _train_run(own, resume)[0]
+
+        return cross_validate(recipe, train_fold, resume)
     return _train_run(recipe, resume)
 
 
