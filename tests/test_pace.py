@@ -138,7 +138,7 @@ def test_a_run_chooses_threads_and_a_resumed_one_takes_them(photos, tmp_path, fo
     assert [row["threads"] for row in read_metrics(run)] == [1, 1]
     assert capsys.readouterr().err.count("threads: 1 of 4 ") == 1
     numbers.clear()
-    torch.set_num_threads(4)
+    assert torch.get_num_threads() == 4
     fit(photos, run, "--epochs", "3", "--batch-size", "2", "--grad-accum-steps", "2", resume=True)
     assert numbers == [1] * 6 and "threads: " not in capsys.readouterr().err
 

@@ -34,17 +34,9 @@ def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") 
         options = ["--out", str(path.parent), *options]
     recipe = resolve_recipe(name, options)
     if recipe.folds and not recipe.fold:
-        import torch
-
         from ..tasks.cross_validation import cross_validate
 
-        threads = torch.get_num_threads()
-
-        def train_fold(own: "Recipe", resume: "bool | Literal['auto']") -> dict[str, Any]:
-            torch.set_num_threads(threads)  # what a fold chose is no limit for the next
-            return _train_run(own, resume)[0]
-
-        return cross_validate(recipe, train_fold, resume)
+        return cross_validate(recipe, lambda own, resume: _train_run(own, resume)[0], resume)
     return _train_run(recipe, resume)
 
 
@@ -52,8 +44,10 @@ def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict
     """Train, and on the first process evaluate and report."""
     import time
 
+    import torch
+
     from ..run import Run
-    from ..run_folder import RECIPE, one_line
+    from ..run_folder import RECIPE, one_line, read_metrics
     from ..tasks.registry import build_task
     from ..training.callbacks import Stopped
     from ..training.trainer import is_first_process, train
@@ -67,8 +61,10 @@ def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict
         raise SystemExit(128 + stop.number) from None
     if not is_first_process():
         raise SystemExit(0)
-    seconds = time.monotonic() - start
+    seconds, threads = time.monotonic() - start, torch.get_num_threads()
     try:
+        for row in read_metrics(folder)[-1:]:
+            torch.set_num_threads(int(row.get("threads", threads)))  # as it was trained
         measured, report, examples = Run.open(folder).report(recipe.device, recipe.workers, progress)
     except Exception as error:  # the run is whole without its report
         if os.environ.get("GMF_TRACEBACK"):
@@ -79,6 +75,8 @@ def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict
         )
         text = f"trained in {seconds:.0f} s\nrun    {folder}"
         return {"run": str(folder), "report": None, "examples": [], "seconds": round(seconds, 1)}, text
+    finally:
+        torch.set_num_threads(threads)
     if report is None:
         logging.getLogger(__name__).warning(f"{folder}: {again} writes the report")
     tell([*measured.notes, *measured.remarks], measured.skipped)

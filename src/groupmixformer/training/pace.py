@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 
@@ -54,6 +55,7 @@ class PaceCallback(Callback):
 
     def __init__(self, threads: ThreadChoice | None, grad_accum_steps: int) -> None:
         self.threads, self.grad_accum_steps = threads, grad_accum_steps
+        self.before = torch.get_num_threads()
         self.loading, self.steps = LoaderProfiler(), list[float]()
         self.waiting, self.told = 0.0, False
 
@@ -65,6 +67,11 @@ class PaceCallback(Callback):
         """Go on with it."""
         if self.threads:
             self.threads.load_state_dict(state_dict)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Set the number of threads that there was before, among which the next run of this process chooses."""
+        if self.threads:
+            torch.set_num_threads(self.before)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begin to measure."""
