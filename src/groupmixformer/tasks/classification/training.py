@@ -166,12 +166,6 @@ class ClassificationModule(Task):
         of_features = self.distillation and self.recipe.distill.kind == "features"
         return self.distillation[0].trainable_module if of_features else self.model
 
-    def compile_model(self) -> None:
-        """Compile the model, for training with the layers that are trained beside it."""
-        self.trained.compile()
-        if self.trained is not self.model:
-            self.model.compile()
-
     def on_fit_start(self) -> None:
         """Put the teacher on the device."""
         for task in self.distillation:
