@@ -144,8 +144,8 @@ def test_several_at_a_time_and_as_jobs_of_submitit(photos, tmp_path):
     ("model", "options", "kind"),
     [
         ("groupmixformer_mobile", {"mixer": "none", "depths": (1, 1, 4, 1)}, "macs"),
-        ("deit_tiny_patch16_224", {}, "parameters"),
-        ("convnext_atto", {}, "macs"),
+        pytest.param("deit_tiny_patch16_224", {}, "parameters", marks=pytest.mark.slow),
+        pytest.param("convnext_atto", {}, "macs", marks=pytest.mark.slow),
     ],
 )
 def test_models_are_scaled_to_the_costs_of_another(model, options, kind):
@@ -195,8 +195,8 @@ def test_bootstrap_on_known_answers():
 
 def test_bootstrap_finds_nothing_as_often_as_it_should():
     rng = np.random.default_rng(0)
-    found = [paired_bootstrap(*(rng.random((2, 1, 200)) < 0.5), seed=i)[2] < 0.05 for i in range(300)]
-    assert 0.02 < np.mean(found) < 0.09
+    found = [paired_bootstrap(*(rng.random((2, 1, 200)) < 0.5), seed=i)[2] < 0.05 for i in range(200)]
+    assert 0.015 < np.mean(found) < 0.09
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

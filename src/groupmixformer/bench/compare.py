@@ -364,9 +364,8 @@ def train_all(plan: Plan, jobs: int = 1, cluster: Mapping[str, Any] | None = Non
             yield state()
         return
     executor: Any = _pool(jobs, plan.recipe.device) if cluster is None else _cluster(plan.folder, jobs, cluster)
-    with (
-        contextlib.nullcontext() if cluster is None else executor.batch()
-    ):  # on SLURM an array, which limits the jobs at a time
+    array = contextlib.nullcontext() if cluster is None else executor.batch()  # limits the jobs at a time on SLURM
+    with array:
         futures = {executor.submit(train_and_evaluate, run): run for run in waiting}
     try:
         last = state()
