@@ -279,7 +279,7 @@ def test_a_run_folder_holds_everything(run, photos, capsys):
     assert any(name.startswith("events.out") for name in names)
     assert not [name for name in names if name.endswith(".part")]
     assert read_recipe(str(run / "recipe.yaml")).data == str(photos)
-    assert {"curves.png", "confusion.png"} <= {path.name for path in (run / "report").iterdir()}
+    assert {"loss.png", "confusion.png"} <= {path.name for path in (run / "report").iterdir()}
     measured = json.loads(output(capsys, "eval", run, "--json").out)
     assert measured["images"] == 16
     assert measured["top1"] == pytest.approx(max(row["val_top1"] for row in read_metrics(run)))

@@ -9,7 +9,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..files import read_text, short
+from ..files import duration, read_text, short
 from ..run_folder import RECIPE, read_metrics
 from ..visual.charts import bar_chart, line_chart, matrix_chart
 from ..visual.page import Block, Chart, Gallery, Shown, Table, write_page
@@ -69,14 +69,9 @@ def finish(
         **tiles,
         "held-out images": f"{measured.result['images']:,}",
         **({"left out, unreadable": f"{len(measured.skipped):,}"} if measured.skipped else {}),
-        **({"training took": _duration(seconds)} if seconds else {}),
+        **({"training took": duration(seconds)} if seconds else {}),
     }
     return write_page(folder, heading, tiles, sections, [sentence(text) for text in remarks])
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def pairs_shown(pairs: Sequence[tuple[Image.Image, Image.Image]], annotated: str, found: str) -> list[Shown]:

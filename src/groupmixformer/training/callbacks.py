@@ -19,12 +19,13 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 
-from ..files import atomic_write, write_file, write_rows
+from ..files import atomic_write, duration, write_file, write_rows
 from ..run_folder import CHECKPOINT, METRICS, PREVIOUS, UNREADABLE, WEIGHTS, one_line, read_metrics
 from .claim import Claim
 from .loaders import STOP_SIGNALS
 from .module import Task
 from .pace import PaceCallback
+from .progress import lines
 
 
 class Stopped(BaseException):
@@ -245,15 +246,11 @@ class MetricsCallback(Callback):
             with writing(WEIGHTS[0], self.folder):
                 pl_module.save(model, self.folder)
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
-        measured = "  ".join(
-            f"{name.removeprefix('val_')} {metrics[name]:.4f}"
-            for name in sorted(row)
-            if name.startswith("val_") and name != "val_images"
-        )
-        noted = "".join(f"  {row[name]:.0f} {text}" for name, text in PROBLEM_COUNTS.items() if row[name])
-        print(
-            f"epoch {done}/{epochs}  training loss {row['loss']:.4f}  held out: {measured}{noted}  "
-            f"{seconds:.0f} s, {seconds / done * (epochs - done):.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = [f"epoch {done}/{epochs}", f"loss {row['loss']:.4f}"]
+        if "val_loss" in row:
+            told[-1] += f", held out {row['val_loss']:.4f}"
+        shown = [name for name in sorted(row) if name.startswith("val_") and name not in ("val_loss", "val_images")]
+        told += [f"{name.removeprefix('val_')} {metrics[name]:.4f}" for name in shown]
+        told += [f"{row[name]:.0f} {text}" for name, text in PROBLEM_COUNTS.items() if row[name]]
+        told.append(f"{duration(seconds)}, {duration(seconds / done * (epochs - done))} left")
+        print(lines(told), file=sys.stderr, flush=True)

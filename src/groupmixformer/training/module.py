@@ -152,6 +152,11 @@ class Task(lightning.LightningModule):
         compile_blocks(self.model)
 
     @property
+    def counted(self) -> tuple[str, nn.Module]:
+        """The network whose multiply-adds are told, and which part of the model it is, if not all."""
+        return "", self.model
+
+    @property
     def evaluated(self) -> Any:
         """The model that is evaluated and saved: the EMA one, if there is one."""
         return self.average.module if self.average else self.model

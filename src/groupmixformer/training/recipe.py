@@ -74,6 +74,8 @@ def _expected(name: str, hint: Any) -> str:
         return " or ".join(_expected(name if kind in (int, float) else "", kind) for kind in inner)
     if origin is Literal:
         return f"one of {', '.join(inner)}"
+    if origin is list and get_origin(inner[0]) is Literal:
+        return f"a list of some of {', '.join(get_args(inner[0]))}"
     if origin in (list, tuple):
         kind = _expected("", inner[0]).rpartition(" ")[2]
         return f"a list of {len(inner) if origin is tuple else ''} {kind}s".replace("  ", " ")
@@ -287,7 +289,8 @@ class Recipe(_Checked):
         max_unreadable: Share of the training images that may be unreadable; fewer are replaced and counted, more stop the run.
         max_skipped_steps: Steps in a row that may be skipped because their gradients are not finite before the run stops.
         save_minutes: Minutes between checkpoints inside an epoch; each epoch ends with one too.
-        log_steps: Steps between entries of the TensorBoard log; metrics.csv has a row for each epoch.
+        log_steps: Steps between entries of the loggers; metrics.csv has a row for each epoch.
+        loggers: Which of tensorboard, csv (steps/metrics.csv), wandb and mlflow are told of every few steps.
         precision: fp32, or bf16 or fp16 for mixed precision, whose weights stay fp32; auto is bf16 on CUDA where the GPU has
             it, otherwise fp32.
         compile: Compile the model with torch.compile, block by block; auto does so on CUDA where all images are of one size.
@@ -336,6 +339,7 @@ class Recipe(_Checked):
     max_skipped_steps: int = 20
     save_minutes: float = 10.0
     log_steps: int = 10
+    loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(default_factory=lambda: ["tensorboard"])
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     grad_checkpointing: bool = False

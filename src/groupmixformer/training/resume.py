@@ -16,7 +16,7 @@ from .recipe import Recipe, fields_of, read_history, read_recipe
 
 # Fields that do not alter what is learnt. For devices and nodes, the number of processes that there were stands.
 WITHOUT_EFFECT = {
-    *("out", "download", "workers", "save_minutes", "log_steps", "max_unreadable", "max_skipped_steps"),
+    *("out", "download", "workers", "save_minutes", "log_steps", "loggers", "max_unreadable", "max_skipped_steps"),
     *("devices", "nodes"),
 }
 

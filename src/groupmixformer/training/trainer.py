@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -17,8 +18,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from timm.layers import convert_sync_batchnorm
@@ -32,6 +32,7 @@ from .callbacks import AtomicCheckpoints, CheckpointCallback, EarlyStopping, Met
 from .claim import Claim
 from .module import Task
 from .pace import PaceCallback
+from .progress import COLUMNS, EpochBar, StepLines, describe_network, lines, make_loggers
 from .recipe import Recipe, write_recipe
 from .resume import Start, changes, check_classes, find_start
 
@@ -122,14 +123,14 @@ def _print_settings(task: Task, world_size: int, device: str) -> None:
     recipe, optimizer = task.recipe, task.recipe.optimizer
     for name, samples in (("training", task.loaders.train), ("held out", task.loaders.held_out)):
         if isinstance(samples, Samples):
-            print(f"{name}: {printable(samples.summary)}", file=sys.stderr)
+            text = f"{name}: {printable(samples.summary)}"
+            print(textwrap.fill(text, COLUMNS, subsequent_indent="    ", break_on_hyphens=False), file=sys.stderr)
+    print(lines(describe_network(task)), file=sys.stderr)
     scaled = f" = {optimizer.lr:g} x {task.total_batch}/{optimizer.lr_batch}" if optimizer.lr_batch else ""
-    print(
-        f"total batch {task.total_batch} = {recipe.batch_size} images x {world_size} processes x {recipe.grad_accum_steps} "
-        f"accumulated; {optimizer.name}, peak learning rate {optimizer.lr * task.rate_scale:g}{scaled}; "
-        f"{task.steps_per_epoch} steps an epoch",
-        file=sys.stderr,
-    )
+    batches = f"{recipe.batch_size} images x {world_size} processes x {recipe.grad_accum_steps} accumulated"
+    told = [f"total batch {task.total_batch} = {batches}", f"{optimizer.name}"]
+    told += [f"peak learning rate {optimizer.lr * task.rate_scale:g}{scaled}", f"{task.steps_per_epoch:,} steps an epoch"]
+    print(lines(told), file=sys.stderr)
     if world_size > 1 and device == "cpu" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.model.modules()):
         print("BatchNorm is not synchronised over the processes: PyTorch does that on GPUs only", file=sys.stderr)
 
@@ -248,15 +249,15 @@ def _fit(
                 recipe.splitter.split.write(folder / SPLIT)
 
     pace = PaceCallback(_threads(recipe, world_size), recipe.grad_accum_steps)
-    callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step"), pace]
+    callbacks: list[Callback] = [LearningRateMonitor(logging_interval="step")] if recipe.loggers else []
+    callbacks.append(pace)
     if recipe.patience is not None:
         callbacks.append(EarlyStopping(task.monitor, recipe.patience))
     callbacks += [
         MetricsCallback(folder, pace, claim),
         CheckpointCallback(recipe.last_checkpoint, recipe.save_minutes, recipe.grad_accum_steps, claim),
     ]
-    if sys.stderr.isatty():
-        callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+    callbacks.append(EpochBar() if sys.stderr.isatty() else StepLines())
     checkpoints = AtomicCheckpoints(folder, {start.path: start.checkpoint} if start else {}, not (start and start.damage))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice
@@ -277,7 +278,7 @@ def _fit(
             max_epochs=recipe.epochs,
             accumulate_grad_batches=recipe.grad_accum_steps,
             deterministic=recipe.deterministic,
-            logger=TensorBoardLogger(folder, name="", version=""),
+            logger=make_loggers(recipe, folder),
             callbacks=callbacks,
             profiler=pace.loading,
             plugins=[checkpoints, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
@@ -294,6 +295,11 @@ def _fit(
             task.compile_model()
         if first:
             _print_settings(task, world_size, device)
+            if recipe.epochs <= recipe.schedule.warmup_epochs:
+                task.notes.append(
+                    f"all {recipe.epochs} epochs are warm-up, in which the learning rate only rises: train for more, or lower "
+                    "schedule.warmup_epochs"
+                )
             for note in task.notes:
                 logging.getLogger(__name__).warning(note)
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.classes import differences
 from ...run_folder import save_network
@@ -60,6 +60,11 @@ class DetectionModule(Task):
     def compile_model(self) -> None:
         """Compile the backbone; the rest depends on what is found in an image."""
         compile_blocks(self.model.features)
+
+    @property
+    def counted(self) -> tuple[str, nn.Module]:
+        """The backbone, as the rest depends on what is found in an image."""
+        return " of the backbone", self.model.features
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]], list[str]], batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses for a batch of images, targets and problems."""
