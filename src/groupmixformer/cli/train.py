@@ -77,9 +77,9 @@ def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict
         return {"run": str(folder), "report": None, "examples": [], "seconds": round(seconds, 1)}, text
     finally:
         torch.set_num_threads(threads)
+    tell([*measured.notes, *measured.remarks], measured.skipped)
     if report is None:
         logging.getLogger(__name__).warning(f"{folder}: {again} writes the report")
-    tell([*measured.notes, *measured.remarks], measured.skipped)
     result = {
         "run": str(folder),
         "report": str(report) if report else None,
