@@ -72,12 +72,23 @@ def _check_config(config: Fields) -> None:
     Raises:
         ValueError: If a field is not of its type, or not of a size that makes sense.
     """
-    pools = ("", "avg", "max", "avgmax", "catavgmax")
+    pools = ("", "avg", "max", "avgmax", "catavgmax", "ggem", "simpool")
     ours = str(config.values.get("architecture", "groupmixformer")).startswith("groupmixformer")
     checks: dict[str, Callable[[str], Any]] = {"task": config.text, "architecture": config.text}
     checks |= {"label_names": config.texts, "class_names": config.texts, "model_args": config.object}
     checks["num_classes"] = lambda name: config.integer(name, 0, 1_000_000)
     _check(config, checks | ({"global_pool": lambda name: config.choice(name, pools)} if ours else {}))
+    if "adapter" in config:
+        adapter = config.object("adapter")
+        adapter.choice("kind", ("lora", "adaptformer", "linear_probe"))
+        adapter.integer("rank", 1, 4096)
+        adapter.number("alpha", 1e-4, 1e4, default=None)
+        adapter.texts("targets")
+        if "base" in adapter:
+            base = adapter.object("base")
+            _check(base, {"source": base.text, "path": base.text})
+            base.text("source")
+            base.text("checksum")
     if "network" in config:
         _check_colors(config.object("network"), 3)
     if "pretrained_cfg" not in config:

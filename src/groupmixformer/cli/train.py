@@ -125,7 +125,7 @@ def quickstart(
     show(result, json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
 
 
-@command("train", "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4", *EXTRAS, "wandb", "mlflow")
+@command("train", "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4", *EXTRAS, "wandb", "mlflow", "adapters")
 def train(
     recipe: Reads[str],
     *fields: str,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from ..files import atomic_write, to_json
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
-from ..weights import write_tensors
+from ..weights import checksum, write_tensors
+from .adapters import add_adaptformer, base_name, merged_tensors, trained_names
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
 LOGGER = logging.getLogger(__name__)
@@ -82,7 +84,9 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 def model_arguments(model: GroupMixFormer) -> dict[str, Any]:
     """Return the arguments of `GroupMixFormer` that make a network like `model`; of the mixer, if it is another."""
     mixer = {"mixer": model.mixer, "mixer_options": model.mixer_options}
-    return architecture(model.state_dict()) | (mixer if model.mixer_name != "group_mix" else {})
+    return architecture({base_name(name): tensor for name, tensor in model.state_dict().items()}) | (
+        mixer if model.mixer_name != "group_mix" else {}
+    )
 
 
 def _few(names: Sequence[str]) -> str:
@@ -155,6 +159,49 @@ def downloaded_cfg(variant: str) -> dict[str, Any]:
     return {"state_dict": read_state_dict(variant.removeprefix("groupmixformer_"))}
 
 
+def _load_adapted(run: RunFolder) -> Any:
+    """Load the base of a run that holds adapters and a classifier alone, and put them in: LoRA merged into its weights."""
+    adapter = run.config["adapter"]
+    base = adapter["base"]
+    places = [*([run.path / base["path"]] if "path" in base else []), base["source"]]
+    for place in places:
+        try:
+            source = RunFolder(place)
+            if "base" in source.config.get("adapter", {}):
+                raise ValueError(f"{run.path}: its base {place} needs a base itself")
+            model = load_model(source)
+        except FileNotFoundError:
+            continue
+        break
+    else:
+        raise FileNotFoundError(
+            f"{run.path}: its base {base['source']} (checksum {base['checksum']}) is not at {places[0]}: put it there, or name "
+            f"its place as source under adapter, base in {run.path / CONFIG}"
+        )
+    if (found := checksum(model.state_dict())) != base["checksum"]:
+        raise ValueError(
+            f"{run.path}: its base {place} has the checksum {found}, expected {base['checksum']}: it is another model"
+        )
+    tensors = run.read_weights()
+    try:
+        model.reset_classifier(run.config["num_classes"])
+        if adapter["kind"] == "adaptformer":
+            add_adaptformer(model, adapter)
+            model.adapter = {name: value for name, value in adapter.items() if name != "base"}
+            if tensors.keys() != trained_names(model):
+                raise ValueError("its tensors are not those of adaptformer and a classifier")
+            model.load_state_dict(tensors, strict=False)
+        else:
+            model.load_state_dict(merged_tensors(model, tensors, adapter))
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{run.weights}: cannot be loaded: {one_line(error)}") from error
+    cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"} | run.config["pretrained_cfg"]
+    if len(names := run.config.get("label_names", ())) == model.num_classes:
+        cfg["label_names"] = names
+    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": run.config["architecture"]}
+    return model.eval()
+
+
 def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False) -> GroupMixFormer:
     """Load a model from a file or folder, whatever its widths, depths, MLP ratios, classes and input channels.
 
@@ -175,21 +222,35 @@ def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False)
             misshapen tensors or values that are not finite, of which it names the first few.
     """
     run = _open_classifier(path, allow_nonfinite)
-    config, state_dict = run.config, read_state_dict(run)
+    config, adapter = run.config, run.config.get("adapter")
+    if adapter and "base" in adapter:
+        return _load_adapted(run)
+    state_dict = read_state_dict(run)
     try:
-        arguments = architecture(state_dict)
+        arguments = architecture({base_name(name): tensor for name, tensor in state_dict.items()})
         stored = config.get("model_args") or {}
         made = arguments | {key: stored[key] for key in ("mixer", "mixer_options") if key in stored}
-        made["global_pool"] = config.get("global_pool", "avg")
+        learnt = {"head.global_pool.p": "ggem", "head.global_pool.q.weight": "simpool"}
+        pools = [pool for name, pool in learnt.items() if name in state_dict]
+        made["global_pool"] = config.get("global_pool", [*pools, "avg"][0])
         with torch.device("meta"):
             model: Any = GroupMixFormer(**made)
+            if adapter:
+                add_adaptformer(model, adapter)
         try:
             check_tensors(state_dict, model)
         except ValueError as error:
             hint = "" if "mixer" in made else ", and another mixer is named by mixer under model_args of config.json"
             raise ValueError(f"as a network with mixer {model.mixer_name}: {error}{hint}") from error
         # Layers of timm's have tables that are not stored, which no empty model holds.
-        model = GroupMixFormer(**made) if "mixer" in made else model.to_empty(device="cpu")
+        if "mixer" in made:
+            model = GroupMixFormer(**made)
+            if adapter:
+                add_adaptformer(model, adapter)
+        else:
+            model = model.to_empty(device="cpu")
+        if adapter:
+            model.adapter = adapter
         model.load_state_dict(state_dict)
         variant, _ = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
@@ -220,6 +281,8 @@ def load_model(path: str | Path | RunFolder) -> Any:
     run = _open_classifier(path)
     if run.config.get("architecture", "groupmixformer").startswith("groupmixformer"):
         return load_checkpoint(run)
+    if "adapter" in run.config:
+        return _load_adapted(run)
     weights = {"state_dict": run.read_weights()}
     try:
         model: Any = timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights)
@@ -245,6 +308,9 @@ def save_checkpoint(
         folder: Created if need be; other files in it are left alone.
         label_names: Names of the classes, in order.
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
+
+    Raises:
+        ValueError: If a model that is not ours has AdaptFormer's layers and no base.
     """
     folder = Path(folder)
     original = getattr(model, "pretrained_cfg", None)
@@ -264,14 +330,24 @@ def save_checkpoint(
     labels: dict[str, Any] = {"label_names": names} if names else {}
     if isinstance(model, GroupMixFormer):
         labels["global_pool"] = model.head.global_pool.pool_type
+    adapter, tensors = getattr(model, "adapter", None), model.state_dict()
+    if adapter and "base" in adapter:
+        kept, source = trained_names(model), adapter["base"]["source"]
+        tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
+        path = {"path": os.path.relpath(source, folder)} if Path(source).exists() else {}  # the two may be moved together
+        adapter = {**adapter, "base": adapter["base"] | path}
+    elif adapter and not isinstance(model, GroupMixFormer):
+        raise ValueError(f"AdaptFormer in a {type(model).__name__} is not written without its base: use lora, which is merged")
     model.pretrained_cfg = pretrained_cfg
     try:
         with atomic_write(folder / WEIGHTS[0], folder / CONFIG) as temporary:
-            write_tensors(model.state_dict(), temporary / WEIGHTS[0])
+            write_tensors(tensors, temporary / WEIGHTS[0])
             written = temporary / CONFIG
             save_config_for_hf(model, written, model_config=labels, model_args=model_args or None)  # type: ignore[arg-type]
             config = json.loads(written.read_text())
             config.get("model_args", {}).pop("num_classes", None)  # transformers passes it itself and fails on two
+            if adapter:
+                config["adapter"] = adapter
             written.write_text(to_json(config, indent=2))
     finally:
         if original is None:

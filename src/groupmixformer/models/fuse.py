@@ -10,6 +10,7 @@ What is folded:
   so that an aggregator reads and writes one tensor and nothing is permuted. Where there are kernels for a GPU, one product
   makes all segments, and they read it where it lies.
 - An activation into the linear layer before it, by oneDNN on a CPU, where it is large.
+- LoRA into the weights that it adapts. AdaptFormer's layers stay, and so do the MLP and the norms of their block.
 
 The BN before the head stays: `forward_features` returns what it makes.
 
@@ -32,6 +33,7 @@ from ..ops import dispatch
 from ..ops.onednn import linear
 from . import groupmixformer as network
 from . import layers
+from .adapters import AdaptFormer, merge_lora
 from .groupmixformer import Block, GroupMixAttention, SeparableConv, Stem
 from .layers import check_images, check_map, tokens_as_map
 from .mixers.base import Mixer
@@ -305,7 +307,8 @@ def _fold(name: str, module: nn.Module, done: dict[nn.Module, nn.Module], folded
     """Return the module or what takes its place, the same wherever it is used."""
     if module not in done:
         done[module] = module
-        if type(module) in _FUSED and not (isinstance(module, Block) and isinstance(module.attn, Mixer)):
+        whole = isinstance(module, Block) and not isinstance(module.attn, Mixer) and not isinstance(module.mlp, AdaptFormer)
+        if type(module) in _FUSED and (whole or not isinstance(module, Block)):
             _check_own(name, module)
             folded[type(module).__name__] += 1
             done[module] = _FUSED[type(module)](module)
@@ -342,7 +345,9 @@ def fuse(model: nn.Module) -> Any:
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where nothing can be folded: call model.eval() first")
     folded: Counter[str] = Counter()
-    fused = _fold("", copy.deepcopy(model), {}, folded)
+    fused = copy.deepcopy(model)
+    merge_lora(fused)
+    fused = _fold("", fused, {}, folded)
     if not folded:
         raise ValueError(f"{type(model).__name__} holds no GroupMixFormer or GroupMixAttention, or one that is fused already")
     fused.folded = dict(folded)  # type: ignore[assignment]

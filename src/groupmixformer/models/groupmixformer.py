@@ -30,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ClassifierHead,
     DropPath,
     calculate_drop_path_rates,
     trunc_normal_,
@@ -46,6 +45,7 @@ from torch import Tensor
 from ..ops.attention import attend_heads
 from .layers import GELU, BatchNorm2d, Depthwise, Hardswish, LayerNorm2d, check_images, check_map, tokens_as_map
 from .mixers import make_blocks
+from .pooling import Head
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
 
@@ -307,7 +307,8 @@ class GroupMixFormer(nn.Module):
     Args:
         in_chans: Channels of the input images.
         num_classes: Size of the classifier; 0 for none.
-        global_pool: Pooling before the classifier: 'avg' (as trained), 'max', 'avgmax', 'catavgmax' or '' for none.
+        global_pool: Pooling before the classifier: 'avg' (as trained), 'max', 'avgmax', 'catavgmax', 'ggem', 'simpool', or ''
+            for none.
         embed_dims: Width of each stage, multiples of 10 in the paper; at least 10.
         depths: Blocks of each stage.
         mlp_ratios: Hidden width of the MLP over the stage's width, per stage.
@@ -368,8 +369,8 @@ class GroupMixFormer(nn.Module):
         """The mixer with its options."""
         return " ".join([self.mixer, *(f"{name}={value}" for name, value in self.mixer_options.items())])
 
-    def _head(self, num_classes: int, pool_type: str, drop_rate: float, **dd: Any) -> ClassifierHead:
-        head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
+    def _head(self, num_classes: int, pool_type: str, drop_rate: float, **dd: Any) -> Head:
+        head = Head(self.num_features, num_classes, pool_type, drop_rate, **dd)
         self.head_hidden_size = self.num_features * head.global_pool.feat_mult()
         return head
 
@@ -414,9 +415,12 @@ class GroupMixFormer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of `num_classes` (0: none); `global_pool` None keeps the pooling."""
         self.num_classes = num_classes
-        pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
+        pool = self.head.global_pool
+        pool_type = pool.pool_type if global_pool is None else global_pool
         weight = self.stem.conv1.weight
         self.head = self._head(num_classes, pool_type, self.head.drop.p, device=weight.device, dtype=weight.dtype)
+        if pool_type == pool.pool_type:
+            self.head.global_pool = pool  # with what it has learnt
         self.head.train(self.training)
 
     def prune_intermediate_layers(

@@ -204,7 +204,10 @@ def open_backbone(
         fields = Fields(config["network"], f"{run.path / CONFIG}: network")
         return _read_backbone(fields, weights), None, colors(config["network"])
     source = load_model(run)
-    weights, cfg = source.state_dict(), source.pretrained_cfg
+    if hasattr(source, "adapter"):
+        raise ValueError(f"{checkpoint}: has AdaptFormer's layers, which cannot be merged: begin from its base")
+    cfg = source.pretrained_cfg
+    weights = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head.global_pool.")}
     if cfg["input_size"][0] != 3:
         raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: images are read as RGB")
     arguments = model_arguments(source) if isinstance(source, GroupMixFormer) else dict(source.model_options)

@@ -40,6 +40,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "max_size", "channels"), (1, math.inf)),
     **dict.fromkeys(("weight", "label_weight"), (0, math.inf)),
     "temperature": (0.01, 1000),
+    "rank": (1, 4096),
+    "alpha": (1e-4, 1e4),
     "crop_pct": (0.01, 1),
     "val_share": (0.01, 0.9),
     "folds": (2, math.inf),
@@ -202,6 +204,24 @@ class Distillation(_Checked):
 
 
 @dataclass
+class AdapterSettings(_Checked):
+    """Fine-tuning few parameters of a checkpoint of a classifier, whose others stay as they are; its last layer is trained too.
+
+    Args:
+        kind: lora (by peft), adaptformer, linear_probe for the last layer alone, or none to train everything.
+        rank: Width of the bottlenecks of lora and adaptformer.
+        alpha: For lora, what its products are multiplied by, times the rank; by default twice the rank. For adaptformer, what
+            its results are multiplied by; by default 0.1.
+        targets: For lora, the names of the linear layers that are adapted.
+    """
+
+    kind: Literal["none", "lora", "adaptformer", "linear_probe"] = "none"
+    rank: int = 8
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: ["qkv", "proj", "fc1", "fc2"])
+
+
+@dataclass
 class DetectorSettings(_Checked):
     """A detector of torchvision over a backbone of timm, and what is done to its images.
 
@@ -311,6 +331,7 @@ class Recipe(_Checked):
             number, sampling shows each class equally often in an epoch of the same length; none for images as they are.
         augmentation: For classification, what is done to training images.
         distill: For classification, a teacher.
+        adapter: For classification, what of a checkpoint is trained, if not everything.
         detector: For detection, the detector and what is done to its images.
         segmenter: For segmentation, the decoder and what is done to its images.
         task_options: Fields of a task of another package, by its names.
@@ -357,6 +378,7 @@ class Recipe(_Checked):
     balance: Literal["loss", "sampling"] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     distill: Distillation = field(default_factory=Distillation)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
     task_options: dict[str, Any] = field(default_factory=dict)
@@ -395,7 +417,7 @@ class Recipe(_Checked):
 
 
 TASK_FIELDS = {
-    "classification": ("root", "download", "crop_pct", "balance", "augmentation", "distill"),
+    "classification": ("root", "download", "crop_pct", "balance", "augmentation", "distill", "adapter"),
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }

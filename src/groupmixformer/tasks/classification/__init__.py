@@ -142,8 +142,10 @@ class ClassificationTask(TaskSpec):
                 "MLP ratios": as_text(stages["mlp_ratios"]),
                 "token mixer": model.mixer_name,
             }
+        if adapter := getattr(model, "adapter", None):
+            facts["layers beside its MLPs"] = f"AdaptFormer of width {adapter['rank']}, which timm and transformers do not read"
         facts["classes"] = f"{model.num_classes:,}"
         paper = "([paper](https://arxiv.org/abs/2311.15157))"
         about = f"A GroupMixFormer, a vision transformer with Group-Mix Attention {paper}" if ours else "A model of timm"
-        usage = USAGE_OURS if ours else USAGE_OF_TIMM
+        usage = self.usage if hasattr(model, "adapter") else USAGE_OURS if ours else USAGE_OF_TIMM
         return NetworkInfo(name, about, ours, list(cfg.get("label_names") or []), facts, usage)

@@ -94,13 +94,16 @@ def _attention(model: GroupMixFormer, images: Sequence[Image.Image], config: dic
 
 
 def _learnt_from(folder: Path) -> list[str]:
-    """Say what a run learnt from besides the labels."""
-    distill = yaml.safe_load(read_text(folder / RECIPE)).get("distill") or {}
-    if not distill.get("teacher"):
-        return []
-    how = f", temperature {distill['temperature']:g}" if distill["kind"] == "logits" else ""
-    weights = f"weight {distill['weight']:g} beside {distill['label_weight']:g}"
-    return [f"Teacher: {distill['teacher']} ({distill['kind']}, {weights} of the labels{how})."]
+    """Say what a run learnt from besides the labels, and what of a model it trained."""
+    recipe, told = yaml.safe_load(read_text(folder / RECIPE)), []
+    distill, adapter = recipe.get("distill") or {}, recipe.get("adapter") or {"kind": "none"}
+    if distill.get("teacher"):
+        how = f", temperature {distill['temperature']:g}" if distill["kind"] == "logits" else ""
+        weights = f"weight {distill['weight']:g} beside {distill['label_weight']:g}"
+        told.append(f"Teacher: {distill['teacher']} ({distill['kind']}, {weights} of the labels{how}).")
+    if adapter["kind"] != "none":
+        told.append(f"Trained: {adapter['kind']} of rank {adapter['rank']} and the classifier, on {recipe['checkpoint']}.")
+    return told
 
 
 def write_report(

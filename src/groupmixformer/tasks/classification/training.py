@@ -1,6 +1,7 @@
 """Image classification: the model of a recipe and its training steps."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from ...models.adapters import add_adapters, freeze_statistics, trained_names
 from ...models.checkpoint import fixed_size, load_model, model_arguments, model_name, save_checkpoint
 from ...models.groupmixformer import GroupMixFormer
+from ...run_folder import RunFolder
 from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
@@ -41,6 +44,8 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     """
     settings: dict[str, Any] = {"num_classes": len(class_names), "drop_path_rate": recipe.drop_path_rate}
     if not recipe.checkpoint:
+        if recipe.adapter.kind != "none":
+            raise ValueError(f"adapter {recipe.adapter.kind} is for a trained model: name one with --checkpoint")
         name, options = model_name(recipe.model), recipe.model_options
         try:
             model: Any = timm.create_model(name, **settings, **fixed_size(name, recipe.image_size), **options)
@@ -51,17 +56,26 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     if recipe.model_options:
         raise ValueError("got model_options and a checkpoint, expected one of them: a checkpoint has its own architecture")
     source = load_model(recipe.checkpoint)
+    if getattr(source, "adapter", None):
+        raise ValueError(f"{recipe.checkpoint}: has AdaptFormer's layers, which cannot be merged: begin from its base")
+    base = {"source": recipe.checkpoint, "checksum": checksum(source.state_dict())}
     named = list(source.pretrained_cfg.get("label_names") or class_names)
     if named != list(class_names) or source.num_classes != len(class_names):
         source.reset_classifier(len(class_names))
     if isinstance(source, GroupMixFormer):
-        model = GroupMixFormer(**model_arguments(source) | settings)
+        model = GroupMixFormer(**model_arguments(source) | settings, global_pool=source.head.global_pool.pool_type)
     else:
         other, options = source.pretrained_cfg["architecture"], source.model_options
         model = timm.create_model(other, **options | settings | fixed_size(other, recipe.image_size))
         model.model_options = options
     model.load_state_dict(source.state_dict())
     model.pretrained_cfg = source.pretrained_cfg
+    if recipe.adapter.kind != "none":
+        if "adapter" in RunFolder(recipe.checkpoint).config:
+            raise ValueError(
+                f"{recipe.checkpoint}: has adapters itself: write it whole first (gmf convert {recipe.checkpoint} --out DIR)"
+            )
+        add_adapters(model, asdict(recipe.adapter) | {"base": base})
     return model
 
 
@@ -117,6 +131,10 @@ class ClassificationModule(Task):
                 num_classes=len(images.class_names),
             )
         self.soft_loss = SoftTargetCrossEntropy()
+        if recipe.adapter.kind != "none":
+            if recipe.strategy == "fsdp":
+                raise ValueError("strategy fsdp shards what is trained, of which adapters have little: use ddp")
+            self.depends["base"] = model.adapter["base"]["checksum"]
         # In a list, and so no part of this module: its teacher is in no checkpoint, and always in eval mode.
         self.distillation: list[Any] = []
         if recipe.distill.teacher:
@@ -148,6 +166,43 @@ class ClassificationModule(Task):
             loss = self.label_loss(self.model(images), targets)
         self.log_loss(loss, len(images))
         return loss
+
+    def on_train_start(self) -> None:
+        """Keep the statistics of BatchNorm where few parameters are trained; validation restores the mode of each module."""
+        super().on_train_start()
+        if self.recipe.adapter.kind != "none":
+            freeze_statistics(self.model)
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Return what of the model and its EMA comes from the base of adapters."""
+        trained = trained_names(self.model) if self.recipe.adapter.kind != "none" else set()
+        parts = {"model.": self.model, "average.module.": self.average.module if self.average else nn.Module()}
+        return {
+            prefix + name: tensor
+            for prefix, part in parts.items()
+            for name, tensor in part.state_dict().items()
+            if trained and name not in trained
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what comes from the base of adapters."""
+        super().on_save_checkpoint(checkpoint)
+        frozen = self._frozen()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take from the base what was left out.
+
+        Raises:
+            ValueError: If the base is another model than it was.
+        """
+        before, now = self.before.get("base"), self.depends.get("base")
+        if before != now:
+            raise ValueError(
+                f"adapters are for the model that they began on: {self.recipe.checkpoint} was {before} and is {now}"
+            )
+        super().on_load_checkpoint(checkpoint)
+        checkpoint["state_dict"] |= self._frozen()
 
     def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits (B, classes) and classes (B) or, after mixup, their shares (B, classes)."""
