@@ -93,7 +93,7 @@ def confusion_blocks(counts: NDArray[Any], class_names: Sequence[str], unit: str
             [short(class_names[i]), short(class_names[j]), f"{wrong[i, j]:,.0f}", f"{wrong[i, j] / counts[i].sum():.1%}"]
             for i, j in worst
         ]
-        blocks.append(Table(["most often wrong: true", "predicted", unit, "of the true class"], rows))
+        blocks.append(Table(["true class", "most often taken for", unit, "share"], rows))
     return blocks
 
 

@@ -109,8 +109,8 @@ def matrix_chart(counts: NDArray[Any], names: Sequence[str], normalised: bool, u
     width = min(9.0, max(WIDTH, 1.2 + 0.28 * number))
     figure, axes = new_axes(width, width, xlabel="predicted", ylabel="true")
     axes.grid(False)
-    # Colour of varying opacity suits a light and a dark page.
-    colors = np.dstack([*(np.full_like(values, part, dtype=float) for part in to_rgb(BLUE)), values**0.7])
+    # Colour of varying opacity suits a light and a dark page; up to 0.8 the numbers in it can be read on both.
+    colors = np.dstack([*(np.full_like(values, part, dtype=float) for part in to_rgb(BLUE)), 0.8 * values**0.7])
     axes.set(xlim=(-0.5, number - 0.5), ylim=(number - 0.5, -0.5), aspect="equal")
     size = min(9.0, 72 * (width - 1) / number * (0.38 if normalised else 0.3))
     if number > MOST_CELLS:

@@ -69,6 +69,8 @@ th, td { padding: .25rem 1rem .25rem 0; text-align: right; border-bottom: 1px so
 th:first-child { text-align: left; font-weight: normal; min-width: 6rem; max-width: 20rem; overflow-wrap: break-word; }
 thead th { color: var(--soft); font-weight: normal; position: sticky; top: 0; background: var(--paper); white-space: nowrap; }
 td { white-space: nowrap; }
+@media (max-width: 40rem) { .scroll table { font-size: .8rem; } .scroll th, .scroll td { padding-right: .6rem; }
+  .scroll th:first-child { min-width: 4rem; } }
 .facts td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .75rem 0; padding: .5rem .75rem; }
 summary { cursor: pointer; font-weight: 600; }

@@ -54,7 +54,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     """Draw the share of right answers over the confidence, by bin, and how many images each bin holds."""
     bins = reliability(evaluation)
     left, width = [row["from"] for row in bins], bins[0]["below"]
-    figure, first = new_axes(4.2)
+    figure, first = new_axes(4.4)
     first.remove()
     accuracy, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     right = [row["top1"] or 0 for row in bins]
@@ -66,8 +66,8 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     metrics = evaluation.metrics
     accuracy.set_title(f"Calibration error {metrics['calibration_error']:.2%} on {metrics['images']:,} images", fontsize=9)
     accuracy.set(ylabel="share of images right", xlim=(0, 1), ylim=(0, 1.02))
-    accuracy.legend(loc="upper left", fontsize=8)
     bars = counts.bar(left, [row["images"] for row in bins], 0.94 * width, align="edge", color="#808080", linewidth=0)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, framealpha=0)
     counts.set(xlabel=f"confidence, in {len(bins)} bins", ylabel="images")
     for row, *parts in zip(bins, shown, bars, strict=True):
         for part in parts:
@@ -142,7 +142,7 @@ def write_report(
         for i in indices:
             name, is_right = short(class_names[int(predicted[i])]), bool(predicted[i] == true[i])
             other = "" if is_right else f", is {short(class_names[int(true[i])])}"
-            items.append(Shown(chosen[i], f"{name} {confidence[i]:.0%}{other}", is_right))
+            items.append(Shown(chosen[i], f"{name} ({confidence[i]:.0%}){other}", is_right))
         return items
 
     few = np.random.default_rng(0).permutation(len(true))[:8].tolist() if chosen else []  # as they come, right and wrong
