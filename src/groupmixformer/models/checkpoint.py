@@ -162,7 +162,8 @@ def downloaded_cfg(variant: str) -> dict[str, Any]:
 def _load_adapted(run: RunFolder) -> Any:
     """Load the base of a run that holds adapters and a classifier alone, and put them in: LoRA merged into its weights."""
     adapter = run.config["adapter"]
-    base = adapter["base"]
+    if (base := adapter.get("base")) is None:
+        raise ValueError(f"{run.path / CONFIG}: adapter has no base, which only a GroupMixFormer with adaptformer does without")
     places = [*([run.path / base["path"]] if "path" in base else []), base["source"]]
     for place in places:
         try:
@@ -195,10 +196,11 @@ def _load_adapted(run: RunFolder) -> Any:
             model.load_state_dict(merged_tensors(model, tensors, adapter))
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{run.weights}: cannot be loaded: {one_line(error)}") from error
-    cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"} | run.config["pretrained_cfg"]
+    cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"}
+    cfg |= run.config.get("pretrained_cfg", {})
     if len(names := run.config.get("label_names", ())) == model.num_classes:
         cfg["label_names"] = names
-    model.pretrained_cfg = model.default_cfg = cfg | {"architecture": run.config["architecture"]}
+    model.pretrained_cfg = model.default_cfg = cfg
     return model.eval()
 
 

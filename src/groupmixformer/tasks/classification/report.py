@@ -102,7 +102,12 @@ def _learnt_from(folder: Path) -> list[str]:
         weights = f"weight {distill['weight']:g} beside {distill['label_weight']:g}"
         told.append(f"Teacher: {distill['teacher']} ({distill['kind']}, {weights} of the labels{how}).")
     if adapter["kind"] != "none":
-        told.append(f"Trained: {adapter['kind']} of rank {adapter['rank']} and the classifier, on {recipe['checkpoint']}.")
+        layers = (
+            "the classifier"
+            if adapter["kind"] == "linear_probe"
+            else f"{adapter['kind']} of rank {adapter['rank']}, classifier"
+        )
+        told.append(f"Trained: {layers}; the rest is {recipe['checkpoint']}.")
     return told
 
 
