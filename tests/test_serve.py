@@ -27,7 +27,8 @@ from groupmixformer import GroupMixFormer
 from groupmixformer.cli.main import main
 from groupmixformer.data.images import decode
 from groupmixformer.deploy import serve
-from groupmixformer.deploy.serve import Limits, application, service
+from groupmixformer.deploy.routes import application
+from groupmixformer.deploy.serve import Limits, Service, served
 from groupmixformer.deploy.server import listen, server
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.run_folder import save_network
@@ -66,10 +67,11 @@ def classes(run):
 @contextlib.contextmanager
 def serving(model, task="classification", limits=None):
     """A server in a thread: its address."""
-    made = model if isinstance(model, serve.Service) else service(model, limits or Limits())
-    made.warm_up()
+    made = model if isinstance(model, Service) else Service([served(model, "tested", task)], limits or Limits())
+    for one in made.models.values():
+        one.warm_up()
     listening, address = listen("127.0.0.1", 0)
-    running = server(application(made, "tested", task), listening)
+    running = server(application(made), listening)
     thread = threading.Thread(target=running.run, args=([listening],))
     thread.start()
     try:
@@ -88,14 +90,21 @@ def address(classes):
 
 def held(classes, limits):
     """A service whose model waits until it is let go."""
-    usual, gate = service(classes, limits), threading.Event()
+    usual, gate = served(classes, "tested", "classification"), threading.Event()
     gate.set()
 
     def look(images):
         assert gate.wait(20)
-        return usual._look(images)
+        return usual.look(images)
 
-    return serve.Service(usual._prepare, look, limits), gate
+    return Service([dataclasses.replace(usual, look=look)], limits), gate
+
+
+def refused(answer):
+    """What an error says; it has the id that the header has, and nothing else."""
+    found = answer.json()
+    assert set(found) == {"error", "request_id"} and found["request_id"] == answer.headers["x-request-id"]
+    return found["error"]
 
 
 def metric(address, name):
@@ -168,7 +177,7 @@ def test_a_full_queue_turns_away(classes):
         until(lambda: metric(address, "gmf_queue_length") == 3)
         answer = httpx.post(f"{address}/predict", content=image(3), headers=PNG)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert answer.json() == {"error": "3 requests are waiting already: try again later"}
+        assert refused(answer) == "3 images are waiting already: try again later"
         gate.set()
         assert [one.result().status_code for one in waiting] == [200] * 3
         assert httpx.post(f"{address}/predict", content=image(3), headers=PNG).status_code == 200
@@ -185,7 +194,7 @@ def test_one_client_leaves_room_for_others(classes):
         until(lambda: metric(address, "gmf_queue_length") == 2)
         answer = httpx.post(f"{address}/predict", content=image(3), headers=PNG)
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert answer.json() == {"error": "2 requests of 127.0.0.1 are waiting already: try again later"}
+        assert refused(answer) == "2 images of 127.0.0.1 are waiting already: try again later"
         waiting.append(clients.submit(other.post, f"{address}/predict", content=image(3), headers=PNG))
         until(lambda: metric(address, "gmf_queue_length") == 3)
         gate.set()
@@ -217,7 +226,7 @@ def test_a_large_body_is_refused_before_it_is_read(classes):
             assert client.makefile("rb").readline().startswith(b"HTTP/1.1 413")
         parts = (bytes(100_000) for _ in range(11))  # not announced
         answer = httpx.post(f"{address}/predict", content=parts, headers=PNG)
-        assert (answer.status_code, answer.json()) == (413, {"error": "the request is over 1 MB"})
+        assert (answer.status_code, refused(answer)) == (413, "the request is over 1 MB")
         for _ in range(3):  # whoever sends all before reading gets the answer too: no reset takes it away
             sender = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
             sender.request("POST", "/predict", bytes(30_000_000), PNG)
@@ -263,9 +272,9 @@ def test_a_broken_image_is_refused_in_a_line(address, content, line):
         httpx.post(f"{address}/predict", files={"file": ("a.png", content)}),
     ):
         assert answer.status_code == 400
-        assert answer.json()["error"].startswith(line)
-        assert "\n" not in answer.json()["error"]
-    assert httpx.get(f"{address}/health").json() == {"ready": True, "model": "tested", "task": "classification"}
+        assert refused(answer).startswith(line)
+        assert "\n" not in refused(answer)
+    assert httpx.get(f"{address}/health").json()["ready"]
     assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
@@ -279,23 +288,23 @@ def test_wrong_requests_are_told_what_is_expected(address):
     answer = httpx.post(f"{address}/predict", content=b"x", headers={"Content-Type": "multipart/form-data"})
     assert answer.status_code == 400 and answer.json()["error"]
     assert httpx.get(f"{address}/predict").status_code == 405
-    assert httpx.get(f"{address}/docs").status_code == 404  # it would load scripts from elsewhere
 
 
 def test_the_server_outlives_a_model_that_fails(classes, caplog):
-    usual = service(classes, Limits())
+    usual = served(classes, "tested", "classification")
     broken = []
 
     def look(images):
         if broken:
             raise RuntimeError(broken.pop())
-        return usual._look(images)
+        return usual.look(images)
 
-    with serving(serve.Service(usual._prepare, look, Limits())) as address:
+    with serving(Service([dataclasses.replace(usual, look=look)], Limits())) as address:
         broken.append("out of memory\nand more")
         answer = httpx.post(f"{address}/predict", content=image(0), headers=PNG)
-        assert (answer.status_code, answer.json()) == (500, {"error": "the model failed: RuntimeError"})
-        assert caplog.messages[-1] == "gmf serve: the model failed: RuntimeError: out of memory"
+        assert (answer.status_code, refused(answer)) == (500, "the model failed: RuntimeError")
+        logged = f"gmf serve: request {answer.json()['request_id']}: the model failed: RuntimeError: out of memory"
+        assert caplog.messages[-1] == logged
         assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
 
@@ -338,8 +347,7 @@ def masks(tmp_path_factory):
 def test_other_tasks_are_served_one_at_a_time(kind, task, request):
     model = request.getfixturevalue(kind)
     contents = [image(seed, (64, 70)) for seed in range(4)]
-    made = service(model, Limits())
-    with serving(made, task) as address, ThreadPoolExecutor(4) as clients:
+    with serving(model, task) as address, ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(lambda c: httpx.post(f"{address}/predict", content=c, headers=PNG), contents))
         for answer, content in zip(answers, contents, strict=True):
             found, given = model.predict(decode(content, "")), answer.json()
@@ -390,10 +398,12 @@ def test_the_command_serves_until_it_is_stopped(run, classes, stop):
         try:
             line = process.stderr.readline()
             address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
-            assert "classification, fused" in line
+            assert "(classification, fused)" in line
             content = image(5)
             answer = httpx.post(f"{address}/predict", content=content, headers=PNG)
             same(answer.json(), classes.predict(decode(content, "")).result)
+            process.send_signal(signal.SIGHUP)
+            assert ": loaded again, weights " in process.stderr.readline()
             process.send_signal(stop)
             assert process.wait(20) == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[stop]
             assert process.stderr.read() == ("gmf: interrupted\n" if stop == signal.SIGINT else "")
@@ -402,8 +412,8 @@ def test_the_command_serves_until_it_is_stopped(run, classes, stop):
 
 
 def test_an_answer_without_finite_numbers_is_json_that_any_parser_reads():
-    made = serve.Service(lambda content: content, lambda images: [{"score": float("nan")} for _ in images], Limits())
-    with serving(made) as address:
+    made = serve.Model("tested", "none", bytes, lambda images: [{"score": float("nan")} for _ in images])
+    with serving(Service([made], Limits())) as address:
         answer = httpx.post(f"{address}/predict", content=image(1), headers=PNG)
     assert answer.status_code == 200
     assert json.loads(answer.text, parse_constant=pytest.fail)["score"] is None

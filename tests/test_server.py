@@ -192,18 +192,21 @@ def test_only_its_own_names_are_answered(host, allowed, good, bad):
         for name in bad:
             answer = one.get("/a", headers={"Host": name})
             assert answer.status_code == 400, name
-            assert answer.json() == {"error": f"got Host {name}, expected one of this server: see --allowed-hosts"}
+            reason = f"got Host {name}, expected one of this server: see --allowed-hosts"
+            assert answer.json() == {"error": reason, "request_id": answer.headers["x-request-id"]}
         with client(port, b"GET /a HTTP/1.0\r\n\r\n") as old:
             assert old.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_requests_are_logged_in_a_line_each(capsys):
     with running(access_log=True) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as one:
-        one.get("/a%0Ab?secret=1")
-        one.get("/a", headers={"Host": "evil.example"})
+        named = one.get("/a%0Ab?secret=1", headers={"X-Request-ID": "job-7/a.b"}).headers
+        other = one.get("/a", headers={"Host": "evil.example", "X-Request-ID": "two words"}).headers
         one.post(f"/{'x' * 900}", content=b"abc", headers={"X-Forwarded-For": "192.0.2.7"})
     first, second, third = map(json.loads, capsys.readouterr().out.splitlines())
-    assert list(first) == ["time", "client", "method", "path", "status", "ms", "bytes"]
+    assert named["x-request-id"] == first["request_id"] == "job-7/a.b"
+    assert re.fullmatch("[0-9a-f]{32}", other["x-request-id"]) and other["x-request-id"] == second["request_id"]
+    assert list(first) == ["time", "request_id", "client", "method", "path", "status", "ms", "bytes"]
     assert [first[key] for key in ("client", "method", "path", "status", "bytes")] == ["127.0.0.1", "GET", "/a\nb", 200, 16]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first["time"]) and 0 < first["ms"] < 20_000
     assert (second["status"], third["client"], len(third["path"])) == (400, "192.0.2.7", 200)

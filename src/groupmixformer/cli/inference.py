@@ -1,14 +1,17 @@
 """Commands that use a trained model: eval, predict, explain, serve and demo."""
 
 import io
+import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ..files import free_stem, printable, write_prediction, write_rows
+from ..files import free_stem, printable, read_text, write_prediction, write_rows
 from .common import (
     EXTRAS,
     AccessLog,
@@ -16,6 +19,7 @@ from .common import (
     AllowNonfinite,
     Device,
     Figure,
+    File,
     Flip,
     Folder,
     Fuse,
@@ -350,9 +354,18 @@ def explain(
     show(result, json, "\n".join(seen.lines))
 
 
+def _keys(file: Path | None) -> list[str]:
+    """Return the API keys: the lines of a file, or that of the environment."""
+    keys = (read_text(file) if file else os.environ.get("GMF_API_KEY", "")).split("\n")
+    keys = [key.strip() for key in keys if key.strip()]
+    if file and not keys:
+        raise ValueError(f"{file}: holds no API key, expected one a line")
+    return keys
+
+
 @command("serve", "gmf serve runs/quickstart --port 8000", "serve", *EXTRAS)
 def serve(
-    run: RunPath,
+    runs: Reads[Sequence[PathText]],
     *,
     allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
@@ -366,6 +379,9 @@ def serve(
     max_connections: Works[Positive] = 512,
     max_per_client: Works[Positive] = 32,
     allowed_hosts: AllowedHosts = (),
+    api_key_file: Works[File | None] = None,
+    cors_origin: Annotated[Works[Sequence[str]], Option(metavar="ORIGIN")] = (),
+    reload: Works[bool] = True,
     image_size: ImageSize = None,
     sliding_window: SlidingWindow = False,
     scales: ScalesOption = (1.0,),
@@ -376,36 +392,53 @@ def serve(
     access_log: AccessLog = False,
     json: Json = False,
 ) -> None:
-    """Answer over HTTP: POST an image, get JSON.
+    """Answer over HTTP: POST images, get JSON.
 
     Args:
+        runs: folder of a run or of gmf convert, checkpoint file, or hf-hub:user/name; several are asked for by name
         max_batch: for classification: images looked at together
-        queue: requests taken in at once
+        queue: images taken in at once
         max_megabytes: size of a request
         max_connections: open at once; fewer if the limit of open files is low
-        max_per_client: requests of one address taken in at once
+        max_per_client: images of one address taken in at once
+        api_key_file: keys, one a line, of which requests have to bring one; GMF_API_KEY by default
+        cors_origin: sites whose pages may send requests, such as https://lab.example; '*' for any
+        reload: load a run again when its weights change (default: yes), as SIGHUP does
     """
-    from ..deploy.serve import Limits, application, service
+    from ..deploy.reload import Reloader, Source, checksum
+    from ..deploy.routes import application
+    from ..deploy.serve import Limits, Model, Service, served
     from ..deploy.server import listen, server
 
     looks = {"sliding_window": sliding_window, "scales": scales, "flip": flip, "tile": tile}
     looks |= {"top": top, "score_threshold": score_threshold}
-    opened, options = open_run(run, looks, "max_batch", allow_nonfinite=allow_nonfinite)
+    keys = _keys(api_key_file)
+
+    def source(path: str) -> Source:
+        def load() -> Model:
+            opened, options = open_run(path, looks, "max_batch", allow_nonfinite=allow_nonfinite)
+            weights = checksum(opened.folder)
+            predictor = opened.predictor(device, image_size, fuse=fuse, threads=threads or "auto", **options)
+            return served(predictor, Path(path).resolve().name, opened.task, weights)
+
+        return Source(open_run(path, looks, "max_batch", allow_nonfinite=allow_nonfinite)[0].folder, load)
+
+    sources = [source(path) for path in runs]
     listening, address = listen(host, port)
     with listening:
-        predictor = opened.predictor(device, image_size, fuse=fuse, threads=threads or "auto", **options)
-        serving = service(predictor, Limits(max_batch, queue, max_megabytes, max_per_client))
-        serving.warm_up()
-        name, task = Path(run).resolve().name, opened.task
-        app = application(serving, name, task)
+        models = [one.load() for one in sources]
+        serving = Service(models, Limits(max_batch, queue, max_megabytes, max_per_client))
+        reloader = Reloader(serving, dict(zip(serving.models, sources, strict=True)), reload)
+        app = application(serving, keys, cors_origin, reloader)
         running = server(app, listening, host, allowed_hosts, max_connections, access_log)
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGHUP, lambda *_: reloader.ask())
+        about = [{"model": one.name, "task": one.task, "weights": one.weights} for one in models]
         if json:
-            show({"address": address, "model": name, "task": task}, json, "")
-        print(
-            f"gmf serve: {name} ({task}{', fused' * predictor.fused}) at {address}: POST an image to /predict",
-            file=sys.stderr,
-            flush=True,
-        )
+            show({"address": address, **about[0], "models": about}, json, "")
+        named = ", ".join(f"{one.name} ({one.task}{', fused' * one.fused})" for one in models)
+        where = "/predict" if len(models) == 1 else "/predict/NAME"
+        print(f"gmf serve: {named} at {address}: POST an image to {where}", file=sys.stderr, flush=True)
         running.run([listening])
 
 

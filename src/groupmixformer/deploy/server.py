@@ -9,10 +9,12 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import socket
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 
 import h11
 import uvicorn
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -163,8 +166,22 @@ class Protocol(H11Protocol):
         return "header" if answered else "working"
 
 
+def request_id(scope: Scope) -> str:
+    """Return the id of a request: its header X-Request-ID if that is a plain word, or one that is made for it."""
+    state = scope.setdefault("state", {})
+    if "request_id" not in state:
+        given = Headers(scope=scope).get("x-request-id", "")
+        state["request_id"] = given if re.fullmatch(r"[\w.:/+=@-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+    return str(state["request_id"])
+
+
+def refusal(scope: Scope, status: int, reason: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return the answer to a request that is not met, in the one form that all of them have."""
+    return JSONResponse({"error": reason, "request_id": request_id(scope)}, status, headers)
+
+
 class _Front:
-    """ASGI: refuses requests for other hosts, and logs all.
+    """ASGI: refuses requests for other hosts, gives all an id, and logs them.
 
     Args:
         app: Answers the rest.
@@ -179,23 +196,26 @@ class _Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status, size = time.perf_counter(), None, 0
+        start, status, size, identifier = time.perf_counter(), None, 0, request_id(scope)
 
         async def note(message: Message) -> None:
             nonlocal status, size
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-ID"] = identifier
             status, size = message.get("status", status), size + len(message.get("body", b""))
             await send(message)
 
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         app = self._app
         if host and not self._known(host):  # browsers always name one; HTTP/1.0 needs none
-            app = JSONResponse({"error": f"got Host {host[:100]}, expected one of this server: see --allowed-hosts"}, 400)
+            app = refusal(scope, 400, f"got Host {host[:100]}, expected one of this server: see --allowed-hosts")
         try:
             await app(scope, receive, note)
         finally:
             if self._log:
                 line = {
                     "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "request_id": identifier,
                     "client": scope["client"][0] if scope.get("client") else None,
                     "method": scope["method"],
                     "path": scope["path"][:200],

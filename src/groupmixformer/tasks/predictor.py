@@ -1,5 +1,6 @@
 """What every task shares once a network is trained: it looks at images, is measured and reported. No Lightning here."""
 
+import copy
 import io
 import math
 import time
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -254,6 +255,12 @@ class Predictor(ABC):
         self.device, self.dtype, self.options = torch.device(device), dtype, {**self.DEFAULTS, **options}
         self.model, self.config = self.load(RunFolder.of(run), image_size)
         self.model.to(self.device)
+
+    def with_options(self, **options: Any) -> Self:
+        """Return the same network with other options of the task."""
+        other = copy.copy(self)
+        other.options = {**self.options, **options}
+        return other
 
     @abstractmethod
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
