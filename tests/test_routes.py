@@ -1,10 +1,13 @@
 """The service as clients see it: ids, versions, one form of errors, several images, options, keys, CORS, models that change."""
 
+import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fastapi.testclient import TestClient
 from starlette.exceptions import HTTPException
 from test_serve import NAMES, PNG, TINY, image, refused, same
@@ -12,7 +15,7 @@ from test_serve import NAMES, PNG, TINY, image, refused, same
 import groupmixformer
 from groupmixformer import GroupMixFormer
 from groupmixformer.cli.inference import _keys
-from groupmixformer.cli.main import main
+from groupmixformer.cli.main import main, parse
 from groupmixformer.data.images import decode
 from groupmixformer.deploy import reload
 from groupmixformer.deploy.reload import Reloader, Source, checksum
@@ -256,3 +259,14 @@ def test_runs_of_one_name_are_refused(run, capsys):
     assert main(["serve", str(run), str(run), "--port", "0"]) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"gmf: error: got models named {run.name}, {run.name}") and line.count("\n") == 1
+
+
+def test_the_container_runs_a_command_that_exists():
+    docker = Path(__file__).parents[1] / "docker"
+    entry = re.search(r"^ENTRYPOINT (\[.*\])$", (docker / "Dockerfile").read_text(), re.M)[1]
+    composed = yaml.safe_load((docker / "compose.yaml").read_text())["services"]["gmf"]
+    name, *words = [*json.loads(entry), *composed["command"]]
+    assert name == "gmf"
+    _, (runs,), given = parse(words)
+    assert (list(runs), given["host"], list(given["allowed_hosts"])) == (["/runs/photos"], "0.0.0.0", ["gmf"])
+    assert str(given["api_key_file"]) == f"/run/secrets/{composed['secrets'][0]}" and given["access_log"]
