@@ -240,9 +240,9 @@ def test_a_run_that_changes_is_loaded_beside_and_swapped(tmp_path, randomise, mo
         until(lambda: seen()[0] == "1")
         after = seen()
         assert after[1] == f"tested@{checksum(RunFolder(tmp_path))}" != before[1]
-        assert f"gmf serve: tested: loaded again, weights {after[1][7:]} instead of {before[1][7:]}" in caplog.messages
+        assert f"tested: loaded again, weights {after[1][7:]} instead of {before[1][7:]}" in caplog.messages
         (tmp_path / "model.safetensors").write_bytes(b"half a file")
-        until(lambda: f"gmf serve: tested: not loaded again, weights {after[1][7:]} stay: ValueError: " in caplog.text)
+        until(lambda: f"tested: not loaded again, weights {after[1][7:]} stay: ValueError: " in caplog.text)
         assert seen() == after
         time.sleep(0.2)
         assert caplog.text.count("not loaded again") == 1  # until the file changes again

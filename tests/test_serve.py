@@ -303,7 +303,7 @@ def test_the_server_outlives_a_model_that_fails(classes, caplog):
         broken.append("out of memory\nand more")
         answer = httpx.post(f"{address}/predict", content=image(0), headers=PNG)
         assert (answer.status_code, refused(answer)) == (500, "the model failed: RuntimeError")
-        logged = f"gmf serve: request {answer.json()['request_id']}: the model failed: RuntimeError: out of memory"
+        logged = f"request {answer.json()['request_id']}: the model failed: RuntimeError: out of memory"
         assert caplog.messages[-1] == logged
         assert httpx.post(f"{address}/predict", content=image(0), headers=PNG).status_code == 200
 
@@ -403,7 +403,7 @@ def test_the_command_serves_until_it_is_stopped(run, classes, stop):
             answer = httpx.post(f"{address}/predict", content=content, headers=PNG)
             same(answer.json(), classes.predict(decode(content, "")).result)
             process.send_signal(signal.SIGHUP)
-            assert ": loaded again, weights " in process.stderr.readline()
+            assert re.match(f"gmf serve: {run.name}: loaded again, weights ", process.stderr.readline())
             process.send_signal(stop)
             assert process.wait(20) == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[stop]
             assert process.stderr.read() == ("gmf: interrupted\n" if stop == signal.SIGINT else "")

@@ -153,7 +153,7 @@ def test_others_are_answered_while_connections_are_held(caplog):
         sending.sendall(b"123456")
         assert sending.recv(65536).startswith(b"HTTP/1.1 200") and working.recv(65536).startswith(b"HTTP/1.1 200")
         messages = [line for line in caplog.messages if "connections are open" in line]
-        assert 1 <= len(messages) <= 3 and messages[0].startswith("gmf: 5 connections are open, the most that are taken")
+        assert 1 <= len(messages) <= 3 and messages[0].startswith("5 connections are open, the most that are taken")
 
 
 def test_no_more_is_taken_than_can_be_worked_on():

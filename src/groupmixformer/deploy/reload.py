@@ -87,7 +87,7 @@ class Reloader:
                 raise ValueError(f"holds a model for {new.task}, expected one for {old.task}")
         except Exception as error:  # whatever is wrong with it, the old one answers
             reason = f"{type(error).__name__}: {one_line(error)}"
-            LOGGER.error("gmf serve: %s: not loaded again, weights %s stay: %s", name, old.weights, reason)
+            LOGGER.error("%s: not loaded again, weights %s stay: %s", name, old.weights, reason)
         else:
             self._serving.models[name] = new
-            LOGGER.warning("gmf serve: %s: loaded again, weights %s instead of %s", name, new.weights, old.weights)
+            LOGGER.warning("%s: loaded again, weights %s instead of %s", name, new.weights, old.weights)

@@ -196,7 +196,7 @@ class _Answers:
         except Exception as error:
             if started:
                 raise
-            LOGGER.error("gmf serve: request %s: %s: %s", identifier, type(error).__name__, short(str(error), 200))
+            LOGGER.error("request %s: %s: %s", identifier, type(error).__name__, short(str(error), 200))
             await refusal(scope, 500, f"the server failed: {type(error).__name__}")(scope, receive, note)
 
 
@@ -233,7 +233,7 @@ async def _predict(serving: Service, request: Request, model: Model, options: di
         raise
     except Exception as error:
         about = type(error).__name__, (str(error).splitlines() or [""])[0]
-        LOGGER.error("gmf serve: request %s: the model failed: %s: %s", request_id(request.scope), *about)
+        LOGGER.error("request %s: the model failed: %s: %s", request_id(request.scope), *about)
         return refusal(request.scope, 500, f"the model failed: {type(error).__name__}")
     milliseconds = round(1000 * (time.perf_counter() - start), 2)
     return StrictResponse({**found, "model": model.name, "task": model.task, "milliseconds": milliseconds})

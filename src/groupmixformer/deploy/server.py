@@ -99,7 +99,7 @@ class Connections:
     def admit(self, new: "Protocol") -> bool:
         """Tell whether there is room for a connection, making some if need be."""
         if len(self._states) >= self.most:
-            LOGGER.warning("gmf: %d connections are open, the most that are taken: closing some", self.most)
+            LOGGER.warning("%d connections are open, the most that are taken: closing some", self.most)
             held = Counter(one.address for one in self._states)
             idle = [one for one in self._states if one.state() != "working"]
             if not idle:
