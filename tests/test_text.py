@@ -134,7 +134,7 @@ def started_as_gmf(code, encoding="utf-8"):
 def test_help_and_wrong_usage_need_no_torch():
     code = """
 codes = [main(argv) for argv in (["--help"], ["predict", "--help"], ["train", "--help"], ["train", "digits", "--help"])]
-codes += [main(argv) for argv in (["predictt"], ["eval", "x", "--jsn"], ["train", "digits", "--lr", "1"], ["train", "digit"])]
+codes += [main(argv) for argv in (["predictt"], ["eval", "x", "--jsn"], ["train", "digits", "--lrr", "1"], ["train", "digit"])]
 assert codes == [0] * 4 + [2] * 4, codes
 assert not {"torch", "timm", "numpy", "matplotlib"} & set(sys.modules)
 """
