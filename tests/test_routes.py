@@ -231,7 +231,7 @@ def test_a_run_that_changes_is_loaded_beside_and_swapped(tmp_path, randomise, mo
         deadline = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < deadline, caplog.text
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     with TestClient(application(made, reloader=reloader)) as client:
         before = seen()
