@@ -54,6 +54,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(comparing, "measure", lambda builds, *_: real(builds, Settings(rounds=1, seconds=0)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(photos, tmp_path, capsys, monkeypatch):
     out, trained, stop = tmp_path / "out", [], {"before run": 4}

@@ -247,6 +247,7 @@ def test_the_weights_of_a_classifier_arrive_in_the_backbone(shapes, classifier, 
     assert equal(again.state_dict(), made.model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_file_of_weights_serves_too(shapes, classifier, tmp_path):
     source = classifier("groupmixformer_mobile")
     torch.save({"model": source.state_dict()}, tmp_path / "mobile.pth")
@@ -599,6 +600,7 @@ def test_prediction_draws_and_lists_what_is_found(trained, shapes, tmp_path, cap
         assert coco_metrics(truth.ground_truth, own, kind)[0]["AP"] == pytest.approx(measured[f"{name}_AP"])
 
 
+@pytest.mark.slow
 def test_prediction_shows_nothing_where_nothing_is_sure(trained, shapes, tmp_path, capsys):
     image = shapes / "images" / "val-0.png"
     text = gmf(capsys, "predict", trained[0], image, "--out", tmp_path / "found", "--score-threshold", "1").out
@@ -809,7 +811,7 @@ def test_groupmixformer_learns_to_find_shapes(shapes, tmp_path):
     assert len(sure) >= len(target["labels"]) > 0
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_statistics_of_the_backbone_are_frozen_on_demand(shapes, tmp_path, frozen):
     more = ["--model", "test_resnet", "--detector.architecture", "faster_rcnn", "--detector.freeze-bn", frozen]
     run = fit(shapes, tmp_path / "run", *more, "--epochs", "2")

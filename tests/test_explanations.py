@@ -186,6 +186,7 @@ def test_several_images_in_one_call(folder, explainer, tmp_path, capsys):
         assert (image["relevance_stage"], image["relevant"]) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_figure_has_the_maps_of_each_query_and_stage(folder, explainer, monkeypatch):
     drawn = []
 
@@ -248,6 +249,7 @@ def test_the_same_image_gives_the_same_figure(explainer, folder, form):
     assert first == second
 
 
+@pytest.mark.slow
 def test_nothing_that_speaks_for_a_class_is_said(tmp_path, capsys, randomise):
     model = randomise(GroupMixFormer(**STAGES, num_classes=2))
     nn.init.zeros_(model.head.fc.weight)
@@ -358,6 +360,7 @@ def test_objects_are_explained_on_the_image(folder, explainer, tmp_path, capsys,
     assert np.abs(stored["image"] - original).mean() < 3
 
 
+@pytest.mark.slow
 def test_an_image_without_objects_has_attention_alone(folder, tmp_path, capsys):
     explainer = Run.open(folder / "detector").explainer(CPU)
     explainer.model.network.roi_heads.score_thresh = 1.0
@@ -395,6 +398,7 @@ def test_the_relevance_of_a_segment_is_that_of_its_pixels(folder):
         assert chosen.about["share"] == pytest.approx((labels == wanted).float().mean().item())
 
 
+@pytest.mark.slow
 def test_which_segment_is_explained(folder, tmp_path, capsys):
     explainer = Run.open(folder / "segmenter").explainer(CPU)
     image = Image.open(folder / "wide.png")

@@ -364,9 +364,8 @@ def test_images_are_prepared_as_timm_does(height, width, mode, interpolation, cr
     assert levels.abs().max() < 1.6
 
 
-@pytest.mark.parametrize(
-    "format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "onnx", "openvino"])
 def test_a_file_takes_an_image_as_it_is(run, tmp_path, capsys, format):
     path = tmp_path / f"file{FORMATS[format].suffix}"
     result = json.loads(output(capsys, "export", run, "--format", format, "--with-preprocessing", "--out", path, "--json").out)

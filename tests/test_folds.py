@@ -101,6 +101,7 @@ def test_what_cannot_be_cross_validated_is_refused_in_a_line(flat, tmp_path, cap
     assert expected in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_fold_alone_is_that_of_all(flat, tmp_path, capsys):
     options = ["--data", flat, "--folds", "3", "--seed", "4", *TINY]
     gmf(capsys, "train", "folder", "--out", tmp_path / "alone", "--fold", "2", *options)

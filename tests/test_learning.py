@@ -98,6 +98,7 @@ def test_the_loss_is_that_of_labels_and_of_the_teachers_probabilities_matched_by
     assert not any(p.requires_grad for p in task.distillation[0].teacher.parameters())
 
 
+@pytest.mark.slow
 def test_features_of_another_width_are_taught_and_a_stopped_run_ends_as_a_whole_one(
     photos, teacher, tmp_path, interrupt, capsys, caplog
 ):

@@ -233,7 +233,8 @@ def ours(word):
     return ["--model", "mobile", "--model_options", json.dumps(options), "--drop-path-rate", "0", "--compile", word]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_a_compiled_run_learns_the_same(photos, eager_run, tmp_path, monkeypatch, caplog, backend):
     compiling_with(monkeypatch, backend)
     run = fit(photos, tmp_path / "run", *ours("true"))

@@ -194,7 +194,7 @@ def test_a_scope_within_a_scope(net, x):
     assert net.runs == 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_network_keeps_less(randomise, keeping, checkpointing, training):
     images, labels = torch.randn(4, 3, 192, 192).requires_grad_(), torch.tensor([1, 4, 0, 2])

@@ -238,6 +238,7 @@ def fresh(script, *argv):
 TRAINING = {"lightning", "torchmetrics", "jsonargparse", "tensorboard", "sklearn"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SLOW_TASKS)
 def test_inference_imports_nothing_of_training(runs, image, task):
     load = {"detection": "load_detector", "segmentation": "load_segmenter"}.get(task, "load_checkpoint")

@@ -617,7 +617,7 @@ HOW = {"whole": [], "slide": ["--sliding-window"], "scales": ["--scales", "0.75,
 HOW |= {"all": ["--sliding-window", "--scales", "0.75,1.25", "--flip"], "workers": ["--workers", "1"]}
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["all", *(pytest.param(how, marks=pytest.mark.slow) for how in HOW if how != "all")])
 def test_eval_measures_what_predict_writes(data, trained, tmp_path, capsys, how):
     run, _ = trained
     result = json.loads(gmf(capsys, "eval", run, *HOW[how], "--json").out)

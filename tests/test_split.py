@@ -210,6 +210,7 @@ def test_a_run_trains_and_is_measured_on_its_own_parts(flat, tmp_path, capsys):
     assert shown == set(made["train"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_split_when_files_are_added_and_says_so(flat, tmp_path, capsys):
     data, out = shutil.copytree(flat, tmp_path / "data"), tmp_path / "run"
     fit(data, out, "--val-share", "0.2")

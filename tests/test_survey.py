@@ -138,6 +138,7 @@ def test_wrong_usage_is_one_line(photos, tmp_path, monkeypatch, capsys, words, c
     assert expected in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_training_begins_with_what_the_data_is(photos, tmp_path, capsys):
     (photos / "val" / "cat" / "broken.jpg").unlink()
     options = ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--epochs", "1"]
