@@ -401,8 +401,8 @@ def serve(
         max_megabytes: size of a request
         max_connections: open at once; fewer if the limit of open files is low
         max_per_client: images of one address taken in at once
-        api_key_file: keys, one a line, of which requests have to bring one; GMF_API_KEY by default
-        cors_origin: sites whose pages may send requests, such as https://lab.example; '*' for any
+        api_key_file: keys, one a line; requests bring one (default: GMF_API_KEY)
+        cors_origin: sites whose pages may send requests: https://lab.example, '*' for any
         reload: load a run again when its weights change (default: yes), as SIGHUP does
     """
     from ..deploy.reload import Reloader, Source, checksum
