@@ -237,9 +237,9 @@ def test_a_run_that_changes_is_loaded_beside_and_swapped(tmp_path, randomise, mo
         before = seen()
         assert before == ("0", f"tested@{checksum(RunFolder(tmp_path))}")
         write(1)  # another size of images, another config.json
-        until(lambda: seen()[0] == "1")
+        until(lambda: seen() == ("1", f"tested@{checksum(RunFolder(tmp_path))}"))  # two files, one renamed after the other
         after = seen()
-        assert after[1] == f"tested@{checksum(RunFolder(tmp_path))}" != before[1]
+        assert after[1] != before[1]
         assert f"tested: loaded again, weights {after[1][7:]} instead of {before[1][7:]}" in caplog.messages
         (tmp_path / "model.safetensors").write_bytes(b"half a file")
         until(lambda: f"tested: not loaded again, weights {after[1][7:]} stay: ValueError: " in caplog.text)
