@@ -209,8 +209,8 @@ def test_a_run_that_changes_is_loaded_beside_and_swapped(tmp_path, randomise, mo
     monkeypatch.setattr(reload, "INTERVAL", 0.02)
 
     def write(seed):
-        torch.manual_seed(seed)
-        network = randomise(GroupMixFormer(num_classes=8, **TINY))
+        network = randomise(GroupMixFormer(num_classes=8, **TINY))  # always the same
+        torch.nn.init.constant_(network.head.fc.bias, seed)
         save_checkpoint(network, tmp_path, [f"{seed} {name}" for name in NAMES], {"input_size": (3, 32, 32 + seed)})
 
     def load():
@@ -241,7 +241,8 @@ def test_a_run_that_changes_is_loaded_beside_and_swapped(tmp_path, randomise, mo
         after = seen()
         assert after[1] != before[1]
         assert f"tested: loaded again, weights {after[1][7:]} instead of {before[1][7:]}" in caplog.messages
-        (tmp_path / "model.safetensors").write_bytes(b"half a file")
+        (tmp_path / "damaged").write_bytes(b"half a file")
+        (tmp_path / "damaged").replace(tmp_path / "model.safetensors")  # at once, to be tried once
         until(lambda: f"tested: not loaded again, weights {after[1][7:]} stay: ValueError: " in caplog.text)
         assert seen() == after
         time.sleep(0.2)
