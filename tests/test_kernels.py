@@ -135,14 +135,15 @@ def test_the_fused_form_for_kernels_is_the_same_function(monkeypatch, randomise)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_heads_in_pairs_are_heads_at_once(monkeypatch, dtype, tolerance):
+@pytest.mark.parametrize(("width", "local_heads"), [(8, 2), (6, 0)])
+def test_heads_in_pairs_are_heads_at_once(monkeypatch, dtype, tolerance, width, local_heads):
     found, calls = [], []
     monkeypatch.setattr(ops, "attend", lambda *x, attend=ops.attend: calls.append(x[0].shape) or attend(*x))
-    inputs = [torch.randn(shape, dtype=dtype) for shape in ((3, 2, 30, 8, 4), (2, 30, 8, 4), (2, 30, 6))]
+    inputs = [torch.randn(shape, dtype=dtype) for shape in ((3, 2, 30, 8, 4), (2, 30, 8, 4), (2, 30, width))]
     for tokens in (30, 31):  # from which on heads are taken in pairs
         monkeypatch.setattr(ops, "_LONG", tokens)
         leaves = [x.clone().requires_grad_() for x in inputs]
-        mixed = ops.attend_heads(*leaves, 0.3)
+        mixed = ops.attend_heads(*leaves, 0.3, local_heads)
         found.append((mixed, *torch.autograd.grad(mixed.square().sum(), leaves)))
     assert calls == [(2, 30, 8)] * 4
     for one, other in zip(*found, strict=True):

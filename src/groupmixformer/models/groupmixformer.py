@@ -158,6 +158,7 @@ class GroupMixAttention(nn.Module):
         self.head_dim = min(round(dim / 10), (dim - 1) // 8)
         self.segment_dim = 2 * self.head_dim
         self.local_dim = dim - 4 * self.segment_dim
+        self.local_heads = 2 if self.local_dim == self.segment_dim else 0  # as wide as so many heads
         self.scale = (dim / 8) ** -0.5  # of the full width, although a head is dim / 10 wide: trained weights rely on it
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.aggregators = GroupAggregators(self.segment_dim, **dd)
@@ -195,7 +196,7 @@ class GroupMixAttention(nn.Module):
         qkv = proxies.permute(0, 2, 3, 1).reshape(3, B, H * W, 8, self.head_dim)
         position = position.permute(0, 2, 3, 1).reshape(B, H * W, 8, self.head_dim)
         local = self.non_attention(local).permute(0, 2, 3, 1).reshape(B, H * W, self.local_dim)
-        mixed = self.proj(attend_heads(qkv, position, local, self.scale))  # (B, N, D)
+        mixed = self.proj(attend_heads(qkv, position, local, self.scale, self.local_heads))  # (B, N, D)
         return mixed.view(B, H, W, D).permute(0, 3, 1, 2) if size is None else mixed
 
 

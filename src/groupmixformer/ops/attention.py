@@ -59,7 +59,7 @@ def _attend_in_pairs(qkv: Tensor, position: Tensor, local: Tensor, scale: float)
     return torch.cat([*mixed, local], dim=2)
 
 
-def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
+def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float, local_heads: int = 0) -> Tensor:
     """Attend with heads side by side, as `attend` does with one, beside the branch without attention.
 
     Args:
@@ -67,16 +67,17 @@ def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> 
         position: The relative position encoding of V (B, N, h, E).
         local: What the branch without attention gives (B, N, L).
         scale: Factor of the attention, not of the position encoding.
+        local_heads: L / E where that is a whole number, to spare a copy.
 
     Returns:
         (B, N, h * E + L).
     """
     if torch.jit.is_scripting():
-        mixed = reference.attend_heads(qkv, position, local, scale)
+        mixed = reference.attend_heads(qkv, position, local, scale, local_heads)
     elif dispatch.is_eager() and isinstance(qkv, Tensor) and qkv.device.type == "cpu" and qkv.shape[2] >= _LONG:
         mixed = _attend_in_pairs(qkv, position, local, scale)
     else:
-        mixed = reference.attend_heads(qkv, position, local, scale)
+        mixed = reference.attend_heads(qkv, position, local, scale, local_heads)
     return mixed
 
 

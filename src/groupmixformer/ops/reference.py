@@ -41,13 +41,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float, mask
     return torch.baddbmm(encoded.flatten(0, -3), q, context, alpha=scale).view(encoded.shape)
 
 
-def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float) -> Tensor:
+def attend_heads(qkv: Tensor, position: Tensor, local: Tensor, scale: float, local_heads: int = 0) -> Tensor:
     """Do what `ops.attention.attend_heads` does."""
     q, k, v = qkv.transpose(2, 3).contiguous().unbind(0)  # 3 x (B, h, N, E)
     mixed = attend(q, k, v, position.transpose(1, 2), scale).transpose(1, 2)  # (B, N, h, E)
-    E = mixed.shape[3]
-    if local.shape[2] % E == 0:  # as at the published widths: joined as heads, they are copied once
-        return torch.cat([mixed, local.unflatten(2, [-1, E])], dim=2).flatten(2)
+    if local_heads:  # joined as heads, all are copied once
+        return torch.cat([mixed, local.unflatten(2, [local_heads, -1])], dim=2).flatten(2)
     return torch.cat([mixed.flatten(2), local], dim=2)
 
 
