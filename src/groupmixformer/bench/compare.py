@@ -234,7 +234,8 @@ def is_done(run: Recipe) -> bool:
 
 def open_last(run: Recipe, image_size: int | None = None) -> Any:
     """Return what looks at images with the weights of the last epoch, which were not chosen by the held-out images."""
-    checkpoint, device, dtype = RunFolder(run.last_checkpoint), resolve_device(run.device), PRECISIONS[run.precision]
+    checkpoint, device = RunFolder(run.last_checkpoint), resolve_device(run.device)
+    dtype = PRECISIONS.get(run.precision)  # with auto, measured in float32
     WEIGHTS_LOGGER.disabled = True  # it would say that these are weights of a checkpoint
     try:
         return find_task(run.task).predictor(checkpoint, device, image_size, dtype)

@@ -470,7 +470,7 @@ def demo(
         predictors, examples = {}, []
         for path in runs:
             run = Run.open(path, allow_nonfinite)
-            predictors[path] = run.predictor(device)
+            predictors[path] = run.predictor(device, fuse=False)  # the inference form has no attention to show
             predictors[path].predict(Image.new("RGB", (64, 64)))  # the first image takes longer
             examples += sorted(str(example) for example in run.folder.examples.glob("*.png"))
         app = application(Page(predictors), examples)
