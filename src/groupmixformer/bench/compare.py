@@ -407,7 +407,7 @@ def measure_speed(plan: Plan, progress: Any) -> None:
             train=kind == "training",
             batch_size=recipe.batch_size,
             size=(recipe.image_size, recipe.image_size),
-            dtype=recipe.precision,
+            dtype="fp32" if recipe.precision == "auto" else recipe.precision,  # as it is measured in `open_last`
             channels_last=recipe.channels_last,
             device=str(resolve_device(recipe.device)),
             threads=torch.get_num_threads(),
