@@ -340,7 +340,7 @@ def check_run(capsys, tmp_path, run, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["pt2", "openvino"])
+@pytest.mark.parametrize("format", ["pt2", pytest.param("openvino", marks=pytest.mark.exhaustive)])
 def test_exports_have_ordinary_permissions(format, tmp_path, capsys):
     before = os.umask(0o022)
     try:
