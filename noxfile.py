@@ -3,7 +3,7 @@
 import nox
 
 nox.options.default_venv_backend = "venv"
-# The lower limits of pyproject.toml. What needs no extra but train is tested: others bring limits of their own.
+# The lower limits of pyproject.toml, with the extras that the tests below import.
 OLDEST = ("torch==2.8.*", "torchvision==0.23.*", "timm==1.0.26")
 NAMES = ("checkpoint", "dispatch", "fuse", "groupmixformer", "mixers", "onednn", "recompute")
 
@@ -11,7 +11,7 @@ NAMES = ("checkpoint", "dispatch", "fuse", "groupmixformer", "mixers", "onednn",
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
     """The network with the oldest PyTorch, torchvision and timm that pyproject.toml admits."""
-    session.install(*OLDEST, ".[train]", "pytest", "pytest-xdist", "hypothesis", "scipy")
+    session.install(*OLDEST, ".[segmentation,export]", "pytest", "pytest-xdist", "hypothesis", "scipy")
     session.run("pytest", *(f"tests/test_{name}.py" for name in NAMES), *session.posargs)
 
 
