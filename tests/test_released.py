@@ -65,6 +65,8 @@ def test_a_file_of_that_name_counts_more(mobile, tmp_path, monkeypatch):
     other = timm.create_model("groupmixformer_mobile", num_classes=3)
     groupmixformer.models.checkpoint.save_checkpoint(other, "mobile")
     assert groupmixformer.load_checkpoint("mobile").num_classes == 3
+    released = timm.create_model("groupmixformer_mobile", pretrained=True)  # names the variant, never a path
+    assert torch.equal(released.head.fc.weight, mobile.head.fc.weight)
 
 
 @pytest.mark.parametrize(

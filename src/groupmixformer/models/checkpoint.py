@@ -16,6 +16,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..files import atomic_write, to_json
+from ..released import find_weights
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from ..weights import checksum, write_tensors
 from .adapters import add_adaptformer, base_name, merged_tensors, trained_names
@@ -156,7 +157,7 @@ def downloaded_cfg(variant: str) -> dict[str, Any]:
         FileNotFoundError: If they are not there; says where to download them.
         ValueError: If they cannot be read.
     """
-    return {"state_dict": read_state_dict(variant.removeprefix("groupmixformer_"))}
+    return {"state_dict": read_state_dict(find_weights(variant.removeprefix("groupmixformer_")))}
 
 
 def _load_adapted(run: RunFolder) -> Any:
