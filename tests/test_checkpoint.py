@@ -383,7 +383,7 @@ def test_hostile_files(tmp_path, golden, call, place, legacy):
         "as a tensor": {"model": {**weights, "norm4.weight": hostile}},
     }[place]
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    assert_fails(path, "not a readable checkpoint: it asks to run \\S+, and only tensors are read")
+    assert_fails(path, r"not a readable checkpoint: it asks to run (?!None)\S+, and only tensors are read")
     assert not ran.exists()
     torch.load(path, weights_only=False)
     assert ran.exists(), "the file would have run code"

@@ -531,6 +531,15 @@ def test_a_part_in_training_mode_is_refused(model, name):
         fuse(model)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_of_any_kind_is_refused_and_named(kind):
+    block, attention = Block(10, 2).eval(), GroupMixAttention(10).eval()
+    for module, name, model in ((block.attn.proj, "attn.proj", block), (attention, "GroupMixAttention", attention)):
+        getattr(module, f"register_{kind}_hook")(lambda *_: None)
+        with pytest.raises(ValueError, match=f"^got a hook on {name}, which folding would lose"):
+            fuse(model)
+
+
 # timm's surface
 
 

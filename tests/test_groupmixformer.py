@@ -373,6 +373,14 @@ def test_variant(name):
     assert cfg["min_input_size"] == (3, 32, 32)
 
 
+@pytest.mark.parametrize("name", ["groupmixformer_base", "groupmixformer_large"])
+def test_parameters_of_what_is_too_large_to_run_here(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == VARIANTS[name][0]
+    assert model.default_cfg["input_size"] == (3, 224, 224)
+
+
 @pytest.mark.parametrize("name", ["mobile", "small"])
 def test_exact_parameters(golden, name):
     with torch.device("meta"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +18,16 @@ from hypothesis import strategies as st
 from kill_and_resume import differences
 
 from groupmixformer.cli.main import main
+from groupmixformer.data.streaming import Stream
 from groupmixformer.deploy.model_card import read_card_info, render_card
 from groupmixformer.run import Run
 from groupmixformer.run_folder import read_metrics
 from groupmixformer.tasks.classification.training import ClassificationModule
 from groupmixformer.tasks.registry import build_task
 from groupmixformer.training.claim import LOCK, Claim
-from groupmixformer.training.loaders import TrainSampler
+from groupmixformer.training.loaders import DataModule, TrainSampler
 from groupmixformer.training.recipe import read_history, read_recipe
-from groupmixformer.training.resume import find_start
+from groupmixformer.training.resume import changes, check_classes, describe, find_start
 from groupmixformer.training.trainer import train
 
 SMALL = ["--image-size", "32", "--crop-pct", "1.0", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--epochs", "1"]
@@ -126,6 +128,131 @@ def test_an_epoch_continued_with_other_batches_shows_every_image_once(
     assert f"batch_size: {first} -> {then[0]}" in caplog.text
 
 
+class Indices:
+    """A training set that gives the index of each sample."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, place):
+        return place[1]
+
+
+def open_loaders(train, batch_size, rank=0, world_size=1, workers=0):
+    """A `DataModule` in epoch 2, and the trainer's count of its batches."""
+    loaders = DataModule(train, range(5), batch_size, workers, seed=3, collate=list)
+    progress = SimpleNamespace(is_last_batch=False, current=SimpleNamespace(processed=0))
+    loaders.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        current_epoch=2,
+        fit_loop=SimpleNamespace(
+            epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=2)),
+            epoch_loop=SimpleNamespace(batch_progress=progress),
+        ),
+    )
+    return loaders, progress
+
+
+def saved(done, samples=None, **before):
+    """What a checkpoint says of the place inside an epoch, and of its run."""
+    state = {"done": done} | ({} if samples is None else {"samples": samples})
+    current = {"ready": done + 1, "processed": done}
+    checkpoint = {"DataModule": state, "loops": {"fit_loop": {"epoch_loop.batch_progress": {"current": current}}}}
+    return checkpoint, {"recipe": {"batch_size": before.pop("batch_size", 4), "workers": before.pop("workers", 0)}, **before}
+
+
+def test_an_epoch_is_handed_from_process_to_process():
+    order = TrainSampler(70, 1, seed=3)
+    order.set_epoch(2)
+    shown, checkpoint, before = [], None, None
+    for batch_size, world_size, batches in ((4, 1, 3), (3, 2, 4), (3, 2, 2), (5, 2, 1), (2, 1, None)):
+        part = []
+        for rank in range(world_size):
+            loaders, progress = open_loaders(Indices(70), batch_size, rank, world_size)
+            done = 0
+            if checkpoint:
+                mine = json.loads(json.dumps(checkpoint))
+                loaders.move(mine, before)
+                done, seen = mine["DataModule"]["done"], mine["DataModule"]["samples"]
+                assert seen == len(shown)
+                current = mine["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+                assert current == {"ready": done + 1, "processed": done}
+                loaders.load_state_dict(mine["DataModule"])
+            left = list(loaders.train_dataloader())
+            assert done + len(left) == loaders.batches(world_size) == 70 // (batch_size * world_size)
+            part += [index for batch in left[:batches] for index in batch]
+            progress.current.processed = done + len(left[:batches])
+            state = loaders.state_dict()
+        shown += part
+        checkpoint, before = saved(**state, batch_size=batch_size, processes=world_size)
+        progress.is_last_batch = True
+        assert loaders.state_dict() == {"done": 0, "samples": 0}
+        loaders.trainer.current_epoch, progress.is_last_batch = 3, False  # whose samples nobody has seen
+        assert loaders.state_dict()["samples"] == progress.current.processed * batch_size * world_size
+    assert len(shown) == 70
+    assert sorted(shown) == sorted(index for _, index in order)
+
+
+def test_a_checkpoint_that_counts_no_samples():
+    loaders, _ = open_loaders(Indices(50), 5)
+    checkpoint, before = saved(3, batch_size=4, processes=2)
+    loaders.move(checkpoint, before)
+    assert checkpoint["DataModule"] == {"done": 5, "samples": 24}  # five batches of the 26 that are left
+    loaders.move(saved(0)[0] | {"loops": None}, before)  # between two epochs: nothing to count
+
+
+@pytest.mark.parametrize(
+    ("samples", "seen", "world_size", "left"),
+    [(10, 8, 1, None), (10, 9, 1, 1), (10, 7, 2, 3), (10, 6, 2, None), (6, 8, 1, 0)],
+)
+def test_an_epoch_of_which_too_little_is_left(samples, seen, world_size, left):
+    loaders, _ = open_loaders(Indices(samples), 4, world_size=world_size)
+    checkpoint, before = saved(2, seen)
+    if left is None:
+        loaders.move(checkpoint, before)
+    else:
+        with pytest.raises(ValueError, match=f"^{left} images of the epoch are left for {world_size} processes: continue with"):
+            loaders.move(checkpoint, before)
+
+
+def test_inside_an_epoch_a_stream_is_continued_as_it_was_begun():
+    stream = Stream(SimpleNamespace(class_names=["a"], lengths=[40, 7]))
+    for old, new in (((4, 0, 1), (4, 1, 1)), ((4, 1, 2), (4, 0, 2)), ((4, 3, 1), (4, 3, 1))):  # one worker reads as none does
+        loaders, _ = open_loaders(stream, new[0], world_size=new[2], workers=new[1])
+        checkpoint, before = saved(2, batch_size=old[0], workers=old[1], processes=old[2])
+        loaders.move(checkpoint, before)
+        assert checkpoint["DataModule"] == {"done": 2, "samples": 2 * old[0] * old[2]}
+    for new in ((5, 1, 1), (4, 2, 1), (4, 0, 2)):
+        loaders, _ = open_loaders(stream, new[0], world_size=new[2], workers=new[1])
+        with pytest.raises(ValueError, match="as it was begun, with batch_size 4, workers 0, processes 1: continue with these"):
+            loaders.move(*saved(2, batch_size=4, workers=0, processes=1))
+
+
+def test_loaders_of_streams():
+    stream = Stream(SimpleNamespace(class_names=["a"], lengths=[40, 7]))
+    loaders, _ = open_loaders(stream, 4, rank=1, world_size=2, workers=1)
+    assert (loaders.samples, loaders.batches(2), loaders.streams) == (47, 5, True)
+    loaders.load_state_dict({"done": 3, "samples": 24})
+    loader = loaders.train_dataloader()
+    assert (len(loader), loader.drop_last, loader.persistent_workers) == (5, True, True)
+    assert (stream.training, stream.seed, stream.rank, stream.world_size) == (True, 3, 1, 2)
+    assert stream._place.tolist() == [2, 3, 4]  # epoch, batches to skip, their size
+    held_out = Stream(SimpleNamespace(class_names=["a"], lengths=[9]))
+    loaders.held_out = held_out
+    loader = loaders.val_dataloader()
+    assert (len(loader), loader.drop_last, held_out.training, held_out.rank, held_out.world_size) == (2, False, False, 1, 2)
+
+
+def test_each_image_is_held_out_once():
+    parts = [open_loaders(Indices(9), 2, rank, 3)[0].val_dataloader() for rank in range(3)]
+    assert sorted(index for part in parts for index in part.sampler) == [-1, 0, 1, 2, 3, 4]
+    assert {len(part) for part in parts} == {1}
+
+
 # What has changed since
 
 
@@ -152,6 +279,37 @@ def test_what_has_changed_is_named_and_the_recipe_keeps_its_history(photos, copi
     card = render_card(read_card_info(opened.folder, opened.definition.publish(opened.folder, copied.parent)), "me/it", "mit")
     assert f"Changed while it was trained: {told}." in card
     assert told in re.sub("&gt;", ">", (copied / "report.html").read_text())
+
+
+def test_what_differs_between_two_descriptions(photos, tmp_path):
+    recipe = read_recipe("folder", options(photos, tmp_path))
+    now = describe(recipe, 2, 24, ["one", "zero"])
+    assert changes(now, now) == changes({}, now) == {}
+    before = json.loads(json.dumps(now))
+    before["recipe"]["optimizer"]["lr"] = 0.5
+    before["recipe"] |= {"batch_size": 4, "workers": 3, "out": "elsewhere"}  # the last two alter nothing
+    del before["recipe"]["seed"]  # of before there was such a field
+    before |= {"processes": 1, "images": 20, "class_names": ["one"]}
+    expected = {"batch_size": [4, 8], "optimizer.lr": [0.5, recipe.optimizer.lr], "processes": [1, 2], "images": [20, 24]}
+    assert changes(before, now) == expected
+
+
+def test_classes_in_another_order_or_form(tmp_path):
+    check_classes({}, ["a"], tmp_path)
+    check_classes({"class_names": ["caf\u00e9"]}, ["cafe\u0301"], tmp_path)
+    with pytest.raises(ValueError, match="than the data has: the same names in another order; give the data"):
+        check_classes({"class_names": ["a", "b"]}, ["b", "a"], tmp_path)
+
+
+def test_a_checkpoint_that_does_not_tell_its_run(copied):
+    last = copied / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    told = checkpoint.pop("run")
+    torch.save(checkpoint, last)
+    expected = {"processes": 1, "history": [], "class_names": ["one", "zero"], "recipe": told["recipe"]}
+    assert find_start(copied).before == expected
+    (copied / "recipe.yaml").unlink()
+    assert find_start(copied).before == {name: value for name, value in expected.items() if name != "recipe"}
 
 
 @pytest.mark.parametrize("more", [["--model", "test_vit"], ["--optimizer.name", "sgd"], ["--optimizer.layer-decay", "0.5"]])
@@ -236,11 +394,34 @@ def poison(path):
     torch.save(checkpoint, path)
 
 
+def strip(path):
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["counts"]
+    torch.save(checkpoint, path)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def infect(path):
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"counts": Hostile(path.with_name("ran"))}, path)
+
+
 def remove(path):
     path.unlink()
 
 
 DAMAGE = {
+    strip: "is no checkpoint of training: it has no counts",
+    infect: "is damaged or of another kind (UnpicklingError",
     empty: "is empty",
     truncate: "is damaged or of another kind (BadZipFile",
     flip: "is damaged: the checksum",
@@ -256,6 +437,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(copied, damage):
     start = find_start(copied)
     assert (start.path, start.place) == (previous, {"epoch": 1, "step": 3})
     assert start.damage.startswith(f"{last} {DAMAGE[damage]}")
+    assert not last.with_name("ran").exists()
     damage(previous)
     if damage is remove:
         assert find_start(copied) is None
@@ -273,6 +455,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(copied, damage):
     (copied / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no model of the run is intact: begin a new run$"):
         find_start(copied)
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model of the run is intact: begin a new run$"):
+        find_start(copied)
+
+
+def test_a_run_with_one_checkpoint(copied):
+    (copied / "checkpoints" / "previous.ckpt").unlink()
+    start = find_start(copied)
+    assert (start.path.name, start.damage, start.place) == ("last.ckpt", "", {"epoch": 2, "step": 6})
 
 
 @pytest.mark.slow
@@ -333,6 +524,19 @@ def test_a_folder_that_is_removed_meanwhile_is_no_full_disk(photos, tmp_path, mo
     line = last_line(gmf(capsys, "train", "folder", *options(photos, tmp_path / "run"), code=1))
     assert line.startswith(f"gmf: error: {tmp_path}/run: was removed or replaced while the run was writing to it")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_another_file_is_not_one_of_the_run_folder(photos, tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone.pth"
+    line = last_line(gmf(capsys, "train", "folder", *options(photos, tmp_path / "run", "--checkpoint", gone), code=1))
+    assert line == f"gmf: error: {gone}: no such checkpoint file or folder"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")  # as TensorBoard does
+
+    monkeypatch.setattr("groupmixformer.training.trainer._fit", full)
+    line = last_line(gmf(capsys, "train", "folder", *options(photos, tmp_path / "run"), code=1))
+    assert line.startswith(f"gmf: error: {tmp_path}/run/TensorBoard's events: could not be written: the disk is full; ")
 
 
 def test_a_report_that_fails_does_not_fail_the_run(photos, tmp_path, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from groupmixformer.cli import common
 from groupmixformer.cli.common import LOGGER, Notes, show
 from groupmixformer.cli.main import main
 from groupmixformer.files import printable, to_json, write_file, write_rows
@@ -90,6 +91,16 @@ def test_notes_are_printed_as_they_come_and_told_in_json(capsys):
         show({"run": "x"}, True, "")
     assert json.loads(capsys.readouterr().out) == {"run": "x", "notes": ["skipped 100 % of \x1b[31m.jpg"]}
     assert not LOGGER.handlers
+
+
+def test_notes_without_end_take_no_memory_without_end(monkeypatch, capsys):
+    monkeypatch.setattr(common, "MOST_NOTES", 2)
+    with Notes("serve"):
+        for number in range(5):
+            LOGGER.warning("note %s", number)
+        assert capsys.readouterr().err.count("\n") == 5
+        show({}, True, "")
+    assert json.loads(capsys.readouterr().out) == {"notes": ["note 0", "note 1", "and 3 more, which were printed"]}
 
 
 def test_errors_show_no_control_characters(capsys):

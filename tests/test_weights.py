@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import pickle
 import random
 import resource
 import shutil
@@ -14,12 +15,12 @@ import safetensors.torch
 import timm
 import torch
 
-from groupmixformer import GroupMixFormer, Run, load_checkpoint, load_detector, load_segmenter
+from groupmixformer import GroupMixFormer, Run, load_checkpoint, load_detector, load_segmenter, weights
 from groupmixformer.cli.main import main
 from groupmixformer.files import Fields
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.run_folder import RunFolder, _check_config, read_metrics
-from groupmixformer.weights import EXPANSION, read_tensors, write_tensors
+from groupmixformer.weights import EXPANSION, checksum, read_tensors, write_tensors
 
 DATA = Path(__file__).parent / "data"
 TENSORS = {"a": torch.arange(40.0).view(5, 8), "b": torch.arange(3), "c": torch.ones((), dtype=torch.bfloat16)}
@@ -103,6 +104,79 @@ def test_a_shape_larger_than_the_storage(tmp_path, legacy):
     else:
         zip_again(path, zipfile.ZIP_STORED, lambda name, data: data.replace(shape, larger))
         assert_refused(path, "resize storage")
+
+
+def test_a_shape_larger_than_a_compressed_storage(tmp_path):
+    """PyTorch makes the storage longer where nothing is mapped."""
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(3.0)}, path)
+    zip_again(path, change=lambda name, data: data.replace(b"K\x03\x85", b"K\x07\x85"))
+    assert_refused(path, "its tensor a has 7 numbers, more than are stored for it|resize storage")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_more_numbers_than_are_stored(tmp_path):
+    torch.save({"b": torch.ones(3), "a": torch.ones(1).expand(9, 9)}, tmp_path / "a.pth")
+    assert_refused(tmp_path / "a.pth", "its tensor a has 81 numbers, more than are stored for it")
+    torch.save({"b": torch.ones(3), "a": torch.eye(9).to_sparse()}, tmp_path / "a.pth")
+    assert_refused(tmp_path / "a.pth", "its tensor a is sparse, expected a dense one")
+
+
+def test_what_an_archive_may_hold(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(TENSORS, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.mkdir("a/data/empty")
+    assert_same(read_tensors(path))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(next(name for name in archive.namelist() if name.endswith("data/0")), bytes(160))
+    assert_refused(path, "it holds a part twice")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (pickle.dumps(b"bytes", protocol=3), "its pickle uses SHORT_BINBYTES, which torch.save does not"),
+        (pickle.dumps("text", protocol=4), "its pickle uses FRAME, which torch.save does not"),
+        (b"\x80\x02\x82\x01.", "its pickle uses EXT1, which torch.save does not"),
+        (b"\x80\x02c__builtin__\nbytearray\nJ\x09\x00\x00\x00\x85R.", "it asks for memory that holds no tensor"),
+        (b"\x80\x02" + b"}" * 30 + b".", "its pickle has more than 30 operations, which no checkpoint needs"),
+        (b"\x80\x02X\x01\x00\x00\x00aQ.", "it describes a storage in a way that torch.save does not"),
+    ],
+)
+def test_what_a_pickle_may_hold(tmp_path, monkeypatch, pickled, message):
+    monkeypatch.setattr(weights, "MAX_OPERATIONS", 30)
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(1)}, path)
+    zip_again(path, zipfile.ZIP_STORED, lambda name, data: pickled if name.endswith(".pkl") else data)
+    assert_refused(path, message)
+
+
+def test_a_pickle_may_speak_of_a_bytearray(tmp_path):
+    torch.save({"a bytearray": torch.ones(1), "b": torch.ones(1)}, tmp_path / "a.pth")
+    assert read_tensors(tmp_path / "a.pth").keys() == {"a bytearray", "b"}
+
+
+def test_numbers_of_8_bits(tmp_path):
+    tensors = {"a": torch.arange(4.0).to(torch.float8_e4m3fn), "b": torch.tensor([1.0, torch.nan]).to(torch.float8_e5m2)}
+    torch.save(tensors, tmp_path / "a.pth")
+    assert_refused(tmp_path / "a.pth", r"1 of 2 tensors hold NaN or infinite values: b \(1 of 2\): training")
+    assert_same({"a": read_tensors(tmp_path / "a.pth", allow_nonfinite=True)["a"]}, {"a": tensors["a"]})
+
+
+def test_the_checksum_stays_what_it_was():
+    """Files that were saved hold it."""
+    assert checksum(TENSORS) == "118c5cfc"
+    assert checksum({}) == "00000000"
+
+
+def test_a_file_may_take_a_gigabyte_more_than_its_size(tmp_path, monkeypatch):
+    monkeypatch.delenv(EXPANSION, raising=False)
+    path = tmp_path / "a.pth"
+    path.write_bytes(bytes(50))
+    weights._check_memory(50 + 10**9, path)
+    with pytest.raises(weights._Refused, match="its 50 bytes unfold to 1,000,000,051, expected at most 1 GB more"):
+        weights._check_memory(51 + 10**9, path)
 
 
 def test_every_bit_of_a_zip_counts(tmp_path):

@@ -142,9 +142,10 @@ def _checked_zip(path: Path) -> tuple[Path | IO[bytes], dict[str, int]]:
         of each storage.
     """
     with zipfile.ZipFile(path) as archive:
-        parts = {entry.filename.partition("/")[2]: entry for entry in archive.infolist() if not entry.is_dir()}
-        _check_memory(sum(entry.file_size for entry in archive.infolist()), path)
-        if len(parts) < len(archive.namelist()):
+        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        parts = {entry.filename.partition("/")[2]: entry for entry in entries}
+        _check_memory(sum(entry.file_size for entry in entries), path)
+        if len(parts) < len(entries):
             raise _Refused("it holds a part twice")
         plain = io.BytesIO()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in parts.values())
@@ -221,7 +222,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip and source is path)
     tensors = _named(loaded, path)
     for name, tensor in tensors.items():
-        stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
+        if tensor.layout != torch.strided:
+            raise _Refused(f"its tensor {name} is sparse, expected a dense one")
+        stored = tensor.untyped_storage().nbytes()
         if tensor.nbytes > stored or stored not in {
             0,
             *sizes.values(),

@@ -207,16 +207,16 @@ def alive(number):
 @no_refusal
 def attempt_two_processes(rng):
     """Kill one of two processes, wait until the other has ended too, and compare the end of the run."""
-    words = ["--devices", "2", "--batch-size", "4"]
+    task = list(TASKS)[rng.integers(len(TASKS))]
     run = place() / f"two-{os.getpid()}-{rng.integers(2**40)}"
 
     def job(out):
-        argv = [sys.executable, __file__, "train", *recipe("classification", out, *words), "--auto-resume"]
+        argv = [sys.executable, __file__, "train", *recipe(task, out, "--devices", "2"), "--auto-resume"]
         environment = {**os.environ, "KILLS_RUN": "1"}
         with Path(f"{out}.log").open("a") as log:
             return subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
 
-    alone = place() / "whole-two"
+    alone = place() / f"whole-two-{task}"
     if not (alone / "report.html").exists():
         began = time.monotonic()
         assert job(alone).wait() == 0, Path(f"{alone}.log").read_text()
@@ -234,7 +234,7 @@ def attempt_two_processes(rng):
         victim = both[rng.integers(len(both))]
         os.kill(victim, signal.SIGKILL)
         kills += 1
-        COUNTS["two processes", "parent" if victim == process.pid else "child"] += 1
+        COUNTS[f"{task} two", "parent" if victim == process.pid else "child"] += 1
         struck = time.monotonic()
         while process.poll() is None or any(alive(number) for number in both):
             if time.monotonic() - struck > SECONDS:
@@ -245,10 +245,10 @@ def attempt_two_processes(rng):
             time.sleep(0.05)
         find_start(run)
     if process.wait() != 0 and job(run).wait() != 0:
-        return f"failed: {Path(f'{run}.log').read_text().strip().splitlines()[-1]}"
+        return f"{task}: failed: {Path(f'{run}.log').read_text().strip().splitlines()[-1]}"
     different = differences(alone, run)
     shutil.rmtree(run)
-    return f"{len(different)} values differ, as {different[0]}" if different else "right"
+    return f"{task}: {len(different)} values differ, as {different[0]}" if different else "right"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -196,7 +196,7 @@ class Notes(logging.Handler):
 
     def __init__(self, command: str) -> None:
         super().__init__(logging.WARNING)
-        self.command, self.texts = command, list[str]()
+        self.command, self.texts, self.more = command, list[str](), 0
 
     def __enter__(self) -> None:
         LOGGER.addHandler(self)
@@ -206,11 +206,16 @@ class Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a note."""
-        self.texts.append(record.getMessage())
-        print(f"gmf {self.command}: {printable(self.texts[-1])}", file=sys.stderr, flush=True)
+        text = record.getMessage()
+        if len(self.texts) < MOST_NOTES:
+            self.texts.append(text)
+        else:
+            self.more += 1
+        print(f"gmf {self.command}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 LOGGER = logging.getLogger("groupmixformer")
+MOST_NOTES = 10_000  # that are kept: a server takes them for months
 note = LOGGER.warning
 
 
@@ -222,7 +227,9 @@ def tell(notes: Iterable[str], skipped: Iterable[str]) -> None:
 
 def show(result: dict[str, Any], as_json: bool, text: str, with_notes: bool = True) -> None:
     """Print a result: one JSON object, with the notes that were taken, or `text`, whose lines are made printable."""
-    taken = [text for handler in LOGGER.handlers if isinstance(handler, Notes) for text in handler.texts]
+    handlers = [handler for handler in LOGGER.handlers if isinstance(handler, Notes)]
+    taken = [text for handler in handlers for text in handler.texts]
+    taken += [f"and {handler.more:,} more, which were printed" for handler in handlers if handler.more]
     result |= {"notes": taken} if with_notes else {}
     print(to_json(result) if as_json else "\n".join(map(printable, text.split("\n"))), flush=True)
 

@@ -209,7 +209,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
         except OSError as error:
             if claim:
                 claim.check()  # a folder that was removed is the reason of all others
-            if str(folder) not in str(error):  # TensorBoard's, which names no file
+            if error.errno and error.filename is None:  # TensorBoard's, which names no file
                 with writing("TensorBoard's events", folder):
                     raise
             raise
