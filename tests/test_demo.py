@@ -236,7 +236,7 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
         tab.until(f"document.querySelector('{field}') !== null")
         tab.upload(field, broken)
         tab.until("document.body.innerText.includes('broken.png: not a readable image: no known format')")
-        tab.click(".gallery-item")  # the run's example
+        tab.click("#samples img")  # the run's example
         tab.until("/red\\s*.png/.test(document.querySelector('#file').innerText)")
         tab.until("document.querySelector('#shown img')?.naturalHeight == 640")  # of the uploads none is square
         tab.click("#file button[aria-label='Clear']")
@@ -251,6 +251,78 @@ def test_the_page_in_a_browser(started, run, segments, image, tmp_path):
     spoken = set(notes.read_text().splitlines())
     assert "socket.bind 127.0.0.1" in spoken
     assert {line.split()[1] for line in spoken} <= {"127.0.0.1", "localhost", "::1", "None"}, spoken
+
+
+# What of these elements reaches out of the window, out of what clips it, or is wider than its place.
+CLIPPED = """
+selectors => [...document.querySelectorAll(selectors)].filter(element => {
+    const box = element.getBoundingClientRect(), wide = document.documentElement.clientWidth;
+    const out = (left, right) => box.left < left - 1 || box.right > right + 1;
+    let clipped = box.width < 1 || box.height < 1 || out(0, wide) || element.scrollWidth > element.clientWidth + 1;
+    for (let around = element.parentElement; around; around = around.parentElement) {
+        const {left, right, top, bottom} = around.getBoundingClientRect();
+        const cuts = around !== document.documentElement && getComputedStyle(around).overflow !== "visible";
+        clipped ||= cuts && (out(left, right) || box.top < top - 1 || box.bottom > bottom + 1);
+    }
+    return clipped;
+}).map(element => element.outerHTML.slice(0, 100))
+"""
+# The lowest contrast of texts with what is behind them, as WCAG 2 defines it.
+CONTRAST = """
+selectors => Math.min(...[...document.querySelectorAll(selectors)].map(element => {
+    const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(value => value / 255)
+        .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+    let behind = element;
+    while (/, 0\\)|transparent/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
+    const lights = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(light);
+    return (Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05);
+}))
+"""
+# The colour of an image at shares of its width and height.
+PIXEL = """
+(selector, across, down) => {
+    const image = document.querySelector(selector), canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+    const pen = canvas.getContext("2d");
+    pen.drawImage(image, 0, 0);
+    return [...pen.getImageData(across * canvas.width, down * canvas.height, 1, 1).data].slice(0, 3);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_the_page_fits_every_screen_in_the_light_and_in_the_dark(started, tmp_path):
+    address, _ = started
+    with open_tab("about:blank", tmp_path) as tab:
+        for width, height, scheme, rows in ((360, 780, "light", 2), (1280, 800, "dark", 1), (1920, 1080, "light", 1)):
+            tab.size(width, height, scheme)
+            tab.call("Page.navigate", url=address)
+            tab.until("document.querySelector('#samples img')?.naturalWidth == 90")
+            assert tab.run("document.querySelectorAll('#samples img').length") == 1
+            assert tab.run("document.querySelector('#samples img').getBoundingClientRect().width") in range(48, 97)
+            tab.click("#samples img")
+            tab.until("document.querySelector('#shown img')?.naturalWidth == 640")
+            tab.until("/ms/.test(document.querySelector('#said').innerText)")
+            pixel = f"({PIXEL})('#shown img', 0.4, 0.6)"
+            tab.until(f"{pixel}[0] > 245 && {pixel}[1] < 10")
+            tab.click("#shown img", 0.4, 0.6)
+            tab.until("[...document.querySelectorAll('#maps img')].filter(i => i.naturalWidth == 640).length == 4")
+            tab.until(f"Math.abs({pixel}[1] - {MARK[1]}) < 20")
+            tab.screenshot(tmp_path / f"{width}.png")
+
+            things = "#about, #samples img, #shown img, #classes, #stage label, #maps figure, #maps img, #maps figcaption"
+            assert tab.run(f"({CLIPPED})({json.dumps(things)})") == []
+            assert tab.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            places = tab.run("[...document.querySelectorAll('#maps figure')].map(f => f.getBoundingClientRect().top)")
+            assert len(set(places)) == rows
+            names = tab.run("[...document.querySelectorAll('#maps figcaption')].map(one => one.innerText)")
+            assert tuple(names) == GROUPS
+            texts = "#about h1, #about p, #said p, #stage label span, #maps figcaption, #classes dt, #shown label"
+            assert tab.run(f"({CONTRAST})({json.dumps(texts)})") >= 4.5
+            behind = tab.run("getComputedStyle(document.body).backgroundColor")
+            assert (int(re.findall(r"\d+", behind)[0]) < 60) == (scheme == "dark")
 
 
 META = {"meta": {"_type": "gradio.FileData"}}
@@ -438,13 +510,14 @@ def test_only_uploads_and_examples_are_drawn(classes, image, hostile, tmp_path, 
         uploaded = client.post("/gradio_api/upload", files={"files": ("mine.png", image.read_bytes())}).json()[0]
         see = next(number for number, each in inputs.items() if each == ["dropdown", "file"])
         load = next(number for number, each in inputs.items() if each == ["dataset"])
-        answer = client.post("/gradio_api/run/load_example", json={"data": [0], "fn_index": load, "session_hash": "a"})
-        example = answer.json()["data"][0]
-        example = example.get("value", example)  # as an update of the component
+        example = ask(client, load, [0])[0]["output"]["data"][0]
+        for beyond in (1, -2, True, "0", {"path": paths[0]}):  # there is one
+            message, _ = ask(client, load, [beyond])
+            assert message is None or not message["success"] or message["output"]["data"][0]["path"] == example["path"]
         assert Path(example["path"]).read_bytes() == image.read_bytes()
         for path in (uploaded, example["path"]):
             message, _ = ask(client, see, ["trees", {"path": path, "url": local, **META}])
-            assert message["success"] and message["output"]["data"][1]["value"]["label"] in [*NAMES, "crane (2)", "crane (3)"]
+            assert message["success"] and message["output"]["data"][2]["value"]["label"] in [*NAMES, "crane (2)", "crane (3)"]
             assert drawn(message) == [200]
         assert client.get(f"/gradio_api/file={examples / 'secret.png'}").status_code == 403
         assert client.get(f"/gradio_api/file={folder / 'link.png'}").status_code == 403
@@ -466,7 +539,7 @@ def test_the_command_draws_only_what_was_uploaded(started, run, image, tmp_path)
         assert client.get("/gradio_api/file=http://127.0.0.1:1/a.png").status_code == 404
         uploaded = client.post("/gradio_api/upload", files={"files": ("mine.png", image.read_bytes())}).json()[0]
         message, _ = ask(client, see, [str(run), {"path": uploaded, **META}])
-        assert message["success"] and client.get(message["output"]["data"][0]["url"]).status_code == 200
+        assert message["success"] and client.get(message["output"]["data"][1]["value"]["url"]).status_code == 200
         answer = client.get("/", headers={"Host": "evil.example"})  # as after DNS rebinding
         assert answer.status_code == 400 and "evil.example" in answer.json()["error"]
 

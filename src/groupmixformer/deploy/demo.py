@@ -33,6 +33,7 @@ from ..data.images import UPLOAD_SUFFIXES, decode
 from ..files import to_json
 from ..models.attention_maps import has_attention_maps, overlays, suited_stage
 from ..visual.figures import GROUPS, ORANGE
+from ..visual.page import Shown, html_figure
 from .model_card import markdown
 
 SIDE = 640  # longer side of an image on the page
@@ -41,6 +42,23 @@ API = "/gradio_api"
 UPLOAD = f"{API}/upload"
 # The other requests that the page makes, all of JSON. Those of run/ load examples.
 POSTS = tuple(f"{API}/{name}" for name in ("queue/join", "run/", "cancel", "reset"))
+
+ABOUT = """# GroupMixFormer
+Drop an image or choose an example to see what the model finds in it. Click a point of the image to see what the token there
+attends to: single tokens, and groups of tokens of three sizes."""
+ATTENDS = """## What the point attends to
+Each map shows how strongly it attends to every position, yellow the most, in the last block of a stage."""
+CSS = """
+main { width: 100%; max-width: 80rem; margin: 0 auto; }
+#samples .gallery-item, #samples .gallery-item div { padding: 0; width: 4rem; height: 4rem; overflow: hidden; }
+#samples img { width: 100%; height: 100%; object-fit: cover; }
+#shown:not(:has(img)) { height: 16rem; }
+#maps > div { padding: 0; }
+.maps { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: var(--layout-gap); }
+@media (min-width: 48rem) { .maps { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
+.maps figure { margin: 0; text-align: center; }
+.maps img { width: 100%; border-radius: var(--radius-md); }
+"""
 
 
 @dataclass(frozen=True)
@@ -205,18 +223,15 @@ class Page:
             raise ValueError("the model does not see this point: it looks at what is inside the orange frame") from error
         strengths = overlays(predictor.model, view.images[0], query, stage).numpy()  # (4, H, W)
         grey, colors = view.pixels.mean(axis=2, keepdims=True) / 255, mpl.colormaps["viridis"]  # grey: (H, W, 1)
-        return [
-            (_marked(0.35 * grey + 0.65 * colors(strength)[..., :3], query), name)
-            for strength, name in zip(strengths, GROUPS, strict=True)
-        ]
+        place = [(at + 0.5) / side for at, side in zip(reversed(query), reversed(grey.shape[:2]), strict=True)]
+        maps = ((0.35 * grey + 0.65 * colors(strength)[..., :3]) * 255 for strength in strengths)
+        images = (_for_the_page(Image.fromarray(pixels.round().astype(np.uint8))) for pixels in maps)
+        return [(_mark(image, place), name) for image, name in zip(images, GROUPS, strict=True)]
 
 
-def _marked(pixels: np.ndarray[Any, Any], query: Sequence[int]) -> Image.Image:
-    """Enlarge an image (H, W, 3) of values from 0 to 1 for the page, and mark a pixel of it."""
-    small = Image.fromarray((pixels * 255).round().astype(np.uint8))
-    image = _for_the_page(small)
-    (y, x), arm = ((at + 0.5) * image.width / small.width for at in query), SIDE // 30
-    pen = ImageDraw.Draw(image)
+def _mark(image: Image.Image, point: Sequence[float]) -> Image.Image:
+    """Draw a cross at shares of an image's width and height, and return the image."""
+    (x, y), arm, pen = (np.multiply(point, image.size), SIDE // 30, ImageDraw.Draw(image))
     for color, wide in (("white", 14), (ORANGE, 8)):
         pen.line((x - arm, y - arm, x + arm, y + arm), color, wide)
         pen.line((x - arm, y + arm, x + arm, y - arm), color, wide)
@@ -242,8 +257,19 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         return gr.Error(html.escape(str(error)), print_exception=False)
 
     def see(run: str, file: str | None) -> list[Any]:
+        maps = has_attention_maps(page.runs[run].model)
+        attends, prompt = gr.Column(visible=maps), "Click a point" if maps else "Image"
         if file is None:
-            return [None, gr.Label(None, visible=True), gr.Image(None, visible=False), "", None, None, None]
+            return [
+                None,
+                gr.Image(None, label=prompt),
+                gr.Label(None, visible=True),
+                gr.Image(None, visible=False),
+                "",
+                None,
+                None,
+                attends,
+            ]
         try:
             seen = page.predict(run, file)
         except ValueError as error:
@@ -251,51 +277,68 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
         label = gr.Label(seen.classes, visible=seen.classes is not None)
         drawn = gr.Image(seen.drawn, visible=seen.drawn is not None)
         said = f"{markdown(seen.text)}\n\n{seen.milliseconds:.0f} ms"
-        return [seen.shown, label, drawn, said, None, None, seen.shown.size]
+        return [seen.shown, gr.Image(seen.shown, label=prompt), label, drawn, said, None, None, attends]
 
-    def attend(run: str, file: str | None, stage: int, point: tuple[float, float] | None) -> Any:
+    def attend(run: str, file: str | None, stage: int, point: tuple[float, float] | None) -> str | None:
         if file is None or point is None:
             return None
         try:
-            return page.attend(run, file, point, stage)
+            maps = page.attend(run, file, point, stage)
         except ValueError as error:
             raise refuse(error) from error
+        return f'<div class="maps">{"".join(html_figure(Shown(image, name), SIDE) for image, name in maps)}</div>'
 
-    def click(run: str, file: str | None, stage: int, size: tuple[int, int] | None, event: gr.SelectData) -> Any:
-        if size is None or None in event.index:  # the image was still on its way to the browser
-            return gr.skip(), gr.skip()
-        point = ((event.index[0] + 0.5) / size[0], (event.index[1] + 0.5) / size[1])
-        return point, attend(run, file, stage, point)
+    def click(run: str, file: str | None, stage: int, image: Image.Image | None, event: gr.SelectData) -> Any:
+        if image is None or None in event.index:  # the image was still on its way to the browser
+            return gr.skip(), gr.skip(), gr.skip()
+        point = ((event.index[0] + 0.5) / image.width, (event.index[1] + 0.5) / image.height)
+        maps = attend(run, file, stage, point)
+        return point, _mark(image.copy(), point), maps
 
-    with gr.Blocks(title="GroupMixFormer", analytics_enabled=False) as blocks:
-        point, size = gr.State(None), gr.State(None)  # size: of the image that is shown
+    with gr.Blocks(title="GroupMixFormer", fill_width=True, analytics_enabled=False) as blocks:
+        point, image = gr.State(None), gr.State(None)  # image: as it is shown, without the mark of the point
+        gr.Markdown(ABOUT, elem_id="about")
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
-                run = gr.Dropdown(names, value=names[0], label="Run", elem_id="run")
+                run = gr.Dropdown(names, value=names[0], label="Run", visible=len(names) > 1, elem_id="run")
                 suffixes = sorted(UPLOAD_SUFFIXES)
                 file = gr.File(label="Image", file_types=suffixes, height=140, elem_id="file")
-                if examples:
-                    gr.Examples([[str(Path(path).resolve())] for path in examples], [file], label="To try")
+                paths = [str(Path(path).resolve()) for path in examples]
+                if paths:
+                    thumbnails = gr.Image(type="filepath", render=False)
+                    samples = gr.Dataset(
+                        label="Examples",
+                        components=[thumbnails],
+                        samples=[[path] for path in paths],
+                        type="index",
+                        elem_id="samples",
+                    )
             with gr.Column(scale=3, min_width=280):
-                shown = gr.Image(label="Click a point", interactive=False, buttons=[], height=360, elem_id="shown")
+                shown = gr.Image(label="Click a point", interactive=False, buttons=[], elem_id="shown")
             with gr.Column(scale=3, min_width=280):
                 label = gr.Label(label="Classes", elem_id="classes")
                 drawn = gr.Image(label="Found", interactive=False, buttons=[], visible=False, elem_id="drawn")
                 said = gr.Markdown(elem_id="said", latex_delimiters=[])
-        stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
-        input_size = page.runs[names[0]].config.get("input_size", (3, 224, 224))  # others have no maps to show
-        start = suited_stage(input_size[1:], range(3))
-        stage = gr.Radio(stages, value=start, label="What the point attends to, in stage", elem_id="stage")
-        maps = gr.Gallery(
-            label="Strength of attention to each position", columns=4, height=260, buttons=[], preview=False, elem_id="maps"
-        )
+        first = page.runs[names[0]]
+        with gr.Column(visible=has_attention_maps(first.model)) as attends:
+            stages = [(f"{stage}: tokens of {4 * 2**stage} pixels", stage) for stage in range(4)]
+            input_size = first.config.get("input_size", (3, 224, 224))  # others have no maps to show
+            start = suited_stage(input_size[1:], range(3))
+            gr.Markdown(ATTENDS)
+            stage = gr.Radio(stages, value=start, label="Stage", elem_id="stage")
+            maps = gr.HTML(elem_id="maps")
 
-        found, one = [shown, label, drawn, said, point, maps, size], {"concurrency_id": "model", "api_visibility": "private"}
+        found, one = (
+            [image, shown, label, drawn, said, point, maps, attends],
+            {"concurrency_id": "model", "api_visibility": "private"},
+        )
         gr.on([file.change, run.change], see, [run, file], found, **one)
-        shown.select(click, [run, file, stage, size], [point, maps], **one)  # type: ignore[arg-type]
+        if paths:
+            samples.click(lambda number: paths[number], samples, file, api_visibility="private")
+        shown.select(click, [run, file, stage, image], [point, shown, maps], **one)  # type: ignore[arg-type]
         stage.change(attend, [run, file, stage, point], maps, **one)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False}
-    settings |= {"max_file_size": f"{MEGABYTES}mb", "enable_monitoring": False, "pwa": False}
+    settings |= {"max_file_size": f"{MEGABYTES}mb", "enable_monitoring": False, "pwa": False, "css": CSS}
 
     @asynccontextmanager
     async def cleaning(_: FastAPI) -> AsyncIterator[None]:

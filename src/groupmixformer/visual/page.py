@@ -164,7 +164,8 @@ def html_page(title: str, body: str) -> str:
 """
 
 
-def _shown(item: Shown, side: int) -> str:
+def html_figure(item: Shown, side: int) -> str:
+    """Return an image, no side longer than `side` pixels, with its caption below."""
     picture, buffer = item.image.convert("RGB"), io.BytesIO()
     picture.thumbnail((side, side))
     small = max(picture.size) <= 64
@@ -188,7 +189,7 @@ def _render(block: Block, folder: Path | None) -> str:
         svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
         return f'<figure class="chart{" wide" if block.wide else ""}"><figcaption>{title}</figcaption>{svg}</figure>'
     if isinstance(block, Gallery):
-        images = "".join(_shown(item, 720 if block.large else 224) for item in block.images())
+        images = "".join(html_figure(item, 720 if block.large else 224) for item in block.images())
         return f'<div class="gallery{" large" if block.large else ""}">{images}</div>'
     if isinstance(block, Table):
         return html_table(block.head, block.rows)
