@@ -64,7 +64,7 @@ def test_lines_have_80_columns_and_lose_nothing():
     assert made.replace("\n    ", "  ").split("  ") == parts
     assert max(map(len, made.splitlines())) <= 80 and made.count("\n") == 2
     assert progress.lines(["x" * 100]) == "x" * 100
-    worst = ["epoch 100/300", "loss 1.4838, held out 2.2038", "top1 0.3083", "110 min, 119 min left"]
+    worst = ["epoch 100/300", "loss 1.4838, val loss 2.2038", "top1 0.3083", "110 min, 119 min left"]
     assert "\n" not in progress.lines(worst)
 
 

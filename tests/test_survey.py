@@ -64,6 +64,7 @@ def test_a_folder_of_classes(photos, tmp_path, capsys):
     assert text.index("Leaks") < text.index("Parts") < text.index("Classes") < text.index("Duplicates within")
     shown = re.findall(r'<figure><img(?: class="small")? alt="([^"]*)" src="data:image/[a-z]+;base64,[^"]+">', text)
     assert "val: val/dog/copy.png" in shown and shown.count("") == 8  # the batch
+    assert {name.split(": ")[0] for name in shown} >= {"cat", "dog"}  # the class of each
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "default-src 'none'" in text
     assert "2 near duplicates, of the classes cat, dog" in text and "could not be drawn" not in text
     lines = gmf(capsys, "data", photos).out.splitlines()
@@ -143,8 +144,8 @@ def test_a_training_begins_with_what_the_data_is(photos, tmp_path, capsys):
     (photos / "val" / "cat" / "broken.jpg").unlink()
     options = ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--epochs", "1"]
     told = gmf(capsys, "train", "folder", "--data", photos, "--out", tmp_path / "run", "--model", "test_resnet", *options).err
-    assert "training: 11 images, 2 classes, from 4 of dog to 7 of cat (image)" in told
-    assert "held out: 5 images, 2 classes" in told
+    assert "training: 11 images, 2 classes, 4 to 7 images a class" in told
+    assert "validation: 5 images, 2 classes" in told
 
 
 @pytest.mark.slow

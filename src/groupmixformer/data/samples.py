@@ -26,6 +26,15 @@ def too_many(unreadable: int, images: int, limit: float) -> bool:
     return unreadable > (max(1, limit * images) if limit else 0)
 
 
+def spread(counts: Sequence[int], names: Sequence[str], what: str) -> str:
+    """Say how many there are of the rarest and of the most frequent class, by name where these are far apart."""
+    least, most = min(counts), max(counts)
+    if most <= 2 * least:
+        return f"{f'{least:,} to ' * (least < most)}{most:,} {what} a class"
+    rarest, commonest = (short(names[counts.index(count)]) for count in (least, most))
+    return f"from {least:,} of {rarest} to {most:,} of {commonest} ({what})"
+
+
 def note_problems(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Return what was said of images that are read as problems, from which `Doubts` takes them."""
     return [f"{NOTE}{' '.join(name.splitlines())}{NOTE}{text}" for name, text in notes]
@@ -160,10 +169,7 @@ class Samples(Dataset[Any]):
         counts, what, problems = self.count_classes()
         self.summary = f"{len(self):,} images, {len(self.class_names):,} class{'es' * (len(self.class_names) != 1)}"
         if counts and len(counts) > 1:
-            least, most = (
-                f"{value:,} of {short(self.class_names[counts.index(value)])}" for value in (min(counts), max(counts))
-            )
-            self.summary += f", from {least} to {most} ({what})"
+            self.summary += f", {spread(counts, self.class_names, what)}"
         whole, left_out = len(self) + len(self.skipped), [*self.skipped, *problems]
         if too_many(len(left_out), whole, limit):
             raise ValueError(

@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.classes import few
 from ..data.formats import PARTS, Recognised, recognise
 from ..data.images import decode
-from ..data.samples import Samples, in_threads
+from ..data.samples import Samples, in_threads, spread
 from ..data.survey import Look, describe, duplicates, look_at
 from ..files import short
 from ..visual.data_page import render
@@ -89,16 +89,17 @@ class Survey:
         batch += ", before mixup and cutmix" if plain and (recipe.augmentation.mixup or recipe.augmentation.cutmix) else ""
         galleries = {f"Images of {part}": Gallery(part, partial(self.drawn, part), not plain) for part in self.parts}
         galleries[batch] = Gallery(batch, lambda: [Shown(image, "") for image in self.batch(recipe)], not plain)
-        heading = f"{self.found.title}, {len(self.parts)} part{'s' * (len(self.parts) != 1)}"
+        heading = f"{self.found.title[0].upper()}{self.found.title[1:]}, {len(self.parts)} part{'s' * (len(self.parts) != 1)}"
         return render(self.result, heading, lambda file: decode(self.base / file, file, least_side=SIDE), galleries)
 
     def drawn(self, part: str) -> list[Shown]:
         """Draw a few images of a part, chosen at random, with their annotations."""
         samples, shown = self.parts[part], list[Shown]()
-        files = samples.files()
+        files, labels = samples.files(), samples.labels()
         for index in np.random.default_rng(0).permutation(len(samples)).tolist():
             try:
-                shown.append(Shown(samples.drawn(index), short(files[index].name, 80)))
+                name = f"{samples.class_names[labels[index]]}: " if labels else ""
+                shown.append(Shown(samples.drawn(index), short(f"{name}{files[index].name}", 80)))
             except ValueError:  # which was told
                 continue
             if len(shown) == SHOWN:
@@ -159,16 +160,13 @@ def _lines(part: Mapping[str, Any]) -> list[str]:
         sizes = ("min", "median", "max")
         lines[0] += ", " + ", ".join(f"{name} {part['width'][name]:.0f} x {part['height'][name]:.0f}" for name in sizes)
         lines[0] += f"; {_counted(part['channels'])}; {_counted(part['formats'])}"
-    counts = [(row["count"], row["class"]) for row in part["classes"]]
+    counts, names = ([row[key] for row in part["classes"]] for key in ("count", "class"))
     if len(counts) == 1:
-        lines.append(f"1 class ({part['counted']}): {counts[0][0]:,} of {counts[0][1]}")
+        lines.append(f"1 class: {counts[0]:,} {part['counted']} of {names[0]}")
     elif counts:
-        least, most = min(counts), max(counts)
-        balance = f", {most[0] / least[0]:.1f} : 1" if least[0] else ""
-        lines.append(
-            f"{len(counts)} classes ({part['counted']}): from {least[0]:,} of {least[1]} to {most[0]:,} of {most[1]}{balance}"
-        )
-        if absent := [name for count, name in counts if not count]:
+        balance = f", {max(counts) / min(counts):.1f} : 1" if 0 < min(counts) < max(counts) else ""
+        lines.append(f"{len(counts)} classes: {spread(counts, names, part['counted'])}{balance}")
+        if absent := [name for count, name in zip(counts, names, strict=True) if not count]:
             lines.append(f"nothing of {few(absent)}")
     lines += [f"{count} left out: {reason}" for reason, count in part["reasons"].items()]
     lines += [f"damaged: {entry['file']}: {entry['reason']}" for entry in part["damaged"][:5]]

@@ -248,7 +248,7 @@ class MetricsCallback(Callback):
         done, epochs = trainer.current_epoch + 1, pl_module.recipe.epochs
         told = [f"epoch {done}/{epochs}", f"loss {row['loss']:.4f}"]
         if "val_loss" in row:
-            told[-1] += f", held out {row['val_loss']:.4f}"
+            told[-1] += f", val loss {row['val_loss']:.4f}"
         shown = [name for name in sorted(row) if name.startswith("val_") and name not in ("val_loss", "val_images")]
         told += [f"{name.removeprefix('val_')} {metrics[name]:.4f}" for name in shown]
         told += [f"{row[name]:.0f} {text}" for name, text in PROBLEM_COUNTS.items() if row[name]]

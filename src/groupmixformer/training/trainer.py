@@ -121,7 +121,7 @@ def _end_with_parent() -> None:
 def _print_settings(task: Task, world_size: int, device: str) -> None:
     """Print what data there is, the total batch, the learning rate scaled to it, and that BatchNorm is not synchronised."""
     recipe, optimizer = task.recipe, task.recipe.optimizer
-    for name, samples in (("training", task.loaders.train), ("held out", task.loaders.held_out)):
+    for name, samples in (("training", task.loaders.train), ("validation", task.loaders.held_out)):
         if isinstance(samples, Samples):
             text = f"{name}: {printable(samples.summary)}"
             print(textwrap.fill(text, COLUMNS, subsequent_indent="    ", break_on_hyphens=False), file=sys.stderr)

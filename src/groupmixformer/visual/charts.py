@@ -82,15 +82,17 @@ def line_chart(
     return figure
 
 
-def bar_chart(names: Sequence[str], values: Sequence[float | None], told: Sequence[str], **labels: Any) -> Figure:
-    """Draw a horizontal bar for each name, of a share of 1 in percent; `told` is said of each."""
+def bar_chart(
+    names: Sequence[str], values: Sequence[float | None], told: Sequence[str], most: float = 1, **labels: Any
+) -> Figure:
+    """Draw a horizontal bar for each name, of a share of `most` in percent; `told` is said of each."""
     figure, axes = new_axes(0.9 + 0.22 * len(names), **labels)
     bars = axes.barh(range(len(names)), [100 * max(0, value or 0) for value in values], color=BLUE, height=0.7)
     for bar, text in zip(bars, told, strict=True):
         tip(bar, text)
     axes.set_yticks(range(len(names)), [short(name, 24) for name in names])
     axes.grid(False, axis="y")
-    axes.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))
+    axes.set(xlim=(0, 100 * most), ylim=(len(names) - 0.4, -0.6))
     return figure
 
 

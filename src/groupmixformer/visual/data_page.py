@@ -47,7 +47,10 @@ def _classes(parts: Mapping[str, Mapping[str, Any]]) -> list[Block]:
         told = [f"{short(row['class'])}: {row['count']:,} ({row['count'] / total:.1%})" for row in rows]
         if 1 < len(rows) <= MOST_BARS:
             shares = [row["count"] / total for row in rows]
-            draw: Callable[[], Figure] = partial(bar_chart, [row["class"] for row in rows], shares, told, xlabel="share (%)")
+            most = max(shares) or 1
+            draw: Callable[[], Figure] = partial(
+                bar_chart, [row["class"] for row in rows], shares, told, most, xlabel="share (%)"
+            )
             blocks.append(Chart(f"classes-{len(blocks)}", f"{name}: {part['counted']}", draw))
     names = list(dict.fromkeys(row["class"] for part in parts.values() for row in part["classes"]))
     counts = [{row["class"]: f"{row['count']:,}" for row in part["classes"]} for part in parts.values()]

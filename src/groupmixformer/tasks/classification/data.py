@@ -114,7 +114,7 @@ class ImageSamples(Samples):
         labels = self.labels()
         if labels is None:
             return super().count_classes()
-        return np.bincount(labels, minlength=len(self.class_names)).tolist(), "image", []
+        return np.bincount(labels, minlength=len(self.class_names)).tolist(), "images", []
 
     def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
         """Apply the transform, which draws random numbers."""

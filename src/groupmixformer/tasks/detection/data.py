@@ -106,7 +106,7 @@ class CocoImages(Samples):
 
     def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
         """Return the number of objects of each class, without crowds."""
-        return self._counts, "object", []
+        return self._counts, "objects", []
 
     def __len__(self) -> int:
         return len(self._records)

@@ -209,7 +209,7 @@ class SemanticImages(Samples):
         ignored = self.meaning.ignored
         if len(ignored) == 1 and not self.meaning.by_color and pixels[ignored[0]]:
             self.hint = f"; pixels of {ignored[0]} are ignored: if they mark a class, give it this id, and drop ignore_index"
-        return pixels[self.class_ids].tolist(), f"pixel in {looked_at:,} of {len(self):,} masks", problems
+        return pixels[self.class_ids].tolist(), f"pixels in {looked_at:,} of {len(self):,} masks", problems
 
     def __len__(self) -> int:
         return len(self.names)
