@@ -57,6 +57,12 @@ def workplace(tmp_path, monkeypatch, as_released):
             Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
     for digit in "01":
         shutil.copytree(Path("photos", "train", digit), Path("flowers", digit))
+    Path("pets", "images").mkdir(parents=True)
+    lines = ["image,round,straight"]
+    for i, pixels in enumerate(images[:24].reshape(-1, 8, 8)):
+        lines.append(f"{i}.png,{int(labels[i] in (0, 2, 3, 5, 6, 8, 9))},{int(labels[i] in (1, 2, 4, 5, 7))}")
+        Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((64, 64)).save(Path("pets", "images", f"{i}.png"))
+    Path("pets", "labels.csv").write_text("\n".join(lines))
     Image.fromarray((images[0].reshape(8, 8) * 15.9).astype(np.uint8)).resize((64, 64)).save("photo.jpg")
     _write_scenes(tmp_path)
     return tmp_path

@@ -184,8 +184,8 @@ class Run:
             precision: fp32, or bf16 or fp16 for autocast.
             fuse: Take the inference form of a GroupMixFormer, and on CUDA, CUDA graphs for sizes that come again.
             threads: CPU threads of PyTorch from then on; ``auto`` chooses by the first images; none leaves them alone.
-            options: Of the task: ``top`` classes to name; ``score_threshold`` of objects; ``sliding_window``, ``scales`` and
-                ``flip`` for segments.
+            options: Of the task: ``top`` classes to name; ``score_threshold`` of objects and of several labels;
+                ``sliding_window``, ``scales`` and ``flip`` for segments.
 
         Raises:
             ValueError: If an option is for another task, or the run cannot be read.
@@ -428,7 +428,7 @@ class Run:
         from .deploy.preprocessing import WithPreprocessing, compare
 
         predictor: Any = self.predictor("cpu")
-        network = WithPreprocessing(found.network, predictor.config).eval()
+        network = WithPreprocessing(found.network, predictor.config, predictor.several).eval()
         rounding = compare(network, image, predictor.probabilities(predictor.prepare(image)[None])[0])
         return export(network, format, out, image, names=("probabilities",), **settings) | {"rounding": rounding}
 
@@ -440,7 +440,11 @@ class Run:
         from .tasks.classification.data import eval_loader, eval_transform, open_images
 
         found = self.definition.exportable(self.folder, format)
-        predictor = self.predictor("cpu", fuse=False)
+        predictor: Any = self.predictor("cpu", fuse=False)
+        if predictor.several:
+            raise ValueError(
+                f"{self.folder.source}: int8 is measured by top-1, and its images have several labels: leave it out"
+            )
         skipped: list[str] = []
         if way == "static" and not calibrate and self.recipe is None:
             unknown = f"{self.folder.source}: has no recipe that names its training data"

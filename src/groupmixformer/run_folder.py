@@ -29,6 +29,7 @@ UNREADABLE = "unreadable.txt"
 SPLIT = "split.json"  # which images were trained on and which held out, of data without parts
 EXAMPLES = "examples"
 MAX_SIDE = 4096  # of the images that a model is for, in pixels
+MULTI_LABEL = "multi_label_classification"  # transformers' name, as problem_type in config.json: sigmoids instead of a softmax
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")
 CHECKPOINT = "checkpoints/last.ckpt"
@@ -77,6 +78,9 @@ def _check_config(config: Fields) -> None:
     checks: dict[str, Callable[[str], Any]] = {"task": config.text, "architecture": config.text}
     checks |= {"label_names": config.texts, "class_names": config.texts, "model_args": config.object}
     checks["num_classes"] = lambda name: config.integer(name, 0, 1_000_000)
+    problems = ("single_label_classification", MULTI_LABEL)
+    checks["problem_type"] = lambda name: config.choice(name, problems)
+    checks["best_threshold"] = lambda name: config.number(name, 0, 1)
     _check(config, checks | ({"global_pool": lambda name: config.choice(name, pools)} if ours else {}))
     if "adapter" in config:
         adapter = config.object("adapter")

@@ -204,7 +204,12 @@ def make_plan(folder: Path, recipe: Recipe, texts: Mapping[str, str], kind: str,
         if changed := [f"{name} {then.get(name)}, not {now.get(name)}" for name in now if then.get(name) != now.get(name)]:
             raise ValueError(f"{folder}: holds a comparison with {'; '.join(changed)}: choose another folder with --out")
     models = list(earlier.models) if earlier else []
-    class_names = open_images(recipe.data, recipe.root, recipe.download).class_names
+    images = open_images(recipe.data, recipe.root, recipe.download)
+    if images.several:
+        raise ValueError(
+            f"{recipe.data}: its images have several labels, expected one class each: models are compared by top-1"
+        )
+    class_names = images.class_names
     for name, text in texts.items():
         same = next((model for model in models if model.name == name), None)
         if same and same.text != text:

@@ -169,7 +169,7 @@ SlidingWindow = Annotated[Looks[bool], Option(help="for segmentation: look throu
 ScalesOption = Annotated[Looks[Scales], Option(help="for segmentation: average over sizes, such as 0.75,1,1.25")]
 Flip = Annotated[Looks[bool], Option(help="for segmentation: average with the mirrored image")]
 Top = Annotated[Writes[Positive], Option(help="for classification: classes to name")]
-ScoreThreshold = Annotated[Writes[Share], Option(help="for detection: least score of an object that is shown")]
+ScoreThreshold = Annotated[Writes[Share], Option(help="for detection and several labels: least score of what is shown")]
 Tile = Annotated[Looks[Side | None], Option(help="for detection: look through windows of N pixels too, for large images")]
 Json = Annotated[Writes[bool], Option(help="print one JSON object on stdout")]
 

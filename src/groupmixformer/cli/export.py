@@ -212,6 +212,8 @@ def shards(
         raise ValueError(f"{folder}: no such folder")
     splitter = Splitter(val_share, seed=seed) if val_share else None
     images = open_images(folder, splitter=splitter)
+    if images.several:
+        raise ValueError(f"{folder}: its images have several labels, expected one class each")
     if splitter and not splitter.split:
         raise ValueError(f"{folder}: has a training and a held-out part of its own: leave out --val-share")
     for line in splitter.notes if splitter else ():

@@ -22,6 +22,8 @@ TABLES = (
     *("classes.json", "class_dict.csv", "label_colors.txt", "labelmap.txt"),
     *("class_names.txt", "classes.csv", "classes.txt", "labels.txt"),
 )
+# Names of a column of images, as `plain` has them, the surest first.
+IMAGE_COLUMNS = ("image", "filename", "imagepath", "imagename", "filepath", "path", "file", "fname", "imageid", "img", "id")
 TAKEN_WHOLE = "it is not split: all of it is taken"
 PEEKED = 2**20  # bytes of a file that are looked at
 
@@ -38,9 +40,9 @@ class Recognised:
         title: The format in words.
         tasks: Those that it serves, by their names in recipes.
         parts: What is read for each part, by its name: train, val, test or another; `WHOLE` alone where it is not split. Of
-            COCO, CVAT: the file of annotations. Of YOLO: folders of images, or a list of them. Of Pascal VOC and labelme: the
-            folder of annotations, and for Pascal VOC perhaps a list of names. Of masks: the folders of images and of masks. Of
-            classes: the folder of their folders.
+            COCO, CVAT, labels: the file of annotations. Of YOLO: folders of images, or a list of them. Of Pascal VOC and
+            labelme: the folder of annotations, and for Pascal VOC perhaps a list of names. Of masks: the folders of images and
+            of masks. Of classes: the folder of their folders.
     """
 
     path: Path
@@ -106,6 +108,11 @@ def peek(path: Path, pattern: str) -> bool:
         return False
 
 
+def plain(name: str) -> str:
+    """Return the name of a column without case, spaces and punctuation."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
 def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not is_leftover(p.name)) if path.is_dir() else []
 
@@ -124,6 +131,12 @@ def _images_in(path: Path) -> bool:
     return _holds(path, *IMAGE_SUFFIXES)
 
 
+def has_class_folders(path: Path) -> bool:
+    """Whether a folder holds two or more folders, each with images."""
+    folders = _folders(path)
+    return len(folders) > 1 and all(map(_images_in, folders))
+
+
 def _sub(path: Path, *names: str) -> Path | None:
     """Return the first folder of one of these names, in any case."""
     by_name = {p.name.lower(): p for p in _folders(path)}
@@ -136,6 +149,25 @@ def _in_parts(path: Path, find: Callable[[Path], tuple[Path, ...] | None]) -> Pa
     parts = {name: found[name] for name in PARTS if found.get(name)}
     whole = () if parts else find(path)
     return {**parts, **({WHOLE: whole} if whole else {})}  # type: ignore[dict-item]
+
+
+def _labels(path: Path) -> Parts:
+    """labels.csv; train.csv, val.csv; _classes.csv in train/ and valid/, as Roboflow writes; a CSV file that is named."""
+
+    def lists_images(file: Path) -> bool:
+        if not file.is_file():
+            return False
+        with file.open("rb") as opened:
+            head = opened.readline(PEEKED).decode("utf-8-sig", "replace")
+        names = {plain(name) for name in re.split("[,;\t]", head)}
+        return len(names) > 1 and not names.isdisjoint(IMAGE_COLUMNS)
+
+    if path.is_file():
+        return {WHOLE: (path,)} if path.suffix.lower() in (".csv", ".tsv") else {}
+    named = {part: [path / f"{name}.csv" for name in names] for part, names in PARTS.items()}
+    parts: Parts = {part: (file,) for part, files in named.items() for file in files if lists_images(file)}
+    parts = parts or _in_parts(path, lambda p: tuple(f for f in [p / "_classes.csv"] if lists_images(f)))
+    return parts or ({WHOLE: (path / "labels.csv",)} if lists_images(path / "labels.csv") else {})
 
 
 def _coco(path: Path) -> Parts:
@@ -301,15 +333,16 @@ class _Format:
     find: Callable[[Path], Parts]
 
 
-OBJECTS = ("detection", "segmentation")
+OBJECTS = ("detection", "segmentation", "classification")
 # In the order in which they are looked for: what is surer first, and masks before objects of which some are to be drawn.
 FORMATS = {
+    "labels": _Format("labels in a CSV file", ("classification",), _labels),
     "cityscapes": _Format("Cityscapes", ("segmentation",), _cityscapes),
     "ade20k": _Format("ADE20K", ("segmentation",), _ade20k),
     "masks": _Format("images and masks", ("segmentation",), _masks),
     "coco": _Format("COCO's annotations", OBJECTS, _coco),
     "yolo": _Format("YOLO", OBJECTS, _yolo),
-    "voc": _Format("Pascal VOC", ("detection",), _voc),
+    "voc": _Format("Pascal VOC", ("detection", "classification"), _voc),
     "voc-masks": _Format("Pascal VOC's masks", ("segmentation",), _voc_masks),
     "cvat": _Format("CVAT for images", OBJECTS, _cvat),
     "labelme": _Format("labelme", OBJECTS, _labelme),

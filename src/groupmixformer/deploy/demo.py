@@ -69,7 +69,7 @@ class DemoResult:
         shown: The image as the page shows it, with a frame around what the model sees if that is less.
         classes: Probabilities by name, for a classifier.
         drawn: The image with boxes, masks or segments, for other tasks.
-        text: What was found in a line, for other tasks.
+        text: What was found in a line, for several labels and for other tasks.
         milliseconds: That the model took, preparing and drawing included.
     """
 
@@ -188,6 +188,8 @@ class Page:
         left, top, right, bottom = predictor.frame(shown)
         if max(left, top, shown.width - right, shown.height - bottom) > SIDE / 100:
             ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=2)
+        if every := found.result.get("probabilities"):  # of several labels
+            return DemoResult(shown, every, None, found.text, milliseconds)
         classes: dict[str, float] = {}
         for one in found.result["classes"]:  # ImageNet has two cranes
             name = f"{one['class']} ({one['index']})" if one["class"] in classes else one["class"]

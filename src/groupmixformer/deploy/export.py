@@ -273,6 +273,7 @@ def export(
     mean: Sequence[float],
     std: Sequence[float],
     names: Sequence[str] = ("logits",),
+    more: Mapping[str, Any] | None = None,
     half: bool = False,
     check: bool = True,
     progress: Callable[[str], None] = lambda line: None,
@@ -289,6 +290,7 @@ def export(
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         names: Of the outputs.
+        more: Is told with the file besides.
         half: Store and compute in float16, for ONNX; inputs and outputs stay float32.
         check: Compare the file with the network. Without, it is written and not run.
         progress: Is told what is done.
@@ -320,6 +322,7 @@ def export(
         "layout": network.layout,
         "outputs": to_json(list(names)),
         "version": importlib.metadata.version(NAME),
+        **{name: to_json(value) for name, value in (more or {}).items()},
     }
     with atomic_write(*files_of(path, target)) as folder, quietly():
         written = folder / path.name

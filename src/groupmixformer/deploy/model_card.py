@@ -148,7 +148,8 @@ def _results(known: CardInfo) -> str:
     values = {}
     for column, value in known.best.items():
         if column == "val_loss":
-            values["loss (mean cross entropy, nats)"] = f"{value:.4f}"
+            kind = "binary cross entropy" if "val_mAP" in known.best else "cross entropy"
+            values[f"loss (mean {kind}, nats)"] = f"{value:.4f}"
         elif column.startswith("val_") and column != "val_images":
             name = known.task.hub_metrics.get(column, ("", column.removeprefix("val_").replace("_", " ")))[1]
             values[name] = f"{value:.2%}"

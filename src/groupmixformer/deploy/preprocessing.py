@@ -1,4 +1,4 @@
-"""A classifier that takes an image as a file holds it: resizing, cropping, colours, softmax are inside the exported file."""
+"""A classifier that takes an image as a file holds it: resizing, cropping, colours, probabilities are in the exported file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +33,7 @@ class WithPreprocessing(Exported):
     Args:
         network: A classifier for images of three channels, normalised.
         config: timm's: input_size, crop_pct, crop_mode, interpolation, mean and std.
+        several: Whether an image may have several classes, whose probabilities are then sigmoids in place of a softmax.
 
     Raises:
         ValueError: If the images are prepared in a way that the file does not know.
@@ -44,8 +45,9 @@ class WithPreprocessing(Exported):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: torch.nn.Module, config: Mapping[str, Any]) -> None:
+    def __init__(self, network: torch.nn.Module, config: Mapping[str, Any], several: bool = False) -> None:
         super().__init__(network)
+        self.several = several
         channels, *size = config["input_size"]
         self.interpolation, self.mode = config["interpolation"], config["crop_mode"]
         known = channels == 3 and self.interpolation in FILTERS and self.mode in ("center", "squash")
@@ -82,7 +84,7 @@ class WithPreprocessing(Exported):
         right = self._rows(width, columns, scaled[1], self.size[1])
         pixels = (down @ (pixels @ right.T).clamp(0, 255)).clamp(0, 255) / 255
         logits = self.network(((pixels - self.mean) / self.std)[None])[0]
-        return (logits.softmax(dim=0),)
+        return (logits.sigmoid() if self.several else logits.softmax(dim=0),)
 
     def samples(self, image: Image.Image, size: tuple[int, int], about: Mapping[str, Any]) -> list[Tensor]:
         """Return an image and a random one."""

@@ -52,7 +52,10 @@ class FoundObject(BaseModel):
 class Found(BaseModel):
     """What is found in an image; which fields there are depends on the task."""
 
-    classes: list[FoundClass] | None = Field(None, description="classification: the likeliest first")
+    classes: list[FoundClass] | None = Field(
+        None, description="classification: the likeliest first; several labels: those found"
+    )
+    probabilities: dict[str, float] | None = Field(None, description="several labels: probability of each")
     objects: list[FoundObject] | None = Field(None, description="detection: the best first")
     shares: dict[str, float] | None = Field(None, description="segmentation: share of the pixels of each class")
     numbers: dict[str, int] | None = Field(None, description="segmentation: number of each class in the mask")
@@ -108,6 +111,12 @@ _ABOUT = {"task": "classification", "milliseconds": 81.4}
 _CLASSES = {"classes": [{"class": "ash", "index": 0, "probability": 0.93}, {"class": "elm", "index": 4, "probability": 0.04}]}
 EXAMPLES = {
     "classification": {"value": {**_CLASSES, "model": "photos", **_ABOUT}},
+    "several labels": {
+        "value": {
+            **{"classes": [{"class": "cat", "index": 0, "probability": 0.93}], "probabilities": {"cat": 0.93, "dog": 0.08}},
+            **{"model": "pets", **_ABOUT},
+        }
+    },
     "several images": {"value": {"images": [_CLASSES, _CLASSES], "model": "photos", **_ABOUT}},
     "detection": {
         "value": {
@@ -148,7 +157,9 @@ BODY = {
     }
 }
 Top = Annotated[int | None, Query(ge=1, description="classification: classes to name")]
-ScoreThreshold = Annotated[float | None, Query(gt=0, le=1, description="detection: least score of an object that is listed")]
+ScoreThreshold = Annotated[
+    float | None, Query(gt=0, le=1, description="detection, several labels: least score of what is listed")
+]
 
 
 class StrictResponse(JSONResponse):

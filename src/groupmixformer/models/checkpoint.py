@@ -23,6 +23,7 @@ from .adapters import add_adaptformer, base_name, merged_tensors, trained_names
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
 LOGGER = logging.getLogger(__name__)
+LABEL_FIELDS = ("problem_type", "best_threshold")  # of config.json: of classifiers that give an image several labels
 
 
 def read_state_dict(path: str | Path | RunFolder) -> dict[str, Tensor]:
@@ -197,8 +198,8 @@ def _load_adapted(run: RunFolder) -> Any:
             model.load_state_dict(merged_tensors(model, tensors, adapter))
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{run.weights}: cannot be loaded: {one_line(error)}") from error
-    cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"}
-    cfg |= run.config.get("pretrained_cfg", {})
+    cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in ("label_names", *LABEL_FIELDS)}
+    cfg |= run.config.get("pretrained_cfg", {}) | {key: run.config[key] for key in LABEL_FIELDS if key in run.config}
     if len(names := run.config.get("label_names", ())) == model.num_classes:
         cfg["label_names"] = names
     model.pretrained_cfg = model.default_cfg = cfg
@@ -257,7 +258,7 @@ def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False)
         model.load_state_dict(state_dict)
         variant, _ = variant_of(arguments)
         pretrained_cfg = default_cfgs[variant].default.to_dict() | config.get("pretrained_cfg", {})
-        pretrained_cfg |= {key: config[key] for key in ("label_names", "label_descriptions") if key in config}
+        pretrained_cfg |= {key: config[key] for key in ("label_names", "label_descriptions", *LABEL_FIELDS) if key in config}
         count = arguments["num_classes"]
         if config.get("num_classes", count) != count:
             raise ValueError(f"{CONFIG} has num_classes {config['num_classes']}, and the weights are for {count}")
@@ -292,6 +293,7 @@ def load_model(path: str | Path | RunFolder) -> Any:
     except Exception as error:  # arguments from config.json can make a constructor raise anything
         raise ValueError(f"{run.path}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     model.pretrained_cfg.pop("state_dict")
+    model.pretrained_cfg |= {key: run.config[key] for key in LABEL_FIELDS if key in run.config}
     model.model_options = {key: value for key, value in run.config.get("model_args", {}).items() if key != "img_size"}
     return model.eval()
 
@@ -331,6 +333,7 @@ def save_checkpoint(
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
     names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
     labels: dict[str, Any] = {"label_names": names} if names else {}
+    labels |= {key: value for key in LABEL_FIELDS if (value := pretrained_cfg.pop(key, None)) is not None}
     if isinstance(model, GroupMixFormer):
         labels["global_pool"] = model.head.global_pool.pool_type
     adapter, tensors = getattr(model, "adapter", None), model.state_dict()

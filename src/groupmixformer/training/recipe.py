@@ -282,9 +282,10 @@ class Recipe(_Checked):
     Args:
         task: What is learnt: classification, detection (instance segmentation included), (semantic) segmentation, or a task
             of another package.
-        data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, or timm's
-            torch/..., hfds/..., hfids/..., wds/.... For detection: a folder with COCO annotations. For segmentation: a folder
-            with images/, masks/ and classes.json, or one like ADE20K's.
+        data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, timm's
+            torch/..., hfds/..., hfids/..., wds/..., or, with several labels for an image, a CSV file, a folder with labels.csv
+            or train.csv and val.csv, or a data set for detection. For detection: a folder with COCO annotations. For
+            segmentation: a folder with images/, masks/ and classes.json, or one like ADE20K's.
         val_share: Share of the images to hold out of a data set without train and val; near duplicates stay together. The split
             is stored in the run folder, as split.json.
         folds: For cross-validation of such a data set: parts that are held out in turn, each by a run in a folder of its own.
@@ -327,6 +328,8 @@ class Recipe(_Checked):
         out: Folder of the run.
         optimizer: The optimiser.
         schedule: The learning rate over time.
+        loss: For classification of images with several labels: bce, the mean of their binary cross entropies (the default), or
+            asl, the asymmetric loss (arXiv 2009.14119), for many labels of which an image has few.
         balance: For classification, against classes of unequal numbers: loss weights each image by the inverse of its class's
             number, sampling shows each class equally often in an epoch of the same length; none for images as they are.
         augmentation: For classification, what is done to training images.
@@ -375,6 +378,7 @@ class Recipe(_Checked):
     out: str = "runs/train"
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    loss: Literal["bce", "asl"] | None = None
     balance: Literal["loss", "sampling"] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     distill: Distillation = field(default_factory=Distillation)
@@ -417,7 +421,7 @@ class Recipe(_Checked):
 
 
 TASK_FIELDS = {
-    "classification": ("root", "download", "crop_pct", "balance", "augmentation", "distill", "adapter"),
+    "classification": ("root", "download", "crop_pct", "loss", "balance", "augmentation", "distill", "adapter"),
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }

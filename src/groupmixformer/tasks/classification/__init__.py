@@ -9,7 +9,7 @@ from torch import nn
 
 from ...data.formats import recognise
 from ...data.samples import Samples
-from ...run_folder import RunFolder
+from ...run_folder import MULTI_LABEL, RunFolder
 from ..predictor import Predicted
 from ..registry import Exportable, NetworkInfo, TaskSpec, as_text
 
@@ -60,8 +60,13 @@ class ClassificationTask(TaskSpec):
     hub_name = "image-classification"
     hub_tags = ("timm", "transformers")
     hub_library = "timm"
-    hub_metrics = {"val_top1": ("accuracy", "top-1 accuracy")}  # noqa: RUF012 - never changed
-    predictor_options = ("top", "test_size", "crop_pct", "crop_mode", "interpolation")
+    hub_metrics = {  # noqa: RUF012 - never changed
+        "val_top1": ("accuracy", "top-1 accuracy"),
+        "val_mAP": ("mean_average_precision", "mAP over the labels"),
+        "val_f1_macro": ("f1", "macro F1 at a threshold of 0.5"),
+        "val_f1_micro": ("f1", "micro F1 at a threshold of 0.5"),
+    }
+    predictor_options = ("top", "score_threshold", "test_size", "crop_pct", "crop_mode", "interpolation")
     data_options = ("root",)
     evaluation_options = ("batch_size",)
     explainer_options = ("wanted_class",)
@@ -71,16 +76,21 @@ class ClassificationTask(TaskSpec):
     published = True
 
     def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
-        """Open a folder of class folders."""
-        from .data import FolderImages, ImageSamples, classification_transform
+        """Open a folder of class folders, or images with labels."""
+        from .data import FolderImages, ImageData, LabelledImages, classification_transform
 
-        source = FolderImages(recognise(data, self.name).parts[part][0])
+        found, several = recognise(data, self.name), False
+        if found.format == "classes":
+            source: Any = FolderImages(found.parts[part][0])
+        else:
+            source = LabelledImages(found, part)
+            several = source.several
         transform: Any = None
         if recipe:
             config = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic"}
             config["input_size"] = (3, recipe.image_size, recipe.image_size)
             transform = classification_transform(recipe.augmentation, config)
-        return ImageSamples(source, transform, source.class_names, recipe.seed if recipe else 0)
+        return ImageData(source, None, source.class_names, several).train(transform, recipe.seed if recipe else 0)  # type: ignore[return-value]
 
     def load(self, run: RunFolder) -> Any:
         """Return a `GroupMixFormer` or another model of timm."""
@@ -101,11 +111,13 @@ class ClassificationTask(TaskSpec):
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return a GroupMixFormer, for its logits or its feature maps."""
-        from ...models.checkpoint import load_checkpoint
+        from ...models.checkpoint import LABEL_FIELDS, load_checkpoint
         from .predict import class_names, data_config
 
         model: Any = load_checkpoint(run)
         settings = {key: value for key, value in data_config(model).items() if key in ("input_size", "mean", "std")}
+        if model.pretrained_cfg.get("problem_type") == MULTI_LABEL and not features:
+            settings["more"] = {key: model.pretrained_cfg[key] for key in LABEL_FIELDS if key in model.pretrained_cfg}
         if features:
             settings["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
         return Exportable(model, [] if features else class_names(model), settings)
@@ -145,6 +157,10 @@ class ClassificationTask(TaskSpec):
         if adapter := getattr(model, "adapter", None):
             facts["layers beside its MLPs"] = f"AdaptFormer of width {adapter['rank']}, which timm and transformers do not read"
         facts["classes"] = f"{model.num_classes:,}"
+        if cfg.get("problem_type") == MULTI_LABEL:
+            facts["labels of an image"] = "several or none: the sigmoid of each output is the probability of a label"
+            if "best_threshold" in cfg:
+                facts["threshold of the best F1"] = f"{cfg['best_threshold']:.2f}, on the held-out images"
         paper = "([paper](https://arxiv.org/abs/2311.15157))"
         about = f"A GroupMixFormer, a vision transformer with Group-Mix Attention {paper}" if ours else "A model of timm"
         usage = self.usage if hasattr(model, "adapter") else USAGE_OURS if ours else USAGE_OF_TIMM

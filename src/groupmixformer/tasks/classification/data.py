@@ -1,11 +1,12 @@
 """Data sets by name, mostly timm's, and the transforms that the model's configuration decides."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset,
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ...data.classes import few
+from ...data.classes import differences, few
+from ...data.formats import FORMATS, TAKEN_WHOLE, WHOLE, Recognised, has_class_folders, recognise
 from ...data.images import HIDDEN, decode, describe_left_out, is_leftover, list_images, read_image, to_rgb
+from ...data.labels import read_labels
 from ...data.samples import Samples
 from ...data.sources import HuggingFace, WebDataset
 from ...data.split import TRAIN, VAL, Splitter
@@ -62,7 +65,7 @@ class ImageSamples(Samples):
         self, source: Any, transform: Callable[[Image.Image], torch.Tensor], class_names: Sequence[str] = (), seed: int = 0
     ) -> None:
         self.source, self.transform, self.class_names, self.seed = source, transform, list(class_names), seed
-        self.notes = list(getattr(source, "notes", ()))
+        self.notes, self.skipped = list(getattr(source, "notes", ())), list(getattr(source, "skipped", ()))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -86,7 +89,7 @@ class ImageSamples(Samples):
         Raises:
             ValueError: If it cannot be read.
         """
-        if isinstance(self.source, FolderImages):
+        if isinstance(self.source, ListedImages):
             path, label = self.source.samples[index]
             return read_image(Path(path)), self.place(label)
         file: Any = None
@@ -127,12 +130,45 @@ class ImageSamples(Samples):
         return self.transform(content[0]), content[1]
 
 
+class LabelledSamples(ImageSamples):
+    """Images that may have several labels, or none: the class of a sample is a row of 0 and 1, or of -1 for a blank."""
+
+    fewest_classes = 1
+
+    def _row(self, labels: Sequence[int]) -> torch.Tensor:
+        row = torch.zeros(len(self.class_names))
+        row[[self.place(label) for label in labels]] = 1
+        return row
+
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        """Return an image as RGB and its labels (classes).
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        path, labels = self.source.samples[index]
+        return read_image(Path(path)), self._row(labels)
+
+    def labels(self) -> None:
+        """Return none: an image has no one class."""
+
+    def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
+        """Return the number of images that have each label."""
+        found = [self.place(label) for _, labels in self.source.samples for label in labels]
+        return np.bincount(np.array(found, dtype=np.int64), minlength=len(self.class_names)).tolist(), "image", []
+
+    def for_evaluation(self, content: tuple[Image.Image, Any] | None) -> tuple[torch.Tensor, Any]:
+        """Apply the transform."""
+        image, blank = super().for_evaluation(content)
+        return image, torch.full((len(self.class_names),), -1.0) if content is None else blank
+
+
 def collate_classification(
-    samples: Sequence[tuple[torch.Tensor, int, str]],
+    samples: Sequence[tuple[torch.Tensor, Any, str]],
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Make a batch: images (B, 3, H, W), classes (B) and the problems there were, one for each unreadable image."""
+    """Make a batch: images (B, 3, H, W), classes (B), or labels (B, classes), and a problem for each unreadable image."""
     images, classes, problems = zip(*samples, strict=True)
-    return default_collate(list(images)), torch.tensor(classes), [line for text in problems for line in text.splitlines()]
+    return default_collate(list(images)), default_collate(list(classes)), [line for p in problems for line in p.splitlines()]
 
 
 @dataclass(frozen=True)
@@ -144,11 +180,13 @@ class ImageData:
             asked for.
         held_out_source: The same of the images that are held out.
         class_names: Names of the classes, in order.
+        several: Whether an image may have several labels.
     """
 
     train_source: Any
     held_out_source: Any
     class_names: list[str]
+    several: bool = False
 
     def train(self, transform: Callable[[Image.Image], Any], seed: int) -> "ImageSamples | Stream":
         """Return the training set."""
@@ -161,10 +199,60 @@ class ImageData:
     def _data_set(self, source: Any, transform: Callable[[Image.Image], Any], seed: int) -> "ImageSamples | Stream":
         if isinstance(source, WebDataset | HuggingFace):
             return Stream(source, transform)
-        return ImageSamples(source, transform, self.class_names, seed)
+        return (LabelledSamples if self.several else ImageSamples)(source, transform, self.class_names, seed)
 
 
-class FolderImages:
+class ListedImages:
+    """Images with what they are, in files.
+
+    Attributes:
+        folder: To which the names of the images in a split are relative.
+        class_names: In order.
+        samples: Images, each with the number of its class, or those of its labels.
+        notes: What is said of them.
+        skipped: A line for each image that cannot be used.
+    """
+
+    folder: Path
+    class_names: list[str]
+    samples: list[tuple[str, Any]]
+    notes: list[str]
+    skipped: Sequence[str] = ()
+
+    def split(self, splitter: Splitter) -> tuple[Self, Self]:
+        """Return two of some of the images each: to train on, and held out."""
+        names = [Path(os.path.relpath(path, self.folder)).as_posix() for path, _ in self.samples]
+        files = dict(zip(names, [Path(path) for path, _ in self.samples], strict=True))
+        split = splitter(files, lambda: [[found] if isinstance(found, int) else found for _, found in self.samples])
+
+        def part(title: str) -> Any:
+            kept, chosen = copy(self), split.names(title)
+            kept.samples = [sample for name, sample in zip(names, self.samples, strict=True) if name in chosen]
+            kept.skipped = self.skipped if title == TRAIN else ()
+            return kept
+
+        return part(TRAIN), part(VAL)
+
+    @property
+    def targets(self) -> list[Any]:
+        """What each image is."""
+        return [found for _, found in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class LabelledImages(ListedImages):
+    """Images whose labels a CSV file has, or those of the objects in them."""
+
+    def __init__(self, found: Recognised, part: str) -> None:
+        read = read_labels(found, part)
+        self.folder = found.path if found.path.is_dir() else found.path.parent
+        self.class_names, self.several, self.skipped, self.notes = read.class_names, read.several, read.skipped, read.notes
+        self.samples = [(path, labels if read.several else labels[0]) for path, labels in read.samples]
+
+
+class FolderImages(ListedImages):
     """A folder of one folder of images per class, of which there must be two or more with images in each.
 
     Attributes:
@@ -196,27 +284,6 @@ class FolderImages:
         labelled = [(str(path), label) for label, paths in enumerate(found) for path in paths]
         self.samples = sorted(labelled, key=lambda sample: natural_key(sample[0]))
 
-    def split(self, splitter: Splitter) -> tuple["FolderImages", "FolderImages"]:
-        """Return two folders of some of the images each: to train on, and held out."""
-        names = [Path(path).relative_to(self.folder).as_posix() for path, _ in self.samples]
-        files = dict(zip(names, [Path(path) for path, _ in self.samples], strict=True))
-        split = splitter(files, lambda: [[label] for label in self.targets])
-
-        def part(title: str) -> FolderImages:
-            kept, chosen = copy(self), split.names(title)
-            kept.samples = [sample for name, sample in zip(names, self.samples, strict=True) if name in chosen]
-            return kept
-
-        return part(TRAIN), part(VAL)
-
-    @property
-    def targets(self) -> list[int]:
-        """The class of each image."""
-        return [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
 
 def _folder(path: Path, need_train: bool, splitter: Splitter | None) -> ImageData:
     held_out = next((path / name for name in VALIDATION_FOLDERS if (path / name).is_dir()), None)
@@ -243,6 +310,36 @@ def _folder(path: Path, need_train: bool, splitter: Splitter | None) -> ImageDat
     return ImageData(train, test, names)
 
 
+def _labelled(found: Recognised, need_train: bool, splitter: Splitter | None) -> ImageData:
+    if splitter:  # a test part without labels is usual
+        whole = LabelledImages(found, "train" if "train" in found.parts and "val" not in found.parts else found.undivided())
+        return ImageData(*whole.split(splitter), whole.class_names, whole.several)
+    train = LabelledImages(found, found.part("train")) if need_train else None
+    part = found.part("val", or_whole=not need_train)
+    held_out = LabelledImages(found, part)
+    held_out.notes += [TAKEN_WHOLE] if part == WHOLE else []
+    if train and train.class_names != held_out.class_names:
+        differing = differences(train.class_names, held_out.class_names, "train", "val") or "their order"
+        raise ValueError(f"{found.path}: the classes of train and val differ, expected the same: {differing}")
+    several = held_out.several or (train is not None and train.several)
+    for source in (train, held_out):
+        if source and several and not source.several:
+            source.samples = [(path, (label,)) for path, label in source.samples]
+    return ImageData(train, held_out, held_out.class_names, several)
+
+
+def _recognised(path: Path) -> Recognised | None:
+    """Return what holds labels of images, unless it is a folder for each class."""
+    whole = path / "train" if (path / "train").is_dir() else path
+    if path.is_dir() and has_class_folders(whole) and not FORMATS["labels"].find(path):
+        return None
+    try:
+        found = recognise(path, "classification")
+    except ValueError:
+        return None
+    return found if found.format != "classes" else None
+
+
 def open_images(
     name: str, root: str = "data", download: bool = False, need_train: bool = True, splitter: Splitter | None = None
 ) -> ImageData:
@@ -251,7 +348,7 @@ def open_images(
     Args:
         name: ``digits``, a folder with train/ and val/ (or validation/, test/) of one folder per class, or by timm's naming
             ``torch/cifar10`` and others of torchvision, ``hfds/NAME`` of Hugging Face, and, as streams, ``hfids/NAME`` and
-            ``wds/NAME``.
+            ``wds/NAME``; or, with several labels for an image, what `groupmixformer.data.labels` reads.
         root: Where timm's data sets lie; for ``wds/`` also a URL.
         download: Fetch a ``torch/`` data set that is not there.
         need_train: If not, a folder may hold the classes' folders itself, and `train_source` is None for it.
@@ -262,13 +359,15 @@ def open_images(
     """
     if name == "digits":
         return ImageData(Digits("train"), Digits("held-out"), [str(digit) for digit in range(10)])
+    if Path(name).exists() and (found := _recognised(Path(name))):
+        return _labelled(found, need_train, splitter)
     if Path(name).is_dir():
         return _folder(Path(name), need_train, splitter)
     if name.startswith(("hfids/", "wds/")):
         held_out = open_source(name, root, "validation")
         return ImageData(open_source(name, root, "train") if need_train else None, held_out, held_out.class_names)
     if not name.startswith(("torch/", "hfds/")):
-        kinds = "digits, a folder with train/ and val/, torch/NAME, hfds/NAME, hfids/NAME or wds/NAME"
+        kinds = "digits, a folder with train/ and val/, labels in a CSV file, torch/NAME, hfds/NAME, hfids/NAME or wds/NAME"
         raise ValueError(f"no data set {name}: expected {kinds}")
     train, held_out = (create_dataset(name, root, split=split, download=download) for split in ("train", "validation"))
     names = getattr(train, "classes", None)  # torchvision's

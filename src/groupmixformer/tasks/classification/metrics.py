@@ -1,7 +1,7 @@
 """Accuracy and calibration of a classifier. No Lightning here, so that a prediction starts fast."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,46 +53,90 @@ def _timed(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> tuple
     return logits.float(), time.perf_counter() - start
 
 
+class Pass:
+    """A classifier looks at every image once.
+
+    Args:
+        model: In eval mode; its device is used.
+        loader: Batches of (images (B, 3, H, W), classes (B) or labels (B, classes)) or (images, classes, problems). Images of
+            class -1 are left out: they could not be read, and `problems` has a line for each; those that only fill up a batch
+            have none.
+        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
+
+    Attributes:
+        positions: Place of each image (N) in the loader's order, in which those left out have theirs too.
+        problems: A line for each image that could not be read.
+        counts: images, which is N; skipped, the number of images that could not be read; images_per_second, loading included;
+            model_images_per_second.
+    """
+
+    def __init__(self, model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dtype | None = None) -> None:
+        self.model, self.loader, self.dtype = model, loader, dtype
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits (B, classes), in float32 on the model's device, and classes.
+
+        Raises:
+            ValueError: If the model is in training mode or gives values that are not finite, or if no image is left.
+        """
+        if self.model.training:
+            raise ValueError("the model is in training mode, which changes its answers: call model.eval() first")
+        device = next(self.model.parameters()).device
+        places: list[Tensor] = []
+        problems: list[str] = []
+        seconds: list[float] = []
+        seen, skipped, start = 0, 0, time.perf_counter()
+        for images, classes, *lines in self.loader:
+            counts = (classes >= 0).reshape(len(classes), -1).all(dim=1)
+            problems += lines[0] if lines else []
+            skipped += 0 if lines else int((~counts).sum())
+            positions = seen + counts.nonzero().flatten()
+            seen += len(classes)
+            if not counts.all():
+                images, classes = images[counts], classes[counts]
+            if not len(classes):
+                continue
+            logits, took = _timed(self.model, images.to(device, non_blocking=True), self.dtype)
+            finite = logits.isfinite().all(dim=1).cpu()
+            if not finite.all():
+                raise ValueError(
+                    f"the model's output for image {int(positions[~finite][0])} is not finite: its weights are damaged, or the "
+                    "precision is too low for them"
+                )
+            seconds.append(took)
+            places.append(positions)
+            yield logits, classes
+        whole = time.perf_counter() - start
+        if not seconds:
+            raise ValueError(f"no image to evaluate on: {seen} were given and none could be read")
+        self.problems = Doubts().take(problems)
+        self.positions = torch.cat(places)
+        warm = slice(min(1, len(seconds) - 1), None)  # without the first batch, which also sets things up
+        self.counts: dict[str, float] = {
+            "images": len(self.positions),
+            "skipped": skipped + len(self.problems),
+            "images_per_second": len(self.positions) / whole,
+            "model_images_per_second": sum(map(len, places[warm])) / sum(seconds[warm]),
+        }
+
+
 @torch.inference_mode()
 def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype: torch.dtype | None = None) -> Evaluation:
     """Evaluate on every image once, with the numbers that timm's validation gives.
 
     Args:
-        model: A classifier in eval mode; its device is used.
-        loader: Batches of (images (B, 3, H, W), classes (B)) or (images, classes, problems). Images of class -1 are left out:
-            their images could not be read, and `problems` has a line for each; those that only fill up a batch have none.
-        dtype: bfloat16 or float16 to run the model under autocast; none to run it as it is.
+        model: As `Pass` takes it.
+        loader: As `Pass` takes it.
+        dtype: As `Pass` takes it.
 
     Raises:
-        ValueError: If the model is in training mode or gives values that are not finite, or if no image is left.
+        ValueError: As `Pass` does.
     """
     from torchmetrics.functional.classification import binary_calibration_error
 
-    if model.training:
-        raise ValueError("the model is in training mode, which changes its answers: call model.eval() first")
-    device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {name: [] for name in ("top5", "predicted", "confidence", "true", "positions")}
-    problems: list[str] = []
-    seconds: list[float] = []
-    loss, seen, skipped, start = 0.0, 0, 0, time.perf_counter()
-    for images, classes, *lines in loader:
-        counts = classes >= 0
-        problems += lines[0] if lines else []
-        skipped += 0 if lines else int((~counts).sum())
-        positions = seen + counts.nonzero().flatten()
-        seen += len(classes)
-        if not counts.all():
-            images, classes = images[counts], classes[counts]
-        if not len(classes):
-            continue
-        logits, took = _timed(model, images.to(device, non_blocking=True), dtype)
-        finite = logits.isfinite().all(dim=1).cpu()
-        if not finite.all():
-            raise ValueError(
-                f"the model's output for image {int(positions[~finite][0])} is not finite: its weights are damaged, or the "
-                "precision is too low for them"
-            )
-        seconds.append(took)
+    found: dict[str, list[Tensor]] = {name: [] for name in ("top5", "predicted", "confidence", "true")}
+    loss, looked = 0.0, Pass(model, loader, dtype)
+    for logits, classes in looked:
         # As timm does it, batch by batch on the model's device: that decides which of equal logits comes first.
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
         logits = logits.cpu()
@@ -101,15 +145,7 @@ def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype
         found["predicted"].append(best[:, 0])
         found["confidence"].append(logits.softmax(dim=1).gather(1, best[:, :1]).flatten())
         found["true"].append(classes)
-        found["positions"].append(positions)
-    whole = time.perf_counter() - start
-    problems = Doubts().take(problems)
-    skipped += len(problems)
-    if not seconds:
-        raise ValueError(f"no image to evaluate on: {seen} were given and none could be read")
-    sizes = [len(part) for part in found["true"]]
-    warm = slice(min(1, len(seconds) - 1), None)  # without the first batch, which also sets things up
-    top5, predicted, confidence, true, places = (torch.cat(parts) for parts in found.values())
+    top5, predicted, confidence, true = (torch.cat(parts) for parts in found.values())
     right = predicted == true
     # Calibration of the top label asks of each image whether that label is right: a binary matter. torchmetrics gives a
     # confidence of exactly 1 a bin of its own above the last one, which the clamp undoes.
@@ -119,12 +155,9 @@ def evaluate_classifier(model: nn.Module, loader: Iterable[Sequence[Any]], dtype
         "top5": top5.double().mean().item(),
         "loss": loss / len(true),
         "calibration_error": error.item(),
-        "images": len(true),
-        "skipped": skipped,
-        "images_per_second": len(true) / whole,
-        "model_images_per_second": sum(sizes[warm]) / sum(seconds[warm]),
+        **looked.counts,
     }
-    return Evaluation(metrics, predicted, confidence, true, places, problems)
+    return Evaluation(metrics, predicted, confidence, true, looked.positions, looked.problems)
 
 
 def per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:

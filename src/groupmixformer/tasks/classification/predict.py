@@ -14,11 +14,12 @@ from torch import Tensor
 from ...data.split import Splitter
 from ...models.attention_maps import class_relevance, has_attention_maps, stages_of
 from ...models.checkpoint import load_model
-from ...run_folder import RunFolder
+from ...run_folder import MULTI_LABEL, RunFolder
 from ..explainer import Explainer, Target, class_index
 from ..predictor import EvalResult, Point, Predicted, Predictor, Progress, View, class_table, no_better_than_one_class
 from .data import eval_loader, eval_transform, open_images
-from .metrics import Evaluation, evaluate_classifier, per_class, reliability
+from .metrics import Evaluation, Pass, evaluate_classifier, per_class, reliability
+from .multi_label import THRESHOLD, LabelEvaluation, evaluate_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,27 +55,56 @@ class ClassificationResult(EvalResult):
         return reliability_diagram(self.evaluation)
 
 
+@dataclass(frozen=True)
+class LabelResult(EvalResult):
+    """What an evaluation of several labels for an image found."""
+
+    evaluation: LabelEvaluation | None = None
+    positions: Tensor | None = None
+
+    def figure(self) -> "Figure":
+        """Draw F1 over the threshold."""
+        from .report import threshold_chart
+
+        assert self.evaluation is not None
+        return threshold_chart(self.evaluation)
+
+
 class ClassificationPredictor(Predictor):
     """A classifier.
 
-    Options are ``top``, the number of classes to name; ``test_size``, to take size and crop that the model stores for tests, if
+    Options are ``top``, the number of classes to name, or ``score_threshold``, the least probability of a label that an image
+    is said to have, where it may have several; ``test_size``, to take size and crop that the model stores for tests, if
     any; and ``crop_pct``, ``crop_mode`` and ``interpolation`` by timm's names, where they are not the model's own.
 
     Attributes:
         config: Size, crop and colours of the model's input.
+        several: Whether an image may have several labels.
         transform: From an image (RGB) to the model's input (C, H, W).
     """
 
     batched = True
     metric = ("val_top1", "top-1")
 
-    DEFAULTS: ClassVar = {"top": 5, "test_size": False, "crop_pct": None, "crop_mode": None, "interpolation": None}
+    DEFAULTS: ClassVar = {
+        **{"top": None, "score_threshold": None, "test_size": False},
+        **{"crop_pct": None, "crop_mode": None, "interpolation": None},
+    }
+    OWN: ClassVar = {True: ("score_threshold", THRESHOLD, "top"), False: ("top", 5, "score_threshold")}  # by `several`
 
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the classifier, and how images are prepared for it."""
         model = load_model(run)
         self.class_names, self.has_names = class_names(model), bool(model.pretrained_cfg.get("label_names"))
-        config = data_config(model, image_size, **{name: value for name, value in self.options.items() if name != "top"})
+        self.several = model.pretrained_cfg.get("problem_type") == MULTI_LABEL
+        option, default, other = self.OWN[self.several]
+        if self.options.pop(other) is not None:
+            labels = "several labels" if self.several else "one class"
+            raise ValueError(f"{run.source}: gives an image {labels}: take {option}, and not {other}")
+        self.metric = ("val_mAP", "mAP") if self.several else self.metric
+        asked = {name: value for name, value in self.options.items() if name != option}
+        self.options[option] = default if self.options[option] is None else self.options[option]
+        config = data_config(model, image_size, **asked)
         self.transform: Any = eval_transform(config)
         return model, config
 
@@ -108,19 +138,24 @@ class ClassificationPredictor(Predictor):
         """Return the classes' probabilities (B, classes) on the CPU, of images (B, C, H, W) that `prepare` made."""
         with self.autocast():
             logits = self.model(images.to(self.device))
-        return logits.float().softmax(dim=1).cpu()
+        return (logits.float().sigmoid() if self.several else logits.float().softmax(dim=1)).cpu()
 
     def predict_prepared(self, images: Tensor) -> list[Predicted]:
-        """Name the likeliest classes of each image (B, C, H, W) that `prepare` made."""
+        """Name the likeliest classes, or the labels, of each image (B, C, H, W) that `prepare` made."""
         found = []
         for probabilities in self.probabilities(images):
-            best = probabilities.topk(min(self.options["top"], len(probabilities)))
+            if self.several:
+                number = int((probabilities >= self.options["score_threshold"]).sum())
+                every = {"probabilities": dict(zip(self.class_names, probabilities.tolist(), strict=True))}
+            else:
+                number, every = min(self.options["top"], len(probabilities)), {}
+            best = probabilities.topk(number)
             classes = [
                 {"class": self.class_names[index], "index": index, "probability": probability}
                 for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
-            text = ", ".join(f"{c['class']} {c['probability']:.1%}" for c in classes)
-            found.append(Predicted({"classes": classes}, text, {}, []))
+            text = ", ".join(f"{c['class']} {c['probability']:.1%}" for c in classes) or "no label"
+            found.append(Predicted({"classes": classes, **every}, text, {}, []))
         return found
 
     def predict(self, image: Image.Image, name: str = "") -> Predicted:
@@ -136,16 +171,26 @@ class ClassificationPredictor(Predictor):
             splitter: Says which images of a folder without parts are held out.
 
         Raises:
-            ValueError: If there is no such data set, or the model lacks one of its classes.
+            ValueError: If there is no such data set, or the model lacks one of its classes, or is for another kind of labels.
         """
         images = open_images(data, root, need_train=False, splitter=splitter)
+        if images.several != self.several:
+            kinds = {True: "several labels for an image", False: "one class for each image"}
+            raise ValueError(f"{data}: has {kinds[images.several]}, and the model gives {kinds[self.several]}")
         return self.match_classes(images.held_out(self.transform), data)
 
     def evaluate(
         self, images: Any, workers: int = 0, progress: Progress = lambda items, _: items, batch_size: int = 64
-    ) -> ClassificationResult:
-        """Measure accuracy and calibration on every image once, in batches."""
+    ) -> EvalResult:
+        """Measure accuracy and calibration, or mAP and F1 of several labels, on every image once, in batches."""
         loader = progress(eval_loader(images, batch_size, workers), "evaluating")
+        config = {key: self.config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
+        height, width = config["input_size"][1:]
+        details = f"{height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, {config['interpolation']}"
+        config |= {"device": str(self.device), "batch_size": batch_size}
+        if self.several:
+            labelled, looked = evaluate_labels(self.model, loader, self.dtype)
+            return self._labels_result(labelled, looked, images, config, details)
         evaluation = evaluate_classifier(self.model, loader, self.dtype)
         metrics, classes = evaluation.metrics, per_class(evaluation, images.class_names)
         top5 = f"top-5 {metrics['top5']:.2%}  " if len(classes) > 5 else ""  # or it is 100 % whatever the model
@@ -153,20 +198,39 @@ class ClassificationPredictor(Predictor):
             f"top-1 {metrics['top1']:.2%}  {top5}loss {metrics['loss']:.4f}  "
             f"calibration error {metrics['calibration_error']:.2%}"
         )
-        config = {key: self.config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
-        height, width = config["input_size"][1:]
-        details = f"{height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, {config['interpolation']}"
-        result = {**metrics, **config, "device": str(self.device), "batch_size": batch_size}
-        result |= {"per_class": classes, "reliability": reliability(evaluation)}
+        result = {**metrics, **config, "per_class": classes, "reliability": reliability(evaluation)}
         right, counts = int((evaluation.predicted == evaluation.true).sum()), [row["images"] for row in classes]
         remarks = no_better_than_one_class(right, counts, images.class_names, "images")
         table = class_table(classes, "top1", "top-1")
         return ClassificationResult(result, text, table, evaluation.problems, details, images.notes, remarks, evaluation)
 
+    def _labels_result(
+        self, found: LabelEvaluation, looked: Pass, images: Any, config: dict[str, Any], details: str
+    ) -> LabelResult:
+        metrics, rows = found.metrics, found.per_class(images.class_names)
+        text = (
+            f"mAP {metrics['mAP']:.2%}  F1 macro {metrics['f1_macro']:.2%}, micro {metrics['f1_micro']:.2%} at {THRESHOLD}, "
+            f"micro {metrics['best_f1_micro']:.2%} at {metrics['best_threshold']:.2f}  loss {metrics['loss']:.4f}"
+        )
+        shares = [row["images"] / len(found.true) for row in rows if row["images"]]
+        chance, remarks = float(np.mean(shares)) if shares else 0.0, []
+        if metrics["mAP"] <= chance:
+            remarks.append(
+                f"no better than chance: random answers have an mAP of {chance:.2%}, and the model {metrics['mAP']:.2%}"
+            )
+        if not metrics["f1_micro"]:
+            best = f"F1 is best, {metrics['best_f1_micro']:.2%}, at {metrics['best_threshold']:.2f}"
+            remarks.append(f"no label is found rightly at a threshold of {THRESHOLD}: {best}: take --score-threshold")
+        result = {**metrics, **looked.counts, **config, "per_class": rows}
+        table = class_table(rows, "AP")
+        return LabelResult(result, text, table, looked.problems, details, images.notes, remarks, found, looked.positions)
+
     def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
         """Write the report of a run, with confusion, calibration, examples right and wrong, and what they attend to."""
-        from .report import write_report
+        from .report import write_label_report, write_report
 
+        if isinstance(measured, LabelResult):
+            return write_label_report(folder, self.model.cpu(), images, self.class_names, measured, self.config)
         assert isinstance(measured, ClassificationResult)
         return write_report(folder, self.model.cpu(), images, self.class_names, measured, self.config)
 
@@ -198,6 +262,7 @@ class ClassificationExplainer(Explainer):
         classes = None if self.wanted is None else [self.wanted]
         found, logits = class_relevance(self.predictor.model, view.images, classes, stage)
         index = int(logits.argmax()) if self.wanted is None else self.wanted
-        name, probability = self.predictor.class_names[index], logits[0].float().softmax(dim=0)[index].item()
+        scores = logits[0].float().sigmoid() if self.predictor.several else logits[0].float().softmax(dim=0)
+        name, probability = self.predictor.class_names[index], scores[index].item()
         about = {"class": name, "index": index, "probability": probability}
         return Target(about, found[0].float().cpu().numpy())

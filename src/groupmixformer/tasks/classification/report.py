@@ -17,16 +17,17 @@ from ...files import read_text, short, write_file
 from ...models.attention_maps import attention_maps, by_group_size, has_attention_maps, suited_stage
 from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import EXAMPLES, RECIPE
-from ...visual.charts import new_axes
+from ...visual.charts import line_chart, new_axes
 from ...visual.figures import BLUE, ORANGE, Row, overlay_figure, tip
 from ...visual.page import Block, Chart, Gallery, Shown, Table
 from ..predictor import percent, to_png
-from ..report import confusion_blocks, finish, run_charts
+from ..report import class_chart, confusion_blocks, finish, run_charts
 from .data import eval_transform
 from .metrics import Evaluation, reliability
+from .multi_label import THRESHOLD, THRESHOLDS, LabelEvaluation
 
 if TYPE_CHECKING:
-    from .predict import ClassificationResult
+    from .predict import ClassificationResult, LabelResult
 
 MOST_NAMED = 200  # classes whose rows a page lists
 
@@ -182,6 +183,87 @@ def write_report(
     return finish(folder, f"{metrics['top1']:.2%} of {metrics['images']:,} held-out images right", tiles, sections, measured)
 
 
+def threshold_chart(evaluation: LabelEvaluation) -> Figure:
+    """Draw F1 over the least probability of a label, of all labels together and their mean."""
+    own, together = evaluation.f1
+    lines = {"micro": (100 * together).tolist(), "macro": (100 * own[:, evaluation.true.any(dim=0)].mean(dim=1)).tolist()}
+    best = evaluation.metrics["best_threshold"]
+    return line_chart(THRESHOLDS.tolist(), lines, form="{:.1f} %", mark=best, xlabel="threshold", ylabel="F1 (%)")
+
+
+def label_blocks(rows: Sequence[dict[str, Any]]) -> list[Block]:
+    """Chart the average precision of the labels, and list what was measured of each, the worst first."""
+    present = [row for row in rows if row["images"]]
+    ordered = sorted(present, key=lambda row: row["AP"])[:MOST_NAMED]
+    keys = ("AP", "precision", "recall", "f1", "best_f1")
+    listed = [
+        [short(row["class"]), f"{row['images']:,}", *(percent(row[key]) for key in keys), f"{row['best_threshold']:.2f}"]
+        for row in ordered
+    ]
+    absent = len(rows) - len(present)
+    more = [f"{absent} labels are of no held-out image, and left out of means."] if absent else []
+    more += [f"The {MOST_NAMED} worst of {len(present):,}; gmf eval --json has all."] if len(present) > MOST_NAMED else []
+    return [
+        class_chart(ordered, "AP"),
+        f"Precision, recall and F1 at a threshold of {THRESHOLD}; then the best F1 of each label and the threshold for it.",
+        *more,
+        Table(["label", "images", "AP", "precision", "recall", "F1", "best F1", "at"], listed),
+    ]
+
+
+def write_label_report(
+    folder: Path, model: nn.Module, images: Any, class_names: Sequence[str], measured: "LabelResult", config: dict[str, Any]
+) -> Path:
+    """Write the report of a run with several labels for an image; takes and returns what `write_report` does."""
+    evaluation, rows = measured.evaluation, measured.result["per_class"]
+    assert evaluation is not None and measured.positions is not None
+    metrics, true, positions = evaluation.metrics, evaluation.true, measured.positions.tolist()
+    found = evaluation.probabilities >= THRESHOLD
+    mistakes = (found != true).sum(dim=1)
+    wrong = mistakes.argsort(descending=True, stable=True)[: min(16, int((mistakes > 0).sum()))].tolist()
+    right = (mistakes == 0).nonzero().flatten().tolist()
+    right = right[:: max(1, len(right) // 16)][:16]
+    few = np.random.default_rng(0).permutation(len(true))[:8].tolist()  # as they come, right and wrong
+    chosen = {i: images.read(positions[i])[0] for i in {*wrong, *right, *few}}
+
+    def names(row: torch.Tensor) -> str:
+        return ", ".join(short(class_names[i]) for i in row.nonzero().flatten().tolist()) or "none"
+
+    def shown(indices: Sequence[int]) -> list[Shown]:
+        items = []
+        for i in indices:
+            truth = f"; is {names(true[i])}" if mistakes[i] else ""
+            items.append(Shown(chosen[i], short(names(found[i]) + truth, 120), not mistakes[i]))
+        return items
+
+    sections: dict[str, list[Block]] = {
+        "": [Gallery("sample", lambda: shown(few))],
+        "How the training went": [*_learnt_from(folder), *run_charts(folder, "val_mAP", "mAP")],
+        "Labels": label_blocks(rows),
+        "Threshold": [
+            "A label is said to be there if its probability is at least a threshold. Micro: F1 of all labels together, best at "
+            f"{metrics['best_threshold']:.2f}: {percent(metrics['best_f1_micro'])}. Macro: the mean of the labels' F1.",
+            Chart("threshold", "F1 over the threshold", lambda: threshold_chart(evaluation)),
+        ],
+    }
+    if wrong:
+        sections["Held-out images with wrong labels, the most wrong first"] = [Gallery("wrong", lambda: shown(wrong))]
+    if right:
+        sections["Held-out images with the right labels"] = [Gallery("right", lambda: shown(right))]
+    if has_attention_maps(model):
+        title = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
+        looked = [chosen[i] for i in few[:4]]
+        sections["Attention"] = [Chart("attention", title, lambda: _attention(model, looked, config), wide=True)]
+    tiles = {
+        "mAP": percent(metrics["mAP"]),
+        f"macro F1 at {THRESHOLD}": percent(metrics["f1_macro"]),
+        f"micro F1 at {THRESHOLD}": percent(metrics["f1_micro"]),
+        f"best micro F1, at {metrics['best_threshold']:.2f}": percent(metrics["best_f1_micro"]),
+        "loss": f"{metrics['loss']:.4f}",
+    }
+    return finish(folder, f"mAP {percent(metrics['mAP'])} on {len(true):,} held-out images", tiles, sections, measured)
+
+
 def save_examples(folder: Path, images: Any, class_names: Sequence[str], number: int = 3) -> list[Path]:
     """Write a few held-out images of different classes to examples/, to try `gmf predict` on."""
     paths: dict[int, Path] = {}
@@ -190,7 +272,8 @@ def save_examples(folder: Path, images: Any, class_names: Sequence[str], number:
             image, label = images.read(int(index))
         except ValueError:  # unreadable
             continue
-        if label not in paths:
+        label = next(iter(label.nonzero()[:, 0].tolist()), -1) if isinstance(label, torch.Tensor) else label  # of several
+        if label not in paths and label >= 0:
             name = "".join(c if c.isalnum() else "_" for c in class_names[label])[:40]
             path = folder / EXAMPLES / f"{name}.png"
             paths[label] = path.with_stem(f"{name}-{label}") if path in paths.values() else path

@@ -9,15 +9,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import AsymmetricLossMultiLabel, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ...models.adapters import add_adapters, freeze_statistics, trained_names
-from ...models.checkpoint import fixed_size, load_model, model_arguments, model_name, save_checkpoint
+from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_arguments, model_name, save_checkpoint
 from ...models.groupmixformer import GroupMixFormer
-from ...run_folder import RunFolder
+from ...run_folder import MULTI_LABEL, RunFolder
 from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
@@ -32,6 +32,7 @@ from .data import (
     training_config,
 )
 from .distillation import distillation, open_teacher
+from .multi_label import LabelEvaluation
 
 
 def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
@@ -147,7 +148,7 @@ class ClassificationModule(Task):
                 self.projection = self.distillation[0].trainable_module.projection
         self.val_images = SumMetric()
         self.val_loss = MeanMetric()
-        self.top1 = MulticlassAccuracy(len(images.class_names), average="micro", ignore_index=-1)
+        self.top1 = MulticlassAccuracy(max(2, len(images.class_names)), average="micro", ignore_index=-1)
 
     def training_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images (B, 3, H, W), classes (B) and problems."""
@@ -157,7 +158,7 @@ class ClassificationModule(Task):
             images = images.contiguous(memory_format=torch.channels_last)
         targets = classes
         if self.mixup is not None:
-            images, targets = self.mixup(images, classes)
+            images, targets = self.mix(images, classes)
         if self.distillation:
             losses = self.distillation[0](images, targets)
             loss = losses["loss"]
@@ -166,6 +167,12 @@ class ClassificationModule(Task):
             loss = self.label_loss(self.model(images), targets)
         self.log_loss(loss, len(images))
         return loss
+
+    def mix(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply mixup or cutmix, and return the images with the shares of their classes (B, classes)."""
+        assert self.mixup is not None
+        mixed: tuple[Tensor, Tensor] = self.mixup(images, classes)
+        return mixed
 
     def on_train_start(self) -> None:
         """Keep the statistics of BatchNorm where few parameters are trained; validation restores the mode of each module."""
@@ -240,7 +247,7 @@ class ClassificationModule(Task):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write a model to a folder that `load_model`, timm and transformers read."""
-        save_checkpoint(model, folder, self.class_names, self.config)
+        save_checkpoint(model, folder, self.class_names, self.config | dict.fromkeys(LABEL_FIELDS))  # maybe its checkpoint's
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> "ClassificationModule":
@@ -249,4 +256,75 @@ class ClassificationModule(Task):
         Raises:
             ValueError: If one of them cannot be used.
         """
-        return cls(recipe, open_images(recipe.data, recipe.root, recipe.download, splitter=recipe.splitter), world_size)
+        images = open_images(recipe.data, recipe.root, recipe.download, splitter=recipe.splitter)
+        if images.several:
+            return LabelModule(recipe, images, world_size)
+        if recipe.loss:
+            raise ValueError(f"loss {recipe.loss} is for several labels for an image, and {recipe.data} has one class for each")
+        return cls(recipe, images, world_size)
+
+
+class LabelModule(ClassificationModule):
+    """Trains a timm classifier to give an image several labels, each by its own sigmoid.
+
+    Args:
+        recipe: The settings.
+        images: The data set.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If the recipe asks for what several labels do not have.
+    """
+
+    monitor = "val_mAP"
+
+    def __init__(self, recipe: Recipe, images: ImageData, world_size: int = 1) -> None:
+        several = f"{recipe.data}: its images have several labels"
+        if recipe.balance:
+            raise ValueError(f"{several}, and balance is for one class each: set it to null, and take loss asl for rare labels")
+        if recipe.distill.teacher and recipe.distill.kind == "logits":
+            raise ValueError(f"{several}, whose logits timm does not distill: teach features (--distill.kind features)")
+        super().__init__(recipe, images, world_size)
+        if self.mixup is not None:  # of the shares that images have in a mixed one
+            self.mixup.num_classes, self.mixup.label_smoothing = recipe.batch_size, 0.0
+        self.asl = AsymmetricLossMultiLabel() if recipe.loss == "asl" else None
+        self.found: list[tuple[Tensor, Tensor]] = []
+        self.best_threshold: float | None = None
+
+    def mix(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply mixup or cutmix, and return the images with their shares of labels (B, classes)."""
+        images, shares = super().mix(images, torch.arange(len(images), device=images.device))
+        return images, shares[:, : len(images)] @ classes
+
+    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits and labels (B, classes): the mean of binary cross entropies, or the asymmetric loss."""
+        smoothing = self.recipe.augmentation.label_smoothing
+        targets = targets * (1 - smoothing) + 0.5 * smoothing
+        if self.asl is None:
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        loss: Tensor = self.asl(logits.float(), targets)
+        return loss if hasattr(self.asl, "reduction") else loss / len(logits)  # which timm summed before 1.0.31
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what was found."""
+        self.found = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> None:
+        """Look at held-out images; labels of -1 fill up a batch and do not count."""
+        images, labels, _ = batch
+        counts = (labels >= 0).all(dim=1)
+        self.found.append((self.evaluated(images)[counts].float().cpu(), labels[counts].cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Measure the images of all processes."""
+        logits, labels = zip(*(pair for pairs in self._of_all(self.found) for pair in pairs), strict=True)
+        self.found = []
+        metrics = LabelEvaluation.of(torch.cat(logits), torch.cat(labels)).metrics
+        self.best_threshold = metrics["best_threshold"]
+        told = {f"val_{name}": metrics[name] for name in ("mAP", "f1_macro", "f1_micro", "loss")}
+        self.log_dict(told | {"val_images": float(sum(map(len, labels)))}, rank_zero_only=False)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a model with what its answers are."""
+        about = {"problem_type": MULTI_LABEL, "best_threshold": self.best_threshold}
+        save_checkpoint(model, folder, self.class_names, self.config | about)
