@@ -175,7 +175,9 @@ def test_what_is_split_is_not_dealt_out(tmp_path):
 
 def test_what_is_unknown_is_said_with_what_is_there(tmp_path):
     lay_out(tmp_path, {"notes.txt": "", "a.csv": ""})
-    with pytest.raises(ValueError, match=r"expected a data set \(Cityscapes, .*\); found a\.csv, notes\.txt"):
+    with pytest.raises(
+        ValueError, match=r"expected a data set \(labels in a CSV file, Cityscapes, .*\); found a\.csv, notes\.txt"
+    ):
         recognise(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         recognise(tmp_path / "nowhere")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from groupmixformer.tasks.classification.multi_label import LabelEvaluation
 from groupmixformer.tasks.registry import build_task, find_task
 from groupmixformer.training.recipe import read_recipe
 
+DOCS = Path(__file__).parents[1] / "docs" / "evaluate.md"
 COLORS = {"red": (230, 40, 40), "green": (40, 200, 40), "blue": (50, 60, 240)}
 TINY = ["--image-size", "32", "--crop-pct", "1.0", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--epochs", "1"]
 TINY += ["--optimizer.lr_batch", "null", "--model", "test_resnet", "--augmentation.label_smoothing", "0"]
@@ -301,6 +303,9 @@ def test_labels_that_can_be_learnt_are_and_are_told_wherever_the_run_is_used(tmp
     config = json.loads((run / "config.json").read_text())
     # The same numbers from eval, with classes in another order and missing.
     again = gmf("eval", run, "--json", "--plot", tmp_path / "f1.png")
+    section = re.search(r"^## Several labels.*?(?=^## )", DOCS.read_text(), re.M | re.S)[0]
+    documented = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert documented <= set(again) and set(again["per_class"][0]) <= set(re.findall(r"`(\w+)`", section))
     assert len(again["per_class"]) == 3 and (tmp_path / "f1.png").is_file()
     other = write(data, columns(squares(data / "images", 12, 1000), ["blue", "red"]), "other.csv") / "other.csv"
     assert {row["class"]: row["images"] for row in gmf("eval", run, "--data", other, "--json")["per_class"]}["green"] == 0
