@@ -10,9 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .common import EXTRAS, Json, Option, PathText, Positive, Reads, UsageError, Works, Writes, command, progress, show, tell
+from .common import (
+    EXTRAS,
+    Folder,
+    Json,
+    Option,
+    PathText,
+    Positive,
+    Reads,
+    UsageError,
+    Works,
+    Writes,
+    command,
+    progress,
+    show,
+    tell,
+)
 
 if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
     from ..training.recipe import Recipe
 
 
@@ -40,7 +57,9 @@ def _train(name: str, options: Sequence[str], resume: "bool | Literal['auto']") 
     return _train_run(recipe, resume)
 
 
-def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict[str, Any], str]:
+def _train_run(
+    recipe: "Recipe", resume: "bool | Literal['auto']", watchers: "Sequence[Callback]" = ()
+) -> tuple[dict[str, Any], str]:
     """Train, and on the first process evaluate and report."""
     import time
 
@@ -54,7 +73,7 @@ def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict
 
     start, again = time.monotonic(), f"gmf train {shlex.quote(str(Path(recipe.out, RECIPE)))} --resume"
     try:
-        folder = train(recipe, build_task, resume)
+        folder = train(recipe, build_task, resume, watchers)
     except Stopped as stop:
         if is_first_process():
             print(f"gmf: stopped by {stop} and saved: continue with {again}", file=sys.stderr)
@@ -91,6 +110,32 @@ def _train_run(recipe: "Recipe", resume: "bool | Literal['auto']") -> tuple[dict
     text = f"{measured.text}\non {measured.result['images']:,} held-out images after {seconds:.0f} s\nrun    {folder}" + (
         f"\nreport {report}" if report else ""
     )
+    return result, text
+
+
+def _find_lr(recipe: "Recipe") -> tuple[dict[str, Any], str]:
+    from ..tasks.registry import build_task
+    from ..training.tuning import find_rate
+
+    found = find_rate(recipe, build_task)
+    page = found.write(Path(recipe.out))
+    span = f"after {len(found.rates)} steps from {found.rates[0]:.0e} to {found.rates[-1]:.2g}"
+    text = f"--optimizer.lr {found.suggestion:g}\n{span}"
+    return {"optimizer.lr": found.suggestion, "steps": len(found.rates), "page": str(page)}, f"{text}\npage   {page}"
+
+
+def _find_batch_size(recipe: "Recipe") -> tuple[dict[str, Any], str]:
+    from ..tasks.registry import build_task
+    from ..training.tuning import try_batch_sizes
+
+    rows = []
+    for row in try_batch_sizes(recipe, build_task):
+        rows.append(row)
+        told = f"batch_size {row.batch_size:5}  {row.images_per_second:9.1f} images/s  {row.memory:8,.0f} MiB"
+        print(told, file=sys.stderr, flush=True)
+    fastest = max(rows, key=lambda row: row.images_per_second)
+    result = {"batch_size": fastest.batch_size, "largest": rows[-1].batch_size, "tried": [vars(row) for row in rows]}
+    text = f"--batch-size {fastest.batch_size}\nis the fastest; the largest that was tried and fits is {rows[-1].batch_size}"
     return result, text
 
 
@@ -132,6 +177,8 @@ def train(
     print: Writes[bool] = False,
     resume: Works[bool] = False,
     auto_resume: Works[bool] = False,
+    find_lr: Works[bool] = False,
+    find_batch_size: Works[bool] = False,
     json: Json = False,
 ) -> None:
     """Train by a recipe.
@@ -144,7 +191,15 @@ def train(
         print: show the resolved recipe and stop
         resume: continue the run in the recipe's out folder, or in the folder where the recipe.yaml of a run lies
         auto_resume: continue it if it has a checkpoint, or else begin it: for jobs that are started again and again
+        find_lr: do not train, but find a learning rate by a range test of 100 steps, with a page in the recipe's out folder
+        find_batch_size: do not train, but try which batches fit and how fast they are
     """
+    if find_lr or find_batch_size:
+        if find_lr and find_batch_size:
+            raise UsageError("expected one of --find-lr and --find-batch-size: the one depends on the other")
+        found, text = (_find_lr if find_lr else _find_batch_size)(resolve_recipe(recipe, fields))
+        show(found, json, text)
+        return
     if print:
         from ..training.recipe import fields_of, to_yaml
 
@@ -153,6 +208,50 @@ def train(
         return
     result, text = _train(recipe, fields, "auto" if auto_resume else resume)
     show(result, json, text)
+
+
+@command("sweep", "gmf sweep folder --data photos --epochs 10 --try optimizer.lr=1e-4..1e-2:log --trials 20", "sweep", *EXTRAS)
+def sweep(
+    recipe: Reads[str],
+    *fields: str,
+    try_fields: Annotated[Works[Sequence[str]], Option(metavar="FIELD=VALUES", name="try")],
+    trials: Works[Positive] = 20,
+    prune: Works[bool] = True,
+    storage: Annotated[Works[str | None], Option(metavar="URL")] = None,
+    out: Writes[Folder] = Path("runs/sweep"),
+    json: Json = False,
+) -> None:
+    """Train runs with fields of a recipe that Optuna chooses, and say which were best.
+
+    Given again, it continues; given in several terminals, they share the work.
+    Every field of the recipe is an option too: gmf train RECIPE --help lists them.
+
+    Args:
+        recipe: a shipped recipe or a YAML file
+        fields: options of the recipe, such as ``--batch-size 8 --data photos``
+        try_fields: fields to choose: optimizer.lr=1e-4..1e-2:log epochs=5..20 model=mobile,tiny
+        trials: runs to be done in the end, those of before included
+        prune: end runs early that do worse after an epoch than half of the others did
+        storage: where several machines meet, as a URL of SQLAlchemy; a file in the folder by default
+        out: folder of the sweep
+    """
+    from ..tasks.sweep import Space, sweep
+    from ..training.recipe import RecipeError
+
+    def train_run(own: "Recipe", watchers: "Sequence[Callback]") -> dict[str, Any]:
+        return _train_run(own, "auto", watchers)[0]
+
+    try:
+        result = sweep(recipe, fields, [Space.parse(text) for text in try_fields], trials, out, train_run, storage, prune)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    best = result["best"]
+    shown = [
+        f"{value:>10.4f}  trial {n}"
+        for n, value in sorted(((r["trial"], r["value"]) for r in result["trials"] if r["value"]), key=lambda row: -row[1])[:5]
+    ]
+    lines = [f"{result['metric']} {best['value']:.4f} by", f"  {result['command']}", *shown, f"page   {out / 'sweep.html'}"]
+    show(result, json, "\n".join(lines))
 
 
 def train_help(with_fields: bool) -> str:

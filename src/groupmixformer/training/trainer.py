@@ -8,7 +8,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -87,6 +87,29 @@ class _ModelParallel(_InTime, ModelParallelStrategy):
 
 def _on_cuda(recipe: Recipe) -> bool:
     return recipe.device in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def with_precision(recipe: Recipe) -> Recipe:
+    """Return a recipe whose precision is not ``auto``."""
+    if recipe.precision != "auto":
+        return recipe
+    bf16 = _on_cuda(recipe) and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(recipe, precision="bf16" if bf16 else "fp32")
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Leave out what Lightning warns of and a recipe means, or this package does otherwise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, about PyTorch
+        warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # timm's schedulers are not torch's
+        warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # `DataModule` is
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # metrics.csv has every epoch
+        warnings.filterwarnings("ignore", ".*has `__len__` defined.*")  # a stream's is exact
+        warnings.filterwarnings("ignore", ".*sync_dist.*")  # metrics are computed over all processes before they are logged
+        warnings.filterwarnings("ignore", ".*in eval mode at the start.*")  # the EMA model
+        yield
 
 
 def _threads(recipe: Recipe, world_size: int) -> ThreadChoice | None:
@@ -171,7 +194,12 @@ def _continue(task: Task, start: Start, processes: int) -> None:
         task.notes.append(f"changed from there on, as recipe.yaml says too: {told}")
 
 
-def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: bool | Literal["auto"] = False) -> Path:
+def train(
+    recipe: Recipe,
+    build_task: Callable[[Recipe, int], Task],
+    resume: bool | Literal["auto"] = False,
+    watchers: Sequence[Callback] = (),
+) -> Path:
     """Train by a recipe into its run folder, on one process or as one of several.
 
     The folder holds recipe.yaml, versions.json, split.json where the recipe deals out the data, metrics.csv, TensorBoard
@@ -183,6 +211,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
         build_task: Takes the recipe and the number of processes, opens the data and creates what is trained.
         resume: Continue from the folder's last checkpoint, or from the one before it where the last one is damaged; ``auto``
             begins a run where there is none.
+        watchers: Further callbacks of Lightning; what they raise ends the run.
 
     Returns:
         The run folder.
@@ -193,9 +222,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
         OSError: If a file cannot be written.
         Stopped: If a signal stopped the run, after it was saved.
     """
-    bf16 = _on_cuda(recipe) and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast: Any = "bf16" if bf16 else "fp32"
-    recipe = replace(recipe, precision=fast if recipe.precision == "auto" else recipe.precision)
+    recipe = with_precision(recipe)
     folder = Path(recipe.out)
     devices, nodes = _processes(recipe)
     first = is_first_process()
@@ -205,7 +232,7 @@ def train(recipe: Recipe, build_task: Callable[[Recipe, int], Task], resume: boo
     with Claim(folder) if first else contextlib.nullcontext() as claim:
         start = _find_start(folder, resume)
         try:
-            _fit(recipe, build_task, start, claim, devices, nodes)
+            _fit(recipe, build_task, start, claim, devices, nodes, watchers)
         except OSError as error:
             if claim:
                 claim.check()  # a folder that was removed is the reason of all others
@@ -225,6 +252,7 @@ def _fit(
     claim: Claim | None,
     devices: int,
     nodes: int,
+    watchers: Sequence[Callback],
 ) -> None:
     folder, first, world_size = Path(recipe.out), claim is not None, devices * nodes
 
@@ -256,18 +284,11 @@ def _fit(
     callbacks += [
         MetricsCallback(folder, pace, claim),
         CheckpointCallback(recipe.last_checkpoint, recipe.save_minutes, recipe.grad_accum_steps, claim),
+        *watchers,
     ]
     callbacks.append(EpochBar() if sys.stderr.isatty() else StepLines())
     checkpoints = AtomicCheckpoints(folder, {start.path: start.checkpoint} if start else {}, not (start and start.damage))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, about PyTorch
-        warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # timm's schedulers are not torch's
-        warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # `DataModule` is
-        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # metrics.csv has every epoch
-        warnings.filterwarnings("ignore", ".*has `__len__` defined.*")  # a stream's is exact
-        warnings.filterwarnings("ignore", ".*sync_dist.*")  # metrics are computed over all processes before they are logged
-        warnings.filterwarnings("ignore", ".*in eval mode at the start.*")  # the EMA model
+    with without_warnings():
         trainer = lightning.Trainer(
             accelerator=recipe.device,
             devices=devices,
