@@ -47,7 +47,7 @@ def test_a_range_test_raises_the_rate_of_each_group_and_finds_where_the_loss_is_
     assert found.suggestion == pytest.approx(best / 10, rel=0.1)
     assert not (tmp_path / "run").exists()
     page = found.write(tmp_path / "run")
-    assert f"Learning rate {found.suggestion:.1e}" in page.read_text()
+    assert f"Learning rate {found.suggestion:.1e}" in page.read_text() and "mathdefault" not in page.read_text()
     assert json.loads((tmp_path / "run" / "find-lr.json").read_text())["suggestion"] == found.suggestion
 
 
@@ -147,7 +147,9 @@ def test_a_sweep_goes_on_where_it_was_ended_and_finds_the_best(tmp_path):
     assert result["best"] == best and abs(math.log10(best["optimizer.lr"]) + 3) < 1.5
     assert f"--optimizer.lr={best['optimizer.lr']}" in result["command"] and "--seed=3" in result["command"]
     assert all(isinstance(row["epochs"], int) and 2 <= row["epochs"] <= 4 for row in result["trials"])
-    assert json.loads((out / "sweep.json").read_text())["best"] == best and (out / "sweep.html").stat().st_size > 10_000
+    assert (
+        json.loads((out / "sweep.json").read_text())["best"] == best and "mathdefault" not in (out / "sweep.html").read_text()
+    )
     count = len(trained)
     assert sweep(*given)["best"] == best and len(trained) == count  # nothing is done again
     with pytest.raises(ValueError, match="other fields"):

@@ -265,10 +265,9 @@ def _shown(value: Any) -> str:
 def _scatter(rows: Sequence[Mapping[str, Any]], name: str, metric: str) -> "Figure":
     """Draw the metric over a field; trials that ended early are hollow."""
     rows = [row for row in rows if row["value"] is not None]
-    figure, axes = new_axes(xlabel=name, ylabel=metric)
     values = [row[name] for row in rows]
-    if all(isinstance(value, float) and value > 0 for value in values) and max(values) > 20 * min(values):
-        axes.set_xscale("log")
+    wide = all(isinstance(value, float) and value > 0 for value in values) and max(values) > 20 * min(values)
+    figure, axes = new_axes(xlabel=name, ylabel=metric, **({"xscale": "log"} if wide else {}))
     for row in rows:
         done = row["state"] == "complete"
         (point,) = axes.plot([row[name]], [row["value"]], "o", color=BLUE, fillstyle="full" if done else "none")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from ..files import short
@@ -21,7 +21,7 @@ GREY = "#b0b0b0"  # matplotlib's of grids
 
 
 def new_axes(height: float = 2.7, width: float = WIDTH, **labels: Any) -> tuple[Figure, Axes]:
-    """Return a figure and its axes, in the style of all charts; labels are those of `Axes.set`."""
+    """Return a figure and its axes, in the style of all charts; labels are those of `Axes.set`, ``xscale`` for one."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -29,6 +29,9 @@ def new_axes(height: float = 2.7, width: float = WIDTH, **labels: Any) -> tuple[
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
     axes.set(**labels)
+    if labels.get("xscale") == "log":  # whose numbers are formulas otherwise, and texts of charts never are
+        axes.xaxis.set_major_formatter("{x:.0e}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     return figure, axes
 
 
