@@ -27,13 +27,14 @@ from .common import (
     tell,
 )
 
-Format = Literal["onnx", "pt2", "aoti", "openvino"]
+Format = Literal["onnx", "pt2", "aoti", "openvino", "executorch", "coreml"]
 Way = Literal["static", "weights", "dynamic"]
+RUNTIMES = ("export", "openvino", "executorch", "coreml")
 CORES = os.cpu_count() or 1
 OutFolder = Annotated[Writes[PathText], Option(metavar="DIR", help="folder to write")]
 
 
-@command("export", "gmf export runs/quickstart --format onnx --out digits.onnx", "export", "openvino", "quantization", *EXTRAS)
+@command("export", "gmf export runs/quickstart --format onnx --out digits.onnx", *RUNTIMES, "quantization", *EXTRAS)
 def export(
     run: RunPath,
     *,
@@ -55,7 +56,7 @@ def export(
         data: to measure int8 on: data set, or a folder of class folders; the run's own by default
         calibrate: for static int8: images, in class folders or not; the run's training data by default
         format: docs/export.md tells them apart
-        out: file to write: .onnx, .pt2 (pt2, aoti) or .xml (OpenVINO, with a .bin)
+        out: file to write: .onnx, .pt2 (pt2, aoti), .xml (OpenVINO, with a .bin), .pte or .mlpackage
         features: a classifier's maps of strides 4, 8, 16 and 32, not the logits
         with_preprocessing: of a classifier: from an image, uint8 (height, width, 3), to probabilities
         half: in float16, for onnx
@@ -107,6 +108,7 @@ def export(
             text += f", {result['objects']} objects compared, {result['strays']} without a counterpart"
         differences = ", ".join(f"{error:.1e} at {size}" for size, error in result["errors"].items())
         text += f", largest relative difference {differences}" if differences else ", not compared with the model"
+        text += f": a {target.title} cannot be run on this machine" if check and not target.runs else ""
         if "rounding" in result:
             text += f"; probabilities within {result['rounding']:.1e} of gmf predict's"
     show({"run": run, **result}, json, text)

@@ -1,4 +1,4 @@
-"""Networks as files for other programs: ONNX, torch.export, AOTInductor, OpenVINO.
+"""Networks as files for other programs: ONNX, torch.export, AOTInductor, OpenVINO, ExecuTorch, Core ML.
 
 A file is written under another name, opened again by the program that it is for, and compared with the network on random and
 real images of several sizes. Only then does it get its name.
@@ -7,6 +7,7 @@ real images of several sizes. Only then does it get its name.
 import importlib
 import importlib.metadata
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -178,6 +179,53 @@ def _load_openvino(path: Path) -> Callable[[Tensor], Outputs]:
     return lambda images: [torch.from_numpy(output.copy()) for output in model(images.numpy()).values()]
 
 
+def _write_executorch(
+    network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path
+) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = torch.export.export(network, (images,))
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=dict(metadata))
+    lowered.to_executorch().save(str(path))
+
+
+def _load_executorch(path: Path) -> Callable[[Tensor], Outputs]:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: [output.clone() for output in method.execute([images])]
+
+
+def _write_coreml(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+    import coremltools
+
+    model = coremltools.convert(
+        torch.export.export(network, (images,)).run_decompositions({}),
+        convert_to="mlprogram",
+        outputs=[coremltools.TensorType(name) for name in names],
+        compute_precision=coremltools.precision.FLOAT32,
+        minimum_deployment_target=coremltools.target.iOS17,
+        skip_model_load=True,
+    )
+    model.user_defined_metadata.update(metadata)
+    model.save(str(path))
+
+
+def _load_coreml(path: Path) -> Callable[[Tensor], Outputs]:
+    import coremltools
+
+    model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit.CPU_ONLY)
+    description = model.get_spec().description
+    name = description.input[0].name
+
+    def run(images: Tensor) -> Outputs:
+        found = model.predict({name: images.numpy()})
+        return [torch.from_numpy(found[output.name]) for output in description.output]
+
+    return run
+
+
 @dataclass(frozen=True)
 class Format:
     """How a file is written and read.
@@ -189,6 +237,8 @@ class Format:
         load: Takes the path and gives what computes the outputs, in as many threads as PyTorch has then.
         packages: What must be installed.
         data: How the names of further files end that belong to it.
+        fixed: Whether the file takes one image of the network's own size, and no others.
+        runs: Whether this machine can run the file, and not only read it.
     """
 
     title: str
@@ -197,6 +247,8 @@ class Format:
     load: Callable[[Path], Callable[[Tensor], Outputs]]
     packages: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    fixed: bool = False
+    runs: bool = True
 
 
 FORMATS = {
@@ -204,6 +256,12 @@ FORMATS = {
     "pt2": Format("torch.export program", ".pt2", _write_pt2, _load_pt2),
     "aoti": Format("AOTInductor package", ".pt2", _write_aoti, _load_aoti),
     "openvino": Format("OpenVINO IR", ".xml", _write_openvino, _load_openvino, ("openvino",), (".bin",)),
+    "executorch": Format("ExecuTorch, XNNPACK", ".pte", _write_executorch, _load_executorch, ("executorch",), fixed=True),
+    "coreml": Format(
+        *("Core ML program", ".mlpackage", _write_coreml, _load_coreml, ("coremltools",)),
+        fixed=True,
+        runs=sys.platform == "darwin",
+    ),
 }
 
 
@@ -258,8 +316,8 @@ def files_of(path: Path, target: Format) -> list[Path]:
 
 
 def size_on_disk(path: Path, target: Format) -> int:
-    """Return the bytes of a file and those that belong to it."""
-    return sum(file.stat().st_size for file in files_of(path, target))
+    """Return the bytes of a file, or of a folder, and those that belong to it."""
+    return sum(part.stat().st_size for file in files_of(path, target) for part in (file, *file.rglob("*")) if part.is_file())
 
 
 @torch.no_grad()
@@ -278,7 +336,7 @@ def export(
     check: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write the inference form of a network for a CPU, for any batch, height and width, and compare.
+    """Write the inference form of a network, for any batch, height and width where the format can have them, and compare.
 
     Args:
         network: In eval mode. It is left as it is.
@@ -297,7 +355,7 @@ def export(
 
     Returns:
         file, format, bytes (of all its files), opset for ONNX, metadata, tolerance, and errors: by size, the largest difference
-        relative to the largest value; none without a check.
+        relative to the largest value; none without a check, or where the file cannot be run on this machine.
 
     Raises:
         ValueError: If the name or the network does not fit the format, or the file is not the same function; then nothing is
@@ -308,10 +366,14 @@ def export(
     path, target = Path(path), FORMATS[format]
     if path.suffix != target.suffix:
         raise ValueError(f"{path}: expected a name that ends in {target.suffix} for {format}")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path}: a folder that is there already: remove it, or choose another name")
     for package in target.packages:
         importlib.import_module(package)
     if half and format != "onnx":
         raise ValueError(f"float16 is for onnx, got {format}: its runtime chooses the type itself")
+    if target.fixed and network.free != Exported.free:
+        raise ValueError(f"{format} takes images of one size: export without preprocessing, or in another format")
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     about = {"input_size": input_size, "mean": mean, "std": std}
     metadata = {
@@ -324,12 +386,17 @@ def export(
         "version": importlib.metadata.version(NAME),
         **{name: to_json(value) for name, value in (more or {}).items()},
     }
+
+    def samples(size: tuple[int, int]) -> list[Tensor]:
+        made = network.samples(image, size, about)
+        return [images[:1] for images in made] if target.fixed else made
+
     with atomic_write(*files_of(path, target)) as folder, quietly():
         written = folder / path.name
         progress(f"writing {target.title}")
         fused = fuse(network)
         try:
-            target.write(fused, network.samples(image, SIZES[1], about)[1], names, metadata, written)
+            target.write(fused, samples(input_size[1:] if target.fixed else SIZES[1])[1], names, metadata, written)
             if half:
                 _to_half(written)
         except OSError:
@@ -338,10 +405,11 @@ def export(
             raise ValueError(f"{format} cannot carry this network ({first_line(error)})") from error
         errors = {}
         try:
-            run, sizes = (target.load(written), network.sizes(input_size)) if check else (network, [])
-            for size in sizes:
+            run = target.load(written) if check else network
+            sizes = [input_size[1:]] if target.fixed else network.sizes(input_size)
+            for size in sizes if check and target.runs else ():
                 progress(f"comparing at {size[0]} x {size[1]}")
-                pairs = [(run(images), network(images)) for images in network.samples(image, size, about)]
+                pairs = [(run(images), network(images)) for images in samples(size)]
                 errors[f"{size[0]}x{size[1]}"] = max(_difference(got, expected) for got, expected in pairs)
         except Exception as error:
             raise ValueError(f"{path}: the written file does not run, so it is removed ({first_line(error)})") from error
