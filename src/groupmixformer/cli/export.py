@@ -1,7 +1,10 @@
 """Commands that turn what there is into files for other programs: export, convert, push and shards."""
 
 import os
+import shutil
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,6 +150,70 @@ def convert(
         f"{out}: {result['architecture']}, {result['num_classes']} classes\n"
         f'timm.create_model("local-dir:{out}", pretrained=True)  # after import groupmixformer',
     )
+
+
+@command("extract", "gmf extract runs/elastic --width 0.5 --out runs/half", "train")
+def extract(
+    run: RunPath,
+    *,
+    width: Annotated[Works[Sequence[Share]], Option(metavar="X")] = (),
+    images: Works[NonNegative] = 512,
+    threads: Works[Positive] = 1,
+    out: OutFolder,
+    json: Json = False,
+) -> None:
+    """Cut smaller classifiers out of one that was trained with elastic, and measure them.
+
+    Each is a checkpoint for every command, in width-0.5 and so on of the folder.
+
+    Args:
+        width: shares of the hidden units of its MLPs; those that it was trained with by default
+        images: training images on which the statistics of BatchNorm are estimated again for each width; 0 keeps them
+        threads: CPU threads with which speed is measured
+    """
+    from ..bench.timing import Runner, Settings, measure
+    from ..files import to_json, write_file
+    from ..models.checkpoint import save_checkpoint
+    from ..run import Run
+    from ..run_folder import RECIPE, SPLIT
+    from ..tasks.classification.widths import cut
+    from ..training.progress import macs_of
+
+    source = Run.open(run)
+    recipe, model = source.recipe, source.load()
+    trained = recipe.elastic if recipe else []
+    widths = sorted({*(width or trained)})
+    if not widths:
+        raise ValueError(f"{run}: was not trained with elastic: train with --elastic '[0.25, 0.5, 1]', or name a --width")
+    if others := [x for x in widths if x not in trained and x != 1]:
+        note(f"{run}: was not trained at width {others[0]:g}, so expect little of it")
+    rows, networks = list[dict[str, Any]](), dict[str, Any]()
+    for share in widths:
+        smaller, taken = cut(model, share, recipe, source.path / SPLIT, images)
+        folder = Path(out) / f"width-{share:g}"
+        save_checkpoint(smaller, folder)
+        for name in (RECIPE, SPLIT):  # the held-out images are the same
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, folder / name)
+        measured = Run.open(folder).evaluate(progress=progress)
+        side = smaller.pretrained_cfg["input_size"][-1]
+        found = {name: measured.result[name] for name in ("top1", "mAP") if name in measured.result}
+        rows.append({"width": share, "run": str(folder), "images": taken, **found, "macs": macs_of(smaller, side)})
+        networks[str(share)] = smaller
+    settings = Settings(size=(side, side), threads=threads, rounds=5)
+    builds = {name: partial(Runner, network, settings) for name, network in networks.items()}
+    timed = measure(builds, settings, progress)
+    for row, speed in zip(rows, timed, strict=True):
+        row |= {"parameters": speed["parameters"], "milliseconds": speed["milliseconds"]}
+    write_file(Path(out) / "widths.json", to_json(rows, indent=1))
+    metric = next(iter(found))
+    lines = [f"{'width':>6}  {metric:>7}  parameters    MACs  one image"]
+    lines += [
+        f"{row['width']:6g}  {row[metric]:7.4f}  {row['parameters'] / 1e6:8.2f} M  {row['macs'] / 1e9:4.2f} G"
+        f"  {row['milliseconds']:6.1f} ms"
+        for row in rows
+    ]
+    show({"widths": rows}, json, "\n".join(lines))
 
 
 @command("push", "gmf push runs/quickstart me/digits --license mit --dry-run card", *EXTRAS)

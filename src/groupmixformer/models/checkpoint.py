@@ -42,7 +42,8 @@ def read_state_dict(path: str | Path | RunFolder) -> dict[str, Tensor]:
     return checkpoint_filter_fn(tensors)
 
 
-def _mlp_ratio(hidden: int, dim: int) -> float:
+def mlp_ratio(hidden: int, dim: int) -> float:
+    """Return the ratio of which a network of width `dim` makes MLPs of `hidden` units."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -66,7 +67,7 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         hidden = [state_dict[f"stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(len(numbers))]
         depths = [len(numbers[i]) for i in range(len(numbers))]
         num_classes = state_dict["head.fc.weight"].shape[0] if "head.fc.weight" in state_dict else 0
-        ratios = [_mlp_ratio(h, d) for h, d in zip(hidden, embed_dims, strict=True)]
+        ratios = [mlp_ratio(h, d) for h, d in zip(hidden, embed_dims, strict=True)]
     except (KeyError, IndexError, ZeroDivisionError):
         depths = []
     if not depths:

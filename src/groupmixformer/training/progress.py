@@ -36,7 +36,7 @@ def lines(parts: Iterable[str]) -> str:
     return "\n".join(made)
 
 
-def _macs(network: nn.Module, side: int) -> float | None:
+def macs_of(network: nn.Module, side: int) -> float | None:
     """Count the multiply-adds of a square image without computing anything; none where a network cannot be run like that."""
     try:
         network = copy.deepcopy(network).to("meta").eval()
@@ -56,7 +56,7 @@ def describe_network(task: Task) -> list[str]:
     if trained < sum(parameters):
         told.append(f"of which {trained / 1e6:.2f} M are trained")
     what, network = task.counted
-    if macs := _macs(network, recipe.image_size):
+    if macs := macs_of(network, recipe.image_size):
         told.append(f"{macs / 1e9:.2f} GMACs{what} at {recipe.image_size} x {recipe.image_size}")
     return [*told, f"{len(task.class_names):,} classes"]
 

@@ -332,6 +332,8 @@ class Recipe(_Checked):
             asl, the asymmetric loss (arXiv 2009.14119), for many labels of which an image has few.
         balance: For classification, against classes of unequal numbers: loss weights each image by the inverse of its class's
             number, sampling shows each class equally often in an epoch of the same length; none for images as they are.
+        elastic: For classification by a GroupMixFormer, shares of the MLPs' hidden units, such as 0.25,0.5,1: each step trains
+            one of them, and gmf extract cuts them out.
         augmentation: For classification, what is done to training images.
         distill: For classification, a teacher.
         adapter: For classification, what of a checkpoint is trained, if not everything.
@@ -379,6 +381,7 @@ class Recipe(_Checked):
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     loss: Literal["bce", "asl"] | None = None
+    elastic: list[float] = field(default_factory=list)
     balance: Literal["loss", "sampling"] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     distill: Distillation = field(default_factory=Distillation)
@@ -396,6 +399,8 @@ class Recipe(_Checked):
         super().__post_init__()
         if self.val_share is not None and self.folds is not None:
             raise RecipeError(f"got val_share {self.val_share} and folds {self.folds}, expected one of them")
+        if self.elastic and (max(self.elastic) != 1 or min(self.elastic) <= 0):
+            raise RecipeError(f"elastic is {self.elastic}, expected shares above 0, of which the greatest is 1")
         if self.fold is not None and self.fold > (self.folds or 0):
             raise RecipeError(f"got fold {self.fold} of folds {self.folds}, expected a number from 1 to that of the folds")
 
@@ -421,7 +426,7 @@ class Recipe(_Checked):
 
 
 TASK_FIELDS = {
-    "classification": ("root", "download", "crop_pct", "loss", "balance", "augmentation", "distill", "adapter"),
+    "classification": ("root", "download", "crop_pct", "loss", "elastic", "balance", "augmentation", "distill", "adapter"),
     "detection": ("detector",),
     "segmentation": ("segmenter",),
 }

@@ -1,5 +1,6 @@
 """Image classification: the model of a recipe and its training steps."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ...models.adapters import add_adapters, freeze_statistics, trained_names
 from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_arguments, model_name, save_checkpoint
+from ...models.elastic import forward_at, sliced_weights
 from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import MULTI_LABEL, RunFolder
 from ...training.loaders import DataModule
@@ -136,6 +138,13 @@ class ClassificationModule(Task):
             if recipe.strategy == "fsdp":
                 raise ValueError("strategy fsdp shards what is trained, of which adapters have little: use ddp")
             self.depends["base"] = model.adapter["base"]["checksum"]
+        if recipe.elastic:
+            sliced_weights(model, min(recipe.elastic))  # which tells if it cannot be
+            others = {"distill.teacher": recipe.distill.teacher, "grad_checkpointing": recipe.grad_checkpointing}
+            others |= {"adapter": recipe.adapter.kind != "none", "strategy fsdp": recipe.strategy == "fsdp"}
+            if given := [name for name, value in (others | {"compile": recipe.compile is True}).items() if value]:
+                raise ValueError(f"elastic takes weights apart in each step, and does not go with {given[0]}: leave one out")
+            self.fixed_size = False  # widths change, as sizes of images do elsewhere, so compile auto is eager
         # In a list, and so no part of this module: its teacher is in no checkpoint, and always in eval mode.
         self.distillation: list[Any] = []
         if recipe.distill.teacher:
@@ -164,7 +173,9 @@ class ClassificationModule(Task):
             loss = losses["loss"]
             self.log("distill_loss", losses["kd_loss"])
         else:
-            loss = self.label_loss(self.model(images), targets)
+            # Drawn after the step was seeded, so that a run which continues draws the same.
+            width = random.choice(self.recipe.elastic) if self.recipe.elastic else 1
+            loss = self.label_loss(forward_at(self.model, images, width), targets)
         self.log_loss(loss, len(images))
         return loss
 
