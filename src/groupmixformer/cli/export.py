@@ -197,7 +197,7 @@ def extract(
                 shutil.copyfile(source.path / name, folder / name)
         measured = Run.open(folder).evaluate(progress=progress)
         side = smaller.pretrained_cfg["input_size"][-1]
-        found = {name: measured.result[name] for name in ("top1", "mAP") if name in measured.result}
+        found: dict[str, Any] = {name: measured.result[name] for name in ("top1", "mAP") if name in measured.result}
         rows.append({"width": share, "run": str(folder), "images": taken, **found, "macs": macs_of(smaller, side)})
         networks[str(share)] = smaller
     settings = Settings(size=(side, side), threads=threads, rounds=5)

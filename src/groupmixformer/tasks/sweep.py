@@ -267,7 +267,8 @@ def _scatter(rows: Sequence[Mapping[str, Any]], name: str, metric: str) -> "Figu
     rows = [row for row in rows if row["value"] is not None]
     values = [row[name] for row in rows]
     wide = all(isinstance(value, float) and value > 0 for value in values) and max(values) > 20 * min(values)
-    figure, axes = new_axes(xlabel=name, ylabel=metric, **({"xscale": "log"} if wide else {}))
+    scale: dict[str, Any] = {"xscale": "log"} if wide else {}
+    figure, axes = new_axes(xlabel=name, ylabel=metric, **scale)
     for row in rows:
         done = row["state"] == "complete"
         (point,) = axes.plot([row[name]], [row["value"]], "o", color=BLUE, fillstyle="full" if done else "none")
