@@ -28,6 +28,19 @@ def test_deviations_are_those_of_a_sample():
     assert found == {"mean": {"top1": pytest.approx(0.6)}, "std": {"top1": pytest.approx(statistics.stdev([0.5, 0.7]))}}
 
 
+@pytest.mark.parametrize("started", ["by torchrun", "by the recipe"])
+def test_folds_of_several_processes_are_refused(flat, tmp_path, monkeypatch, started):
+    options = ["--data", str(flat), "--out", str(tmp_path / "cv"), "--folds", "3", *TINY]
+    if started == "by torchrun":
+        for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+    else:
+        options += ["--devices", "2"]
+    with pytest.raises(ValueError, match="got 3 folds and several processes, expected one: train each fold on its own"):
+        cross_validate(read_recipe("folder", options), lambda own, resume: {})
+    assert not (tmp_path / "cv").exists()
+
+
 def test_each_fold_is_trained_by_a_recipe_of_its_own_and_continued_where_it_stopped(flat, tmp_path):
     recipe = read_recipe("folder", ["--data", str(flat), "--out", str(tmp_path / "cv"), "--folds", "3", *TINY])
     trained = []

@@ -66,11 +66,31 @@ def test_a_folder_of_classes(photos, tmp_path, capsys):
     assert "val: val/dog/copy.png" in shown and shown.count("") == 8  # the batch
     assert {name.split(": ")[0] for name in shown} >= {"cat", "dog"}  # the class of each
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "default-src 'none'" in text
+    assert val["histograms"]["longer side"]["counts"] == [4, 1] and val["histograms"]["width : height"]["counts"] == [5]
+    assert "val: longer side" in text and "val: width : height" not in text
     assert "2 near duplicates, of the classes cat, dog" in text and "could not be drawn" not in text
     lines = gmf(capsys, "data", photos).out.splitlines()
     assert lines[2] == lines[1].replace("leak", "several classes")
     assert lines[3] == "duplicates: equal files: train/dog/1.png (train), train/dog/same.png (train)"
     assert lines[1] == "leak: near duplicates: train/cat/0.png (train), val/dog/copy.png (val)"
+
+
+@pytest.mark.parametrize("kind", ["wds", pytest.param("hfds", marks=pytest.mark.slow)])
+def test_of_a_stream_the_first_images_are_told(photos, tmp_path, capsys, monkeypatch, kind):
+    pytest.importorskip("webdataset")
+    monkeypatch.setattr("groupmixformer.tasks.survey.SAMPLED", 5)
+    name, root = f"hfds/{photos}", []
+    if kind == "wds":
+        gmf(capsys, "shards", photos, "--out", tmp_path / "shards")
+        name, root = "wds/shards", ["--root", tmp_path]
+    found = json.loads(gmf(capsys, "data", name, *root, "--json").out)
+    train = found["parts"]["train"]
+    assert (train["images"], train["total"]) == (5, 11) and "the first 5 of 11 images" in train["notes"][0]
+    assert sum(row["count"] for row in train["classes"]) == 5 and [row["class"] for row in train["classes"]] == ["cat", "dog"]
+    assert train["width"]["max"] == 60 and sum(train["channels"].values()) == 5
+    assert sum(train["histograms"]["longer side"]["counts"]) == 5
+    assert "no sample of the whole" in gmf(capsys, "data", name, *root).out
+    assert "for folders and files" in gmf(capsys, "data", name, *root, "--page", tmp_path / "x.html", code=2).err
 
 
 def test_boxes_and_masks_are_drawn_on_the_images(tmp_path):

@@ -1,9 +1,10 @@
 """gmf data: what a data set holds, before it is trained on."""
 
+from pathlib import Path
 from typing import Annotated
 
 from ..files import write_file
-from .common import EXTRAS, File, Json, Option, PathText, Reads, UsageError, Works, Writes, command, progress, show
+from .common import EXTRAS, File, Json, Option, PathText, Reads, Root, UsageError, Works, Writes, command, progress, show
 
 
 @command("data", "gmf data photos --page photos.html", *EXTRAS)
@@ -11,6 +12,7 @@ def data(
     path: Annotated[Reads[PathText], Option(metavar="PATH")],
     *,
     task: Works[str] = "",
+    root: Root = "data",
     recipe: Reads[str | None] = None,
     page: Writes[File | None] = None,
     json: Json = False,
@@ -18,14 +20,20 @@ def data(
     """Tell what a data set holds: format, classes, sizes, damage, duplicates within and between its parts.
 
     Args:
-        path: folder or file of a data set
+        path: folder or file of a data set; of wds/NAME, hfids/NAME and hfds/NAME the first 1,000 images of a part
         task: classification, detection, segmentation; the first that the format serves by default
         recipe: whose augmentation the page shows; one that is shipped for the task by default
         page: write a page of it (.html), with annotated images and a batch as training sees it
     """
-    from ..tasks.survey import Survey
+    from ..tasks.survey import Survey, sample_stream
     from ..training.recipe import RecipeError, read_recipe
 
+    if path.startswith(("wds/", "hfids/", "hfds/")) and not Path(path).exists():
+        if page or recipe or task not in ("", "classification"):
+            raise UsageError(f"{path}: --page, --recipe and --task are for folders and files, and not for streams")
+        result, text = sample_stream(path, root)
+        show(result, json, text)
+        return
     survey = Survey(path, task, progress)
     if page:
         try:

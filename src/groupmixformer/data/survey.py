@@ -1,5 +1,6 @@
 """What the images of a data set are, file by file: sizes, channels, damage, duplicates within and between its parts."""
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from .duplicates import Fingerprint, fingerprint, groups, near_pairs
-from .images import image_sizes, noted
+from .images import decode, image_sizes, noted
+from .sources import Sample
 
 CHANNELS = {"1": "black and white", "L": "grey", "LA": "grey with alpha", "P": "palette", "RGB": "colour"}
 CHANNELS |= {
@@ -63,6 +65,32 @@ def look_at(path: Path) -> Look:
     return Look(path, "", texts, path.stat().st_size, size, CHANNELS.get(mode, mode), str(form), found)
 
 
+def look_at_sample(sample: Sample, class_names: Sequence[str]) -> Look:
+    """Look at a sample of a stream, without comparing it with others."""
+    content, label, name = sample
+    try:
+        if content is None:
+            raise ValueError("holds no image")
+        data = content.read_bytes() if isinstance(content, Path) else content
+        with noted() as notes:
+            size = decode(data, name).size
+        with Image.open(io.BytesIO(data)) as image:
+            mode, form = image.mode, image.format
+        texts = tuple(text for _, text in notes)
+        known = str(label if isinstance(label, int) else bytes(label).decode()).isdecimal() and int(label) < len(class_names)
+        if not known:
+            raise ValueError(f"got class {label!r}, expected 0 to {len(class_names) - 1}")
+    except (OSError, TypeError, ValueError) as error:
+        return Look(Path(name), problem=str(error).removeprefix(f"{name}: "))
+    return Look(Path(name), "", texts, len(data), size, CHANNELS.get(mode, mode), str(form), label=class_names[int(label)])
+
+
+def _histogram(values: Any) -> dict[str, list[float]]:
+    """Return the edges of at most 12 equal bins, and the number of values in each."""
+    counts, edges = np.histogram(values, bins=min(12, len(np.unique(values))))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
 def _spread(values: Iterable[float]) -> dict[str, float]:
     """Return the least value, the median and the greatest one."""
     least, middle, greatest = (float(value) for value in np.quantile(list(values), (0, 0.5, 1)))
@@ -76,7 +104,9 @@ def describe(looks: Sequence[Look]) -> dict[str, Any]:
     if read:
         sizes = np.array([look.size for look in read])
         result |= {"width": _spread(sizes[:, 0]), "height": _spread(sizes[:, 1])}
-        result["aspect_ratio"] = _spread(sizes[:, 0] / sizes[:, 1])
+        ratios = sizes[:, 0] / sizes[:, 1]
+        result["aspect_ratio"] = _spread(ratios)
+        result["histograms"] = {"longer side": _histogram(sizes.max(axis=1)), "width : height": _histogram(ratios)}
     for name in ("channels", "format"):
         result[f"{name.removesuffix('s')}s"] = dict(Counter(getattr(look, name) for look in read).most_common())
     result["doubts"] = dict(Counter(doubt for look in read for doubt in look.doubts).most_common())

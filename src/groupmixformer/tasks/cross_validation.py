@@ -40,11 +40,13 @@ def cross_validate(
         ValueError: If there is something where it should begin, nothing where it should continue, or a run is not measured.
     """
     from ..training.recipe import write_recipe
+    from ..training.trainer import processes
 
     assert recipe.folds is not None
     out, number = Path(recipe.out), recipe.folds
     recipes = [replace(recipe, fold=fold, out=str(out / f"fold-{fold}")) for fold in range(1, number + 1)]
-    if recipe.devices * recipe.nodes > 1:
+    devices, nodes = processes(recipe)
+    if devices * nodes > 1:
         raise ValueError(
             f"got {number} folds and several processes, expected one: train each fold on its own, with --fold 1 ..."
         )

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from ..data.classes import few
 from ..data.formats import PARTS, Recognised, recognise
 from ..data.images import decode
 from ..data.samples import Samples, in_threads, spread
-from ..data.survey import Look, describe, duplicates, look_at
+from ..data.sources import SPLITS
+from ..data.survey import Look, describe, duplicates, look_at, look_at_sample
 from ..files import short
 from ..visual.data_page import render
 from ..visual.page import Gallery, Shown
@@ -25,6 +27,7 @@ from .registry import find_task
 if TYPE_CHECKING:  # which brings jsonargparse
     from ..training.recipe import Recipe
 
+SAMPLED = 1000  # images of a part of a stream that are looked at
 SHOWN = 8  # images drawn of a part, and in a batch
 SIDE = 224  # at least, of duplicates
 
@@ -126,6 +129,52 @@ class Survey:
         for name, part in self.result["parts"].items():
             lines += [f"{name:6} {line}" for line in _lines(part)]
         return "\n".join(lines)
+
+
+def sample_stream(name: str, root: str = "data", most: int | None = None) -> tuple[dict[str, Any], str]:
+    """Look at the first images of each part of a data set that is not read whole.
+
+    Args:
+        name: ``wds/NAME``, ``hfids/NAME`` or ``hfds/NAME``.
+        root: Folder or URL of shards.
+        most: Images of a part; `SAMPLED` by default.
+
+    Returns:
+        What was found, as `Survey.result` has it, and in lines.
+
+    Raises:
+        ValueError: If no part can be read.
+    """
+    from ..data.streaming import open_source
+
+    kind, _, place = name.partition("/")
+    parts: dict[str, Any] = {}
+    for part, split in zip(("train", "val"), SPLITS, strict=True):
+        try:
+            source = open_source(f"{'wds' if kind == 'wds' else 'hfids'}/{place}", root, split)
+            samples = (sample for shard in range(len(source.shards)) for sample in source.read(shard, 0))
+            looks = [look_at_sample(sample, source.class_names) for sample in islice(samples, most or SAMPLED)]
+        except ValueError as error:
+            parts[part] = {"problem": str(error)}
+            continue
+        counts, total = Counter(look.label for look in looks if look.label is not None), sum(source.lengths)
+        few = f"the first {len(looks):,} of {total:,} images were looked at, in stored order: no sample of the whole"
+        parts[part] = {
+            "images": len(looks),
+            "total": total,
+            "classes": [{"class": name, "count": counts[name]} for name in source.class_names],
+            "counted": "images",
+            "left_out": [],
+            "reasons": {},
+            "notes": [few] if len(looks) < total else [],
+            **describe(looks),
+        }
+    if all("problem" in part for part in parts.values()):
+        raise ValueError("; ".join(part["problem"] for part in parts.values()))
+    title = "WebDataset shards" if kind == "wds" else "Hugging Face data set"
+    result = {"data": name, "format": kind, "title": title, "task": "classification", "parts": parts, "duplicates": []}
+    lines = [f"{part:6} {line}" for part, found in parts.items() for line in _lines(found)]
+    return result, "\n".join([f"{name}: {title}, for classification", *lines])
 
 
 def _summary(samples: Samples) -> dict[str, Any]:

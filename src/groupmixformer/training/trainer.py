@@ -47,7 +47,7 @@ def is_first_process() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def _processes(recipe: Recipe) -> tuple[int, int]:
+def processes(recipe: Recipe) -> tuple[int, int]:
     """Processes on each machine, and machines: those that torchrun or SLURM started, or the recipe's."""
     if TorchElasticEnvironment.detect():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -224,7 +224,7 @@ def train(
     """
     recipe = with_precision(recipe)
     folder = Path(recipe.out)
-    devices, nodes = _processes(recipe)
+    devices, nodes = processes(recipe)
     first = is_first_process()
     if TorchElasticEnvironment.detect() or not first:
         _end_with_parent()

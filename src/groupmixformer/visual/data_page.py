@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -38,6 +39,21 @@ def _facts(parts: Mapping[str, Mapping[str, Any]]) -> Table:
         "formats": lambda part: _counted(part["formats"]),
     }
     return Table(["", *parts], [[name, *map(tell, parts.values())] for name, tell in rows.items()])
+
+
+def _sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Draw how the sizes are spread, where there are several."""
+    blocks: list[Block] = []
+    for name, part in parts.items():
+        for what, found in part.get("histograms", {}).items():
+            counts, edges, total = found["counts"], found["edges"], sum(found["counts"])
+            form = ".2f" if what == "width : height" else ".0f"
+            bins = [f"{low:{form}} to {high:{form}}" for low, high in pairwise(edges)]
+            told = [f"{bin}: {count:,} images ({count / total:.1%})" for bin, count in zip(bins, counts, strict=True)]
+            if len(counts) > 1:
+                draw = partial(bar_chart, bins, [count / total for count in counts], told, xlabel="share (%)")
+                blocks.append(Chart(f"sizes-{len(blocks)}", f"{name}: {what}", draw))
+    return blocks
 
 
 def _classes(parts: Mapping[str, Mapping[str, Any]]) -> list[Block]:
@@ -94,7 +110,7 @@ def render(
     sections: dict[str, Sequence[Block]] = {}
     if leaks:
         sections["Leaks: duplicates in several parts"] = _groups(leaks, read)
-    sections |= {"Parts": [_facts(parts)], "Classes": _classes(parts)}
+    sections |= {"Parts": [_facts(parts), *_sizes(parts)], "Classes": _classes(parts)}
     for name, part in parts.items():
         damaged = [f"{entry['file']}: {entry['reason']}" for entry in part["damaged"]]
         doubts = [f"{count:,} images: {text}" for text, count in part["doubts"].items()]
