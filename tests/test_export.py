@@ -99,6 +99,9 @@ def read_metadata(format, path):
         assert [list(put.type.multiArrayType.shape) for put in description.input] == [[1, 3, 64, 64]]
         assert [put.name for put in (*description.input, *description.output)] == ["images", "logits"]
         return description.metadata.userDefined
+    if format == "litert":
+        with zipfile.ZipFile(path) as archive:
+            return {key: archive.read(key).decode() for key in KEYS}
     import openvino
 
     stored = openvino.Core().read_model(path)
@@ -124,6 +127,7 @@ def assert_same_function(format, path, network, shapes=OTHER_SHAPES):
         pytest.param("openvino", marks=pytest.mark.slow),
         pytest.param("executorch", marks=pytest.mark.slow),
         pytest.param("coreml", marks=pytest.mark.slow),
+        pytest.param("litert", marks=pytest.mark.slow),
     ],
 )
 def test_the_command(model, run, tmp_path, capsys, format):
@@ -324,7 +328,7 @@ def test_a_missing_checkpoint(capsys, tmp_path):
     ("package", "format", "extra"),
     [
         *(("onnx", "onnx", "export"), ("onnxscript", "onnx", "export"), ("onnxruntime", "onnx", "export"), ("openvino",) * 3),
-        *(("executorch",) * 3, ("coremltools", "coreml", "coreml")),
+        *(("executorch",) * 3, ("coremltools", "coreml", "coreml"), ("litert_torch", "litert", "litert")),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(run, tmp_path, capsys, monkeypatch, package, format, extra):

@@ -388,7 +388,7 @@ class Run:
         """Write the network for another program, and compare the file with it.
 
         Args:
-            format: onnx, pt2, aoti, openvino, executorch or coreml.
+            format: onnx, pt2, aoti, openvino, executorch, coreml or litert.
             out: The file.
             features: A classifier's maps of strides 4, 8, 16 and 32, not its logits.
             with_preprocessing: Of a classifier, from an image as a file holds it to probabilities; the file resizes and crops.

@@ -30,9 +30,9 @@ from .common import (
     tell,
 )
 
-Format = Literal["onnx", "pt2", "aoti", "openvino", "executorch", "coreml"]
+Format = Literal["onnx", "pt2", "aoti", "openvino", "executorch", "coreml", "litert"]
 Way = Literal["static", "weights", "dynamic"]
-RUNTIMES = ("export", "openvino", "executorch", "coreml")
+RUNTIMES = ("export", "openvino", "executorch", "coreml", "litert")
 CORES = os.cpu_count() or 1
 OutFolder = Annotated[Writes[PathText], Option(metavar="DIR", help="folder to write")]
 
@@ -59,7 +59,7 @@ def export(
         data: to measure int8 on: data set, or a folder of class folders; the run's own by default
         calibrate: for static int8: images, in class folders or not; the run's training data by default
         format: docs/export.md tells them apart
-        out: file to write: .onnx, .pt2 (pt2, aoti), .xml (OpenVINO, with a .bin), .pte or .mlpackage
+        out: file to write: .onnx, .pt2 (pt2, aoti), .xml (OpenVINO, with a .bin), .pte, .mlpackage or .tflite
         features: a classifier's maps of strides 4, 8, 16 and 32, not the logits
         with_preprocessing: of a classifier: from an image, uint8 (height, width, 3), to probabilities
         half: in float16, for onnx

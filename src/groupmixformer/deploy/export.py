@@ -1,4 +1,4 @@
-"""Networks as files for other programs: ONNX, torch.export, AOTInductor, OpenVINO, ExecuTorch, Core ML.
+"""Networks as files for other programs: ONNX, torch.export, AOTInductor, OpenVINO, ExecuTorch, Core ML, LiteRT.
 
 A file is written under another name, opened again by the program that it is for, and compared with the network on random and
 real images of several sizes. Only then does it get its name.
@@ -6,11 +6,13 @@ real images of several sizes. Only then does it get its name.
 
 import importlib
 import importlib.metadata
+import io
 import logging
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,6 +228,24 @@ def _load_coreml(path: Path) -> Callable[[Tensor], Outputs]:
     return run
 
 
+def _write_litert(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
+    import litert_torch
+
+    with redirect_stdout(io.StringIO()):  # where it tells its steps
+        litert_torch.convert(network, (images,)).export(str(path))
+    with zipfile.ZipFile(path, "a") as archive:  # behind the model, where LiteRT's readers look for further files
+        for name, text in metadata.items():
+            archive.writestr(name, text)
+
+
+def _load_litert(path: Path) -> Callable[[Tensor], Outputs]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    run = Interpreter(str(path), num_threads=torch.get_num_threads()).get_signature_runner()
+    name = next(iter(run.get_input_details()))
+    return lambda images: [torch.from_numpy(output.copy()) for output in run(**{name: images.numpy()}).values()]
+
+
 @dataclass(frozen=True)
 class Format:
     """How a file is written and read.
@@ -233,11 +253,12 @@ class Format:
     Attributes:
         title: What it is called.
         suffix: How its name must end.
-        write: Takes a fused network, images to trace it with, names of the outputs, metadata and the path.
+        write: Takes the network, images to trace it with, names of the outputs, metadata and the path.
         load: Takes the path and gives what computes the outputs, in as many threads as PyTorch has then.
         packages: What must be installed.
         data: How the names of further files end that belong to it.
         fixed: Whether the file takes one image of the network's own size, and no others.
+        fused: Whether the network is written in its inference form.
         runs: Whether this machine can run the file, and not only read it.
     """
 
@@ -248,6 +269,7 @@ class Format:
     packages: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     fixed: bool = False
+    fused: bool = True
     runs: bool = True
 
 
@@ -261,6 +283,11 @@ FORMATS = {
         *("Core ML program", ".mlpackage", _write_coreml, _load_coreml, ("coremltools",)),
         fixed=True,
         runs=sys.platform == "darwin",
+    ),
+    "litert": Format(  # litert-torch 0.10 makes another function of the inference form
+        *("LiteRT", ".tflite", _write_litert, _load_litert, ("litert_torch", "ai_edge_litert")),
+        fixed=True,
+        fused=False,
     ),
 }
 
@@ -394,9 +421,9 @@ def export(
     with atomic_write(*files_of(path, target)) as folder, quietly():
         written = folder / path.name
         progress(f"writing {target.title}")
-        fused = fuse(network)
+        form = fuse(network) if target.fused else network
         try:
-            target.write(fused, samples(input_size[1:] if target.fixed else SIZES[1])[1], names, metadata, written)
+            target.write(form, samples(input_size[1:] if target.fixed else SIZES[1])[1], names, metadata, written)
             if half:
                 _to_half(written)
         except OSError:
