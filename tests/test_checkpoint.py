@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -18,7 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from groupmixformer import GroupMixFormer, load_checkpoint
-from groupmixformer.models.checkpoint import architecture, load_model, read_state_dict, save_checkpoint
+from groupmixformer.models.checkpoint import (
+    architecture,
+    check_tensors,
+    fixed_size,
+    load_model,
+    model_name,
+    read_state_dict,
+    save_checkpoint,
+)
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2.5, 1, 1.5, 3)}
@@ -208,6 +217,51 @@ def test_architecture_of_a_file(tmp_path, randomise, arguments, suffix):
     assert loaded.pretrained_cfg["input_size"] == (model.in_chans, 224, 224)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("stem.conv1.weight"),
+        lambda tensors: tensors.update({"head.fc.weight": torch.ones(())}),
+        lambda tensors: tensors.update({"stages.0.patch_embed.pointwise.weight": torch.ones(0, 10, 1, 1)}),
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if ".blocks." in name],
+    ],
+)
+def test_tensors_of_no_architecture(small, change):
+    tensors = {"a": torch.ones(1), **small.state_dict()}
+    change(tensors)
+    first = ", ".join(list(tensors)[:3])
+    with pytest.raises(ValueError, match=f"^not a GroupMixFormer: its {len(tensors)} tensors start with {first}; expected"):
+        architecture(tensors)
+
+
+def test_tensors_that_do_not_fit_are_named(small):
+    tensors, model = small.state_dict(), torch.nn.Linear(2, 2)
+    check_tensors(model.state_dict(), model)
+    for count, more in ((3, ""), (4, ", ...")):
+        some = dict(list(tensors.items())[:count])
+        names = ", ".join(list(some)[:3])
+        with pytest.raises(ValueError, match="^" + re.escape(f"surplus tensors: {count} ({names}{more})") + "$"):
+            check_tensors(model.state_dict() | some, model)
+    for dtype in (torch.int64, torch.complex64):
+        wrong = {**model.state_dict(), "bias": torch.ones(2, dtype=dtype)}
+        with pytest.raises(ValueError, match=rf"^mistyped tensors: 1 \(bias: {dtype} for torch.float32\)$"):
+            check_tensors(wrong, model)
+    with pytest.raises(ValueError, match=r"^misshapen tensors: 1 \(bias: \[1\] for \[2\]\)$"):
+        check_tensors({**model.state_dict(), "bias": torch.ones(1)}, model)
+
+
+def test_names_and_sizes_of_models():
+    assert (model_name("mobile"), model_name("groupmixformer_tiny"), model_name("resnet18")) == (
+        "groupmixformer_mobile",
+        "groupmixformer_tiny",
+        "resnet18",
+    )
+    with pytest.raises(ValueError, match=r"^no model groupmixformer_smal, .*: the nearest is groupmixformer_small$"):
+        model_name("groupmixformer_smal")
+    assert fixed_size("vit_tiny_patch16_224", 64) == {"img_size": 64}
+    assert fixed_size("resnet18", 64) == fixed_size("of_another_package", 64) == {}
+
+
 # Folders: ours, timm's and transformers'
 
 
@@ -237,6 +291,31 @@ def test_folder_keeps_the_pooling(tmp_path, randomise, global_pool):
     model = randomise(GroupMixFormer(**STAGES, num_classes=6, global_pool=global_pool)).eval()
     save_checkpoint(model, tmp_path)
     assert_same_model(load_checkpoint(tmp_path), model)
+
+
+def test_folder_of_another_mixer_and_of_other_classes(tmp_path, randomise):
+    model = randomise(GroupMixFormer(**STAGES, num_classes=6, mixer="pool")).eval()
+    save_checkpoint(model, tmp_path)
+    assert_same_model(load_checkpoint(tmp_path), model)
+    config = tmp_path / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "model_args": {**content["model_args"], "mixer": "group_mix"}}))
+    assert_fails(tmp_path, "as a network with mixer group_mix: missing tensors: .*[^m]$")
+    config.write_text(json.dumps({**content, "num_classes": 5}))
+    assert_fails(tmp_path, "config.json has num_classes 5, and the weights are for 6")
+    del content["model_args"]
+    config.write_text(json.dumps(content))
+    assert_fails(tmp_path, "and another mixer is named by mixer under model_args of config.json$")
+
+
+def test_folder_of_a_network_for_one_size(tmp_path):
+    model = timm.create_model("test_vit", num_classes=3, img_size=48).eval()
+    model.model_options = {"img_size": 48, "class_token": True}
+    save_checkpoint(model, tmp_path, data_config={"input_size": (3, 48, 48)})
+    loaded = load_model(tmp_path)
+    images = torch.randn(1, 3, 48, 48)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.model_options["class_token"] and "img_size" not in loaded.model_options
 
 
 def test_folder_of_another_network(tmp_path):

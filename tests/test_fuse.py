@@ -468,6 +468,12 @@ def test_it_says_what_it_folded(make, folded):
     assert fuse(make().eval()).folded == folded
 
 
+def test_layers_tell_their_sizes(model):
+    for layer in fuse(model).modules():
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.shape == (layer.out_features, layer.in_features)
+
+
 def saved_and_loaded(fused, load):
     stored = io.BytesIO()
     torch.save(fused, stored)

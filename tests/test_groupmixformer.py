@@ -381,6 +381,12 @@ def test_parameters_of_what_is_too_large_to_run_here(name):
     assert model.default_cfg["input_size"] == (3, 224, 224)
 
 
+def test_small_is_the_default():
+    with torch.device("meta"):
+        default, small = GroupMixFormer().state_dict(), timm.create_model("groupmixformer_small").state_dict()
+    assert {name: tensor.shape for name, tensor in default.items()} == {name: tensor.shape for name, tensor in small.items()}
+
+
 @pytest.mark.parametrize("name", ["mobile", "small"])
 def test_exact_parameters(golden, name):
     with torch.device("meta"):
@@ -492,6 +498,14 @@ def test_features_only(images, feature_cls, out_indices):
     assert features.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in indices]
 
 
+def test_features_of_every_stage_by_default():
+    with torch.device("meta"):
+        backbone = timm.create_model("groupmixformer_mobile", features_only=True, pretrained=False)
+    assert backbone.feature_info.reduction() == [4, 8, 16, 32]
+    assert backbone.feature_info.channels() == [40, 80, 160, 160]
+    assert backbone.feature_info.out_indices == (0, 1, 2, 3)
+
+
 def test_forward_intermediates(model, images):
     last, features = model.forward_intermediates(images)
     assert [tuple(feature.shape[1:]) for feature in features] == list(FEATURES)
@@ -542,6 +556,7 @@ def test_classifier_and_pooling(images, num_classes, global_pool, shape):
     for model in (created, reset):
         assert model(images).shape == shape
         assert model.num_classes == num_classes
+        assert model.head_hidden_size == (60 if global_pool == "catavgmax" else 30)
         assert isinstance(model.get_classifier(), torch.nn.Linear if num_classes else torch.nn.Identity)
         features = model.forward_features(images)
         pooled = {

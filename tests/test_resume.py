@@ -25,7 +25,7 @@ from groupmixformer.run_folder import read_metrics
 from groupmixformer.tasks.classification.training import ClassificationModule
 from groupmixformer.tasks.registry import build_task
 from groupmixformer.training.claim import LOCK, Claim
-from groupmixformer.training.loaders import DataModule, TrainSampler
+from groupmixformer.training.loaders import STOP_SIGNALS, DataModule, EvalSampler, TrainSampler, _ignore_signals
 from groupmixformer.training.recipe import read_history, read_recipe
 from groupmixformer.training.resume import changes, check_classes, describe, find_start
 from groupmixformer.training.trainer import train
@@ -205,6 +205,38 @@ def test_a_checkpoint_that_counts_no_samples():
     loaders.move(saved(0)[0] | {"loops": None}, before)  # between two epochs: nothing to count
 
 
+def test_a_rest_that_is_less_than_a_batch_is_one():
+    loaders, _ = open_loaders(Indices(20), 8)
+    checkpoint, before = saved(5, 15, batch_size=3)
+    loaders.move(checkpoint, before)
+    assert checkpoint["DataModule"]["done"] == 1 == loaders.batches(1) - 1
+    order = TrainSampler(16, 8, seed=3)
+    order.skip = 9
+    assert [len(list(order)) for _ in range(2)] == [6, 16]  # an even number, as mixup needs it; then all again
+
+
+def test_the_order_stays_what_it_was():
+    """Runs that are continued rely on it."""
+    found = []
+    for labels in (None, [0, 0, 1, 1, 1], [0, 0, 1, 1]):
+        order = TrainSampler(len(labels or range(5)), 1, seed=3, labels=labels)
+        order.set_epoch(2)
+        found.append([row[1:] for row in order])
+    assert found == [
+        [(4,), (1,), (2,), (0,), (3,)],
+        [(0, 0), (1, 0), (3, 0), (4, 0), (1, 1)],
+        [(2, 0), (3, 0), (1, 0), (0, 0)],
+    ]
+
+
+def test_workers_ignore_the_signals_that_stop_a_run(monkeypatch):
+    ignored = {}
+    monkeypatch.setattr(signal, "signal", ignored.__setitem__)
+    _ignore_signals(0)
+    assert ignored == dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+    assert STOP_SIGNALS == (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 @pytest.mark.parametrize(
     ("samples", "seen", "world_size", "left"),
     [(10, 8, 1, None), (10, 9, 1, 1), (10, 7, 2, 3), (10, 6, 2, None), (6, 8, 1, 0)],
@@ -251,6 +283,7 @@ def test_each_image_is_held_out_once():
     parts = [open_loaders(Indices(9), 2, rank, 3)[0].val_dataloader() for rank in range(3)]
     assert sorted(index for part in parts for index in part.sampler) == [-1, 0, 1, 2, 3, 4]
     assert {len(part) for part in parts} == {1}
+    assert list(EvalSampler(3)) == [0, 1, 2]
 
 
 # What has changed since

@@ -68,7 +68,10 @@ def test_views_and_parameters(tmp_path, legacy):
         "half": torch.ones(3, dtype=torch.float16),
         "flags": torch.tensor([True, False]),
         "double": torch.tensor(1 / 3, dtype=torch.float64),
-        **{f"{dtype}": torch.ones(5, dtype=dtype) for dtype in (torch.complex64, torch.complex128, torch.int16, torch.int8)},
+        **{
+            f"{dtype}": torch.ones(5, dtype=dtype)
+            for dtype in (torch.complex64, torch.complex128, torch.int32, torch.int16, torch.int8)
+        },
     }
     if not legacy:
         expected["bytes"] = torch.arange(6).to(torch.uint16)
@@ -193,6 +196,14 @@ def test_every_bit_of_a_zip_counts(tmp_path):
         else:  # padding, times and the like
             assert_same(found)
     assert refused > 100
+
+
+def test_the_part_of_a_zip_that_is_damaged_is_named(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(TENSORS, path)
+    stored = TENSORS["a"].numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(stored, stored[:-1] + b"?"))
+    assert_refused(path, "it is damaged: the checksum of its part data/0 differs: copy or download it again")
 
 
 def test_a_flipped_bit_of_saved_weights(tmp_path):
@@ -443,6 +454,17 @@ def outcome(run):
     except (ValueError, FileNotFoundError) as error:
         said = str(error)
     return "refused" if "\n" not in said and ("config.json" in said or "cannot be loaded" in said) else said
+
+
+def test_categories_of_a_detector_may_have_texts_as_ids(tmp_path):
+    run = shutil.copytree(DATA / "detection", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    ids = [f"category {number}" for number in config["category_ids"]]
+    for wrong in (ids[1:], [*ids[1:], True]):
+        (run / "config.json").write_text(json.dumps(config | {"category_ids": wrong}))
+        assert_refused(run, f"config.json: category_ids is .*, expected a list of {len(ids)} integers or texts", load_detector)
+    (run / "config.json").write_text(json.dumps(config | {"category_ids": ids}))
+    assert load_detector(run)[1]["category_ids"] == ids
 
 
 @pytest.mark.slow

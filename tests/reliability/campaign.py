@@ -62,8 +62,10 @@ def apart(look: Callable[[], str], most_bytes: float = 1.5e9) -> str:
     return outcome or f"ended by signal {os.WTERMSIG(status)}"
 
 
-def run(attempt: Callable[[np.random.Generator], str], count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:
-    """Make attempts and count their outcomes.
+def run(
+    attempt: Callable[[np.random.Generator], str], count: int, seed: int = 0, first: int = 0, minutes: float = 1e9
+) -> dict[str, Any]:
+    """Make attempts, none after `minutes`, and count their outcomes.
 
     Returns:
         counts: Number of each outcome.
@@ -71,8 +73,10 @@ def run(attempt: Callable[[np.random.Generator], str], count: int, seed: int = 0
         slowest: Seconds of the slowest attempt.
     """
     counts: Counter[str] = Counter()
-    failures, slowest = [], 0.0
+    failures, slowest, began = [], 0.0, time.monotonic()
     for number in range(first, first + count):
+        if time.monotonic() - began > 60 * minutes:
+            break
         start, where = time.perf_counter(), ""
         try:
             outcome = attempt(np.random.default_rng([seed, number]))
@@ -96,12 +100,13 @@ def main(campaigns: dict[str, tuple[Callable[[np.random.Generator], str], int]])
     parser.add_argument("--count", type=int, help="attempts at each (default: its usual number)")
     parser.add_argument("--first", type=int, default=0, help="number of the first attempt")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no attempt after these")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     results = {}
     for name in args.names:
         attempt, usual = campaigns[name]
-        results[name] = run(attempt, args.count or usual, args.seed, args.first)
+        results[name] = run(attempt, args.count or usual, args.seed, args.first, args.minutes)
         print(name, results[name]["counts"], f"slowest {results[name]['slowest']} s", flush=True)
         for failure in results[name]["failures"][:5]:
             print(f"  {failure['number']}: {failure['outcome']}\n{failure['where']}")

@@ -156,7 +156,8 @@ def control(words):
     """Run tests without a fault, which must pass; return how long they may take with one."""
     start = time.monotonic()
     if not passes(words, 900):
-        sys.exit("the tests do not pass without a fault")
+        print("the tests do not pass without a fault", flush=True)
+        sys.exit(1)
     print(f"without a fault: {time.monotonic() - start:.0f} s", flush=True)
     return 3 * (time.monotonic() - start) + 30
 
@@ -202,36 +203,58 @@ def main():
             if name.partition(".")[0] not in own:
                 with contextlib.suppress(Exception):  # parts of others that cannot be imported alone
                     importlib.import_module(name)
-        limit = control(tests)
-        killed, survived = 0, []
+        result = {
+            "command": f"mutate.py {' '.join(sys.argv[1:])}",
+            **machine,
+            "possible": len(found),
+            "killed": 0,
+            "survived": [],
+        }
         drawn = random.Random(args.seed).sample(found, min(args.sample, len(found)))
         if args.again:
             before = json.loads(args.again.read_text())
             left = {(fault["operator"], fault["number"]) for fault in before["survived"]}
             drawn = [fault for fault in found if (fault[1], fault[3]) in left]
-            killed = before["killed"]
-        texts = [MutationVisitor.mutate_code(source, operator, occurrence) for operator, _, _, occurrence in drawn]
-        changes = [changed_functions(str(path), source, text, set(called)) for text in texts]
-        imported = False
-        for (_, name, line, occurrence), text, codes in sorted(
-            zip(drawn, texts, changes, strict=True), key=lambda row: bool(row[2])
-        ):
-            if time.monotonic() - start > 60 * args.minutes:
-                break
-            if codes and not imported:
-                path.write_text(source)
+            result["killed"] = before["killed"]
+        args.out.write_text(json.dumps(result))
+        inside, outside = [], []
+        for operator, name, line, occurrence in drawn:
+            text = MutationVisitor.mutate_code(source, operator, occurrence)
+            codes = changed_functions(str(path), source, text, set(called))
+            (inside if codes else outside).append((name, line, occurrence, text, codes or {}))
+
+        def try_all(rows, imported):
+            result = json.loads(args.out.read_text())
+            path.write_text(source)
+            if imported:
                 run_tests("--collect-only", *tests)
-                limit, imported = control(tests), True
-            path.write_text(text)
-            if passes(tests, limit, lambda codes=codes: put_in(str(path), codes or {})):
-                pairs = zip(source.splitlines(), text.splitlines(), strict=False)
-                old, new = next(((old, new) for old, new in pairs if old != new), ("", ""))
-                survived.append({"operator": name, "number": occurrence, "line": line, "old": old.strip(), "new": new.strip()})
-                print(f"{line}: {name}\n  - {old.strip()}\n  + {new.strip()}", flush=True)
-            else:
-                killed += 1
-            result = {"command": f"mutate.py {' '.join(sys.argv[1:])}", **machine, "possible": len(found)}
-            args.out.write_text(json.dumps({**result, "killed": killed, "survived": survived}, indent=1))
+            limit = control(tests)
+            for name, line, occurrence, text, codes in rows:
+                if time.monotonic() - start > 60 * args.minutes:
+                    break
+                path.write_text(text)
+                if passes(tests, limit, lambda codes=codes: put_in(str(path), codes)):
+                    pairs = zip(source.splitlines(), text.splitlines(), strict=False)
+                    old, new = next(((old.strip(), new.strip()) for old, new in pairs if old != new), ("", ""))
+                    result["survived"].append({"operator": name, "number": occurrence, "line": line, "old": old, "new": new})
+                    print(f"{line}: {name}\n  - {old}\n  + {new}", flush=True)
+                else:
+                    result["killed"] += 1
+                args.out.write_text(json.dumps(result, indent=1))
+
+        for rows, imported in ((inside, True), (outside, False)):
+            child = os.fork()  # the second must not find what the first imports
+            if not child:
+                code = 1
+                try:
+                    try_all(rows, imported)
+                    code = 0
+                finally:
+                    os._exit(code)
+            if os.waitpid(child, 0)[1]:
+                sys.exit(1)
+    result = json.loads(args.out.read_text())
+    killed, survived = result["killed"], result["survived"]
     print(f"{args.module}: {killed} of {killed + len(survived)} killed, of {len(found)} possible")
 
 

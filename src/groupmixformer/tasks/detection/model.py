@@ -160,5 +160,10 @@ def load_detector(folder: str | Path | RunFolder) -> tuple[Detector, dict[str, A
     """
     run = RunFolder.of(folder)
     model, config = load_network(run, "detection", Detector)
-    Fields(config, str(run.path / CONFIG)).integers("category_ids", len(config["class_names"]))
+    count = len(config["class_names"])
+
+    def fits(ids: Any) -> bool:
+        return isinstance(ids, list) and len(ids) == count and all(type(key) in (int, str) for key in ids)
+
+    Fields(config, str(run.path / CONFIG)).take("category_ids", f"a list of {count} integers or texts", fits)
     return model, config
