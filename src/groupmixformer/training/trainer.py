@@ -101,7 +101,7 @@ def with_precision(recipe: Recipe) -> Recipe:
 def without_warnings() -> Iterator[None]:
     """Leave out what Lightning warns of and a recipe means, or this package does otherwise."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a recipe's choice
+        warnings.filterwarnings("ignore", ".*(not have many workers|worker processes in total).*")  # a recipe's choice
         warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, about PyTorch
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # timm's schedulers are not torch's
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # `DataModule` is

@@ -155,7 +155,7 @@ class LabelledSamples(ImageSamples):
     def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
         """Return the number of images that have each label."""
         found = [self.place(label) for _, labels in self.source.samples for label in labels]
-        return np.bincount(np.array(found, dtype=np.int64), minlength=len(self.class_names)).tolist(), "image", []
+        return np.bincount(np.array(found, dtype=np.int64), minlength=len(self.class_names)).tolist(), "images", []
 
     def for_evaluation(self, content: tuple[Image.Image, Any] | None) -> tuple[torch.Tensor, Any]:
         """Apply the transform."""
