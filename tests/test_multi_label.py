@@ -179,7 +179,7 @@ def test_the_categories_of_objects_are_labels(few):
     labels, named = read(coco(few))
     assert labels.class_names == ["dog", "cat", "bird"] and named == {"a.jpg": ["dog", "cat"], "b.jpg": []}
     samples = open_images(str(few), need_train=False).held_out(lambda image: torch.zeros(3, 32, 32))
-    assert samples.count_classes() == ([1, 1, 0], "image", [])
+    assert samples.count_classes() == ([1, 1, 0], "images", [])
     samples.relabel(["cat", "bear", "bird", "dog"], [3, 0, 2])
     _, rows, _ = collate_classification([samples[0], samples[1], samples[-1]])
     assert rows.tolist() == [[1, 0, 0, 1], [0] * 4, [-1] * 4] and samples.labels() is None
