@@ -315,6 +315,11 @@ def test_the_page_fits_every_screen_in_the_light_and_in_the_dark(started, tmp_pa
             things = "#about, #samples img, #shown img, #classes, #stage label, #maps figure, #maps img, #maps figcaption"
             assert tab.run(f"({CLIPPED})({json.dumps(things)})") == []
             assert tab.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            left, right = tab.run(
+                "(({left, right}) => [left, document.documentElement.clientWidth - right])"
+                "(document.querySelector('main').getBoundingClientRect())"
+            )
+            assert left == pytest.approx(right, abs=2)
             places = tab.run("[...document.querySelectorAll('#maps figure')].map(f => f.getBoundingClientRect().top)")
             assert len(set(places)) == rows
             names = tab.run("[...document.querySelectorAll('#maps figcaption')].map(one => one.innerText)")

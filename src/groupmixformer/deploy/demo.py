@@ -49,7 +49,7 @@ attends to: single tokens, and groups of tokens of three sizes."""
 ATTENDS = """## What the point attends to
 Each map shows how strongly it attends to every position, yellow the most, in the last block of a stage."""
 CSS = """
-main { width: 100%; max-width: 80rem; margin: 0 auto; }
+main { width: 100%; max-width: 80rem; margin: 0 auto !important; }
 #samples .gallery-item, #samples .gallery-item div { padding: 0; width: 4rem; height: 4rem; overflow: hidden; }
 #samples img { width: 100%; height: 100%; object-fit: cover; }
 #shown:not(:has(img)) { height: 16rem; }
