@@ -253,6 +253,10 @@ def test_what_does_not_go_together_is_refused_in_a_line(data, photos, tmp_path, 
     assert "teach features" in line(*start, data, "--val-share", "0.25", "--distill.teacher", "test_resnet")
     assert "loss asl is for several labels" in line(*start, photos, "--loss", "asl")
     assert "expected one class each" in line("shards", data, "--val-share", "0.25", "--out", tmp_path / "shards")
+    parted = tmp_path / "parted"
+    for part in ("train", "val"):
+        write(parted, columns(squares(parted / "images", 2)), f"{part}.csv")
+    assert "compared by top-1" in line("compare", "test_resnet", "--data", parted, "--out", tmp_path / "compared")
     model = GroupMixFormer(embed_dims=(10,), depths=(1,), mlp_ratios=(2,), num_classes=2)
     for name, about in (("one", {}), ("several", {"problem_type": "multi_label_classification"})):
         save_checkpoint(model, tmp_path / name, ["one", "zero"], {"input_size": (3, 32, 32), **about})
@@ -352,6 +356,6 @@ def test_labels_that_can_be_learnt_are_and_are_told_wherever_the_run_is_used(tmp
     # A checkpoint of several labels for one class each.
     for name in ("red", "blue"):
         for part in ("train", "val"):
-            squares(data / part / name, 8, 2000)
-    gmf("train", "folder", "--data", data, *TINY, "--checkpoint", run, "--out", tmp_path / "single", "--json")
+            squares(tmp_path / "classes" / part / name, 8, 2000)
+    gmf("train", "folder", "--data", tmp_path / "classes", *TINY, "--checkpoint", run, "--out", tmp_path / "single", "--json")
     assert "problem_type" not in json.loads((tmp_path / "single" / "config.json").read_text())

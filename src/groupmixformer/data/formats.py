@@ -60,7 +60,7 @@ class Recognised:
     def text(self) -> str:
         """A sentence for people."""
         parts = "not split into parts" if WHOLE in self.parts else f"with the parts {', '.join(self.parts)}"
-        return f"{self.path}: {self.title}, {parts}, for {' and '.join(self.tasks)}"
+        return f"{self.path}: {self.title}, {parts}, for {' and '.join(', '.join(self.tasks).rsplit(', ', 1))}"
 
     def part(self, name: str, or_whole: bool = False) -> str:
         """Return the name of a part as `parts` has it.
