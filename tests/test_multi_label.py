@@ -27,6 +27,7 @@ from groupmixformer.run import Run
 from groupmixformer.tasks.classification.data import collate_classification, open_images
 from groupmixformer.tasks.classification.multi_label import LabelEvaluation
 from groupmixformer.tasks.registry import build_task, find_task
+from groupmixformer.tasks.survey import Survey
 from groupmixformer.training.recipe import read_recipe
 
 DOCS = Path(__file__).parents[1] / "docs" / "evaluate.md"
@@ -155,6 +156,10 @@ def test_roboflows_files_and_data_without_parts_are_recognised(tmp_path, data):
     found = recognise(tmp_path)
     assert (found.format, list(found.parts), found.tasks) == ("labels", ["train", "val"], ("classification",))
     assert len(open_images(str(tmp_path)).train_source) == 3
+    survey = Survey(tmp_path)
+    counts = {row["class"]: row["count"] for row in survey.result["parts"]["train"]["classes"]}
+    assert counts == {color: sum(color in found for found in rows.values()) for color in COLORS}
+    assert survey.drawn("train")[0].caption.startswith(tuple(COLORS))
     with pytest.raises(ValueError, match="not split, expected a part train: deal it out with --val-share"):
         open_images(str(data))
     recipe = read_recipe("folder", ["--data", str(data), "--val-share", "0.25", *TINY])
@@ -173,6 +178,16 @@ def coco(folder, more=()):
     content = {"images": images, "annotations": objects, "categories": names}
     (folder / "instances.json").write_text(json.dumps(content))
     return folder
+
+
+def test_an_image_of_another_part_is_not_taken(few):
+    for part in ("train", "val"):
+        (few / part).mkdir()
+        write(few, "image,labels\n0.jpg,cat\n1.jpg,dog\n", f"{part}.csv")
+    for path in ("train/0.jpg", "train/1.jpg", "val/1.jpg"):
+        shutil.copy(few / "a.jpg", few / path)
+    labels, _ = read(few, "val")
+    assert [path for path, _ in labels.samples] == [str(few / "val" / "1.jpg")] and len(labels.skipped) == 1
 
 
 def test_the_categories_of_objects_are_labels(few):
@@ -214,6 +229,19 @@ def test_metrics_are_those_of_scikit_learn_and_torchmetrics():
     assert rows[4]["images"] == 0 and rows[4]["AP"] is None and rows[4]["f1"] is None
     one = LabelEvaluation.of(logits[:, :1], labels[:, :1])
     assert one.metrics["mAP"] == pytest.approx(one.per_class("a")[0]["AP"])
+
+
+def test_a_model_that_tells_nothing_is_said_to(data, tmp_path):
+    model = GroupMixFormer(embed_dims=(10,), depths=(1,), mlp_ratios=(2,), num_classes=3)
+    torch.nn.init.zeros_(model.head.fc.weight)
+    torch.nn.init.ones_(model.head.fc.bias)
+    config = {"input_size": (3, 32, 32), "problem_type": "multi_label_classification"}
+    save_checkpoint(model, tmp_path / "run", list(COLORS), config)
+    measured = Run.open(tmp_path / "run").evaluate(str(data), "cpu")
+    targets = open_images(str(data), need_train=False).held_out_source.targets
+    named = f1_score(np.array([[n in found for n in range(3)] for found in targets]), np.ones((20, 3)), average="micro")
+    assert any(line.endswith(f"which has a micro F1 of {named:.2%}") for line in measured.remarks)
+    assert any("no better than chance" in line for line in measured.remarks)
 
 
 def build(data, *options):

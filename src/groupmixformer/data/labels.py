@@ -232,8 +232,14 @@ class _Finder:
 
     def __init__(self, file: Path, names: Sequence[str]) -> None:
         stem, base = file.stem, file.parent
-        usual = ("", "images", "imgs", stem, f"{stem}_images", f"images/{stem}", "train", "train_images")
-        places = [place for place in dict.fromkeys(base / name for name in usual) if place.is_dir()]
+        own = [name for name in (stem, f"{stem}_images", f"images/{stem}") if (base / name).is_dir()]
+        usual = [
+            "",
+            "images",
+            "imgs",
+            *(own or ["train", "train_images"]),
+        ]  # in train/ of val.csv there may be others by its names
+        places = [base / name for name in usual if (base / name).is_dir()]
         self.looked_in = few([str(place) for place in places])
         bare = any(Path(name).suffix.lower() not in IMAGE_SUFFIXES for name in names)
         endings = ["", *(sorted(IMAGE_SUFFIXES, key=lambda s: (s not in (".jpg", ".png", ".jpeg"), s)) if bare else [])]

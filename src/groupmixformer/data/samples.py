@@ -139,6 +139,11 @@ class Samples(Dataset[Any]):
         """Return the class of each image, where each has one and that takes no reading of images."""
         return None
 
+    def named(self, index: int) -> str:
+        """Return the name of an image's class, or of its labels, where that takes no reading of images."""
+        labels = self.labels()
+        return self.class_names[labels[index]] if labels else ""
+
     def files(self) -> list[Path]:
         """Return the image files, in the order of the samples; none where images come from elsewhere."""
         return []

@@ -98,11 +98,11 @@ class Survey:
     def drawn(self, part: str) -> list[Shown]:
         """Draw a few images of a part, chosen at random, with their annotations."""
         samples, shown = self.parts[part], list[Shown]()
-        files, labels = samples.files(), samples.labels()
+        files = samples.files()
         for index in np.random.default_rng(0).permutation(len(samples)).tolist():
             try:
-                name = f"{samples.class_names[labels[index]]}: " if labels else ""
-                shown.append(Shown(samples.drawn(index), short(f"{name}{files[index].name}", 80)))
+                name = ": ".join(filter(None, [samples.named(index), files[index].name]))
+                shown.append(Shown(samples.drawn(index), short(name, 80)))
             except ValueError:  # which was told
                 continue
             if len(shown) == SHOWN:

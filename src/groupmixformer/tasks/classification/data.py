@@ -152,6 +152,10 @@ class LabelledSamples(ImageSamples):
     def labels(self) -> None:
         """Return none: an image has no one class."""
 
+    def named(self, index: int) -> str:
+        """Return the names of the labels."""
+        return ", ".join(self.class_names[self.place(label)] for label in self.source.samples[index][1])
+
     def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
         """Return the number of images that have each label."""
         found = [self.place(label) for _, labels in self.source.samples for label in labels]

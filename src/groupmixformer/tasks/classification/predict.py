@@ -218,6 +218,11 @@ class ClassificationPredictor(Predictor):
             remarks.append(
                 f"no better than chance: random answers have an mAP of {chance:.2%}, and the model {metrics['mAP']:.2%}"
             )
+        named = (
+            2 * found.true.sum().item() / (found.true.sum().item() + found.true.numel())
+        )  # F1 of every label for every image
+        if metrics["best_f1_micro"] <= named + 1e-9:
+            remarks.append(f"no better than naming every label for every image, which has a micro F1 of {named:.2%}")
         if not metrics["f1_micro"]:
             best = f"F1 is best, {metrics['best_f1_micro']:.2%}, at {metrics['best_threshold']:.2f}"
             remarks.append(f"no label is found rightly at a threshold of {THRESHOLD}: {best}: take --score-threshold")
