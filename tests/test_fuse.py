@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
+from groupmixformer.models.fuse import _fold_norms
 from groupmixformer.models.groupmixformer import VARIANTS, Block, SeparableConv, Stem
 from groupmixformer.ops import onednn
 from groupmixformer.tasks.backbone import Backbone
@@ -468,10 +469,32 @@ def test_it_says_what_it_folded(make, folded):
     assert fuse(make().eval()).folded == folded
 
 
+@torch.no_grad()
+def test_a_convolution_of_a_mixer_without_a_norm_stays():
+    part = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    part[3].running_mean.fill_(0.3)
+    x = torch.randn(2, 4, 5, 5)
+    expected, first = part(x), part[0]
+    assert _fold_norms(nn.ModuleList([part]))
+    assert part[0] is first and isinstance(part[3], nn.Identity)
+    assert_equal([part(x)], [expected])
+    assert not _fold_norms(nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU()))
+
+
+def test_tokens_of_an_attention(randomise):
+    attention, tokens = randomise(GroupMixAttention(20)).eval(), torch.randn(2, 35, 20)
+    with torch.no_grad():
+        got, expected = fuse(attention)(tokens, (7, 5)), attention(tokens, (7, 5))
+    assert got.shape == expected.shape == tokens.shape
+    assert_equal([got], [expected])
+
+
 def test_layers_tell_their_sizes(model):
     for layer in fuse(model).modules():
         if isinstance(layer, nn.Linear):
             assert layer.weight.shape == (layer.out_features, layer.in_features)
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.shape == (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
 def saved_and_loaded(fused, load):

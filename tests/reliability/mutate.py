@@ -243,6 +243,8 @@ def main():
                 args.out.write_text(json.dumps(result, indent=1))
 
         for rows, imported in ((inside, True), (outside, False)):
+            if not rows:
+                continue
             child = os.fork()  # the second must not find what the first imports
             if not child:
                 code = 1
