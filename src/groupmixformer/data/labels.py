@@ -149,7 +149,8 @@ class _Form:
         names = sorted(sorted(found), key=natural_key)  # which tells no case apart
         if not names:
             raise ValueError(f"{table.file}: its column {column} is empty, expected labels")
-        notes = [f"{column} has labels separated by {SEPARATORS[separator]}" if separator else f"{column} has one label a line"]
+        said = f"labels separated by {SEPARATORS[separator]}" if separator else "one label a line"
+        notes = [f"the column {column} has {said}"]
         if left := [name for name in others if name != column]:
             notes.append(f"other columns are left out: {few(left)}")
         cases: defaultdict[str, list[str]] = defaultdict(list)
