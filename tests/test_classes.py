@@ -176,14 +176,14 @@ def regions(tmp_path):
 
 
 def test_masks_of_0_and_255_leave_nothing_to_learn(regions):
-    said = "training data: 1 of 2 classes have no pixel in 3 of 3 masks: road; there is nothing to tell apart but ground; "
+    said = "training data: 1 of 2 classes have no pixels in 3 of 3 masks: road; there is nothing to tell apart but ground; "
     with pytest.raises(
         ValueError, match=said + "pixels of 255 are ignored: if they mark a class, give it this id, and drop ignore"
     ):
         regions(255, 255, 255).check("training", 0.001)
     held_out = regions(255, 255, split="val").check("held-out", 0.001)
     assert len(held_out) == 1 and held_out[0].startswith(
-        "held-out data: 1 of 2 classes have no pixel in 2 of 2 masks: road; pix"
+        "held-out data: 1 of 2 classes have no pixels in 2 of 2 masks: road; pix"
     )
     usual = regions(255, 255, 255, classes=(("ground", 0), ("road", 255)), ignore=None)
     assert usual.check("training", 0.001) == []
@@ -193,11 +193,11 @@ def test_masks_of_0_and_255_leave_nothing_to_learn(regions):
 def test_classes_without_a_pixel_are_named(regions, monkeypatch):
     three = (("ground", 0), ("road", 1), ("car", 2))
     assert regions(0, 1, 0, 1, classes=three).check("training", 0.001) == [
-        "training data: 1 of 3 classes have no pixel in 4 of 4 masks: car"
+        "training data: 1 of 3 classes have no pixels in 4 of 4 masks: car"
     ]
     assert regions(0, 1, 0, 2, classes=three).check("training", 0.001) == []
     monkeypatch.setattr(masks, "MOST_MASKS", 2)
-    assert "no pixel in 2 of 4 masks: " in regions(0, 1, 1, 0, classes=three).check("training", 0.001)[0]
+    assert "no pixels in 2 of 4 masks: " in regions(0, 1, 1, 0, classes=three).check("training", 0.001)[0]
 
 
 def test_numbers_of_no_class_end_training_before_it_begins(regions):
@@ -215,7 +215,7 @@ def test_categories_without_an_object_are_named(tmp_path):
     content["annotations"] = [record for record in content["annotations"] if record["category_id"] == 3]
     path.write_text(json.dumps(content))
     said = CocoImages(tmp_path, "train", masks=False).check("training", 0)
-    assert said == ["training data: 1 of 2 classes have no object: disc"]
+    assert said == ["training data: 1 of 2 classes have no objects: disc"]
 
 
 class Labelled:
@@ -234,10 +234,10 @@ def test_classes_without_an_image_are_named(fruit):
         for samples in (opened.train(None, 0), opened.held_out(None)):
             assert samples.check("training", 0) == []
             counts, what, _ = samples.count_classes()
-            assert (sum(counts), what) == (len(samples), "image")
+            assert (sum(counts), what) == (len(samples), "images")
     for labels, classes in (
-        ([0, 2, 2], "1 of 3 classes have no image: lime"),
-        ([2, 2], "2 of 3 classes have no image: apple, lime"),
+        ([0, 2, 2], "1 of 3 classes have no images: lime"),
+        ([2, 2], "2 of 3 classes have no images: apple, lime"),
     ):
         samples = ImageSamples(Labelled(labels), None, MODEL)
         if len(set(labels)) > 1:

@@ -76,7 +76,7 @@ def test_models_lists_the_variants(capsys):
         (["bench", "--dtype", "bf17"], "did you mean bf16?"),
         (
             ["export", "x", "--format", "tflite", "--out", "y"],
-            "value tflite, expected onnx, pt2, aoti, openvino: see",
+            "value tflite, expected onnx, pt2, aoti, openvino, executorch, coreml, litert: did you mean litert?",
         ),
         (["train", "digits", "--learning_rate", "1"], "the nearest is optimizer.lr"),
         (["train", "digits", "--pretrained", "x"], "the nearest is checkpoint"),

@@ -373,7 +373,7 @@ def test_variant(name):
     assert cfg["min_input_size"] == (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", ["groupmixformer_base", "groupmixformer_large"])
+@pytest.mark.parametrize("name", ["groupmixformer_base", pytest.param("groupmixformer_large", marks=pytest.mark.slow)])
 def test_parameters_of_what_is_too_large_to_run_here(name):
     with torch.device("meta"):
         model = timm.create_model(name)

@@ -136,7 +136,9 @@ def test_options_of_a_task(runs, image):
         Run.open(runs / "detection").predict(image, top=2)
     with pytest.raises(ValueError, match=r"^no option tops, expected some of batch_size, crop_mode"):
         Run.open(runs / "classification").predict(image, tops=2)
-    with pytest.raises(ValueError, match=r"^batch_size is no option of predict, expected some of top, test_size"):
+    with pytest.raises(
+        ValueError, match=r"^batch_size is no option of predict, expected some of top, score_threshold, test_size"
+    ):
         Run.open(runs / "classification").predict(image, batch_size=2)
     with pytest.raises(ValueError, match=r"^top is no option of explain, expected some of wanted_class$"):
         Run.open(runs / "classification").explain(image, top=2)

@@ -713,7 +713,7 @@ def test_settings_of_other_tasks_are_refused(data, tmp_path, capsys, argv):
         *[("eval", argv, "classification") for argv in (["--batch-size", "4"], ["--plot", "a.png"], ["--root", "data"])],
         ("eval", ["--interpolation", "bicubic"], "classification"),
         ("predict", ["--top", "3"], "classification"),
-        ("predict", ["--score-threshold", "0.3"], "detection"),
+        ("predict", ["--score-threshold", "0.3"], "classification and detection"),
     ],
 )
 def test_options_of_other_tasks_are_refused(trained, tmp_path, capsys, monkeypatch, command, argv, task):

@@ -111,6 +111,7 @@ class Interrupted(BaseException):
     """What ends a process."""
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_ended_and_finds_the_best(tmp_path):
     out, trained = tmp_path / "sweep", []
 

@@ -44,7 +44,7 @@ def export(
     allow_nonfinite: AllowNonfinite = False,
     data: Reads[PathText | None] = None,
     calibrate: Annotated[Reads[PathText | None], Option(metavar="DIR")] = None,
-    format: Writes[Format],
+    format: Annotated[Writes[Format], Option(metavar="FORMAT")],
     out: Annotated[Writes[PathText], Option(metavar="FILE")],
     features: Writes[bool] = False,
     with_preprocessing: Writes[bool] = False,
@@ -58,7 +58,7 @@ def export(
     Args:
         data: to measure int8 on: data set, or a folder of class folders; the run's own by default
         calibrate: for static int8: images, in class folders or not; the run's training data by default
-        format: docs/export.md tells them apart
+        format: onnx, pt2 (torch.export), aoti, openvino, executorch, coreml or litert; docs/export.md tells them apart
         out: file to write: .onnx, .pt2 (pt2, aoti), .xml (OpenVINO, with a .bin), .pte, .mlpackage or .tflite
         features: a classifier's maps of strides 4, 8, 16 and 32, not the logits
         with_preprocessing: of a classifier: from an image, uint8 (height, width, 3), to probabilities
