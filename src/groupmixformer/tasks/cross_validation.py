@@ -73,7 +73,8 @@ def cross_validate(
             LOGGER.warning(f"all folds go on with {again}")
             raise
         found = {name: value for name, value in result.items() if isinstance(value, float) and "second" not in name}
-        metrics = {name: value for name, value in found.items() if name not in vars(recipe)}  # crop_pct is a setting
+        settings = vars(recipe)  # crop_pct is told with the metrics, and loss is a metric although a field has its name
+        metrics = {name: value for name, value in found.items() if not isinstance(settings.get(name), float)}
         if not metrics:
             raise ValueError(f"{own.out}: could not be measured: continue with {again}")
         measured.append({"fold": fold, "run": own.out, **metrics})
