@@ -12,7 +12,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,14 +202,16 @@ def _load_executorch(path: Path) -> Callable[[Tensor], Outputs]:
 def _write_coreml(network: nn.Module, images: Tensor, names: Sequence[str], metadata: Mapping[str, str], path: Path) -> None:
     import coremltools
 
-    model = coremltools.convert(
-        torch.export.export(network, (images,)).run_decompositions({}),
-        convert_to="mlprogram",
-        outputs=[coremltools.TensorType(name) for name in names],
-        compute_precision=coremltools.precision.FLOAT32,
-        minimum_deployment_target=coremltools.target.iOS17,
-        skip_model_load=True,
-    )
+    program = torch.export.export(network, (images,)).run_decompositions({})
+    with redirect_stderr(io.StringIO()):  # whose bars are no use in a log
+        model = coremltools.convert(
+            program,
+            convert_to="mlprogram",
+            outputs=[coremltools.TensorType(name) for name in names],
+            compute_precision=coremltools.precision.FLOAT32,
+            minimum_deployment_target=coremltools.target.iOS17,
+            skip_model_load=True,
+        )
     model.user_defined_metadata.update(metadata)
     model.save(str(path))
 
