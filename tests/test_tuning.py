@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_split import gmf
 
+from groupmixformer.run import Run
 from groupmixformer.tasks.registry import build_task
 from groupmixformer.tasks.sweep import Space, open_study, sweep
 from groupmixformer.training.recipe import RecipeError, read_recipe
@@ -52,7 +53,9 @@ def test_a_range_test_raises_the_rate_of_each_group_and_finds_where_the_loss_is_
 
 
 def test_the_first_loss_of_a_range_test_is_that_of_training(tmp_path):
-    found = find_rate(read_recipe("digits", [*SMALL, "--augmentation.label-smoothing=0"]), build_task, steps=3)
+    found = find_rate(
+        read_recipe("digits", [*SMALL, "--augmentation.label-smoothing=0", "--grad-accum-steps=2"]), build_task, steps=3
+    )
     assert found.losses[0] == pytest.approx(math.log(10), abs=0.35) and found.smoothed[0] == pytest.approx(found.losses[0])
 
 
@@ -75,6 +78,8 @@ def test_batch_sizes_are_tried_up_to_the_training_set_or_the_memory(tmp_path, mo
 def test_settings_are_looked_for_by_one_process():
     with pytest.raises(ValueError, match="--devices 1"):
         find_rate(read_recipe("digits", ["--devices=2"]), build_task)
+    with pytest.raises(ValueError, match="2 processes, expected one"):
+        sweep("digits", ["--devices=2"], [Space.parse("epochs=1..2")], 1, Path("never"), lambda *_: pytest.fail("begun"))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_a_sweep_goes_on_where_it_was_ended_and_finds_the_best(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_ordinary_runs(tmp_path, capsys):
+def test_a_sweep_trains_ordinary_runs(tmp_path, capsys, monkeypatch):
     words = (
         "sweep",
         "digits",
@@ -172,11 +177,16 @@ def test_a_sweep_trains_ordinary_runs(tmp_path, capsys):
         "--out",
         tmp_path / "s",
     )
+    with monkeypatch.context() as patch:  # the process ends when the run is trained and not yet measured
+        patch.setattr(Run, "report", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            gmf(capsys, *words)
     found = json.loads(gmf(capsys, *words, "--json").out)
+    assert [Path(row["run"]).name for row in found["trials"]].count("trial-0") == 1
     assert found["metric"] == "val_top1" and found["best"]["value"] == max(row["value"] for row in found["trials"])
     assert len(found["trials"]) == 3 and "fail" not in {row["state"] for row in found["trials"]}
     measured = json.loads(gmf(capsys, "eval", found["best"]["run"], "--json").out)
     assert measured["top1"] == pytest.approx(found["best"]["value"], abs=2e-3)
-    assert len(open_study(tmp_path / "s", None, 0).trials) == 3
+    assert len(open_study(tmp_path / "s", None, 0).trials) == 4  # one of them continues the first
     error = gmf(capsys, "sweep", "digits", "--try", "optimizer.lr=1", code=2).err
     assert "optimizer.lr=1e-4..1e-2:log" in error and len(error.splitlines()) == 1

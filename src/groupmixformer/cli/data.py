@@ -29,7 +29,7 @@ def data(
     from ..training.recipe import RecipeError, read_recipe
 
     if path.startswith(("wds/", "hfids/", "hfds/")) and not Path(path).exists():
-        if page or recipe or task not in ("", "classification"):
+        if page or recipe or task:
             raise UsageError(f"{path}: --page, --recipe and --task are for folders and files, and not for streams")
         result, text = sample_stream(path, root)
         show(result, json, text)

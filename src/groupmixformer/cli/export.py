@@ -181,7 +181,9 @@ def extract(
 
     source = Run.open(run)
     recipe, model = source.recipe, source.load()
-    trained = recipe.elastic if recipe else []
+    if recipe is None:
+        raise ValueError(f"{run}: has no recipe that names its data, by which widths are measured: expected a run folder")
+    trained = recipe.elastic
     widths = sorted({*(width or trained)})
     if not widths:
         raise ValueError(f"{run}: was not trained with elastic: train with --elastic '[0.25, 0.5, 1]', or name a --width")

@@ -23,6 +23,7 @@ from ..run_folder import RECIPE, one_line, read_metrics
 from ..training.claim import Claim
 from ..training.module import Task
 from ..training.recipe import RecipeError, read_recipe, write_recipe
+from ..training.trainer import processes
 from ..visual.charts import new_axes
 from ..visual.figures import BLUE, tip
 from ..visual.page import Block, Chart, Table, html_head, html_page, html_section
@@ -94,7 +95,8 @@ class _Report(Callback):
     def __init__(self, trial: optuna.Trial, prune: bool) -> None:
         self.trial, self.prune, self.best, self.metric = trial, prune, -1.0, ""
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        # Not when training starts: of a run that was ended before its report nothing is left to train.
         assert isinstance(pl_module, Task)
         self.metric = pl_module.monitor
         self.trial.set_user_attr("metric", self.metric)
@@ -153,14 +155,17 @@ def sweep(
         The best trial, and all of them.
 
     Raises:
-        ValueError: If a field does not exist or a value does not fit, the folder is that of another sweep, or no run
-            could be finished.
+        ValueError: If a field does not exist or a value does not fit, the recipe asks for several processes, the folder is
+            that of another sweep, or no run could be finished.
     """
     for space in spaces:  # all values are checked before the first run
         ends = [int(end or 0) if space.whole else end for end in (space.low, space.high)]
         for value in space.choices or ends:
             read_recipe(name, [*options, space.option(value)])
     base = read_recipe(name, [*options, f"--out={out}"])
+    devices, nodes = processes(base)
+    if devices * nodes > 1:
+        raise ValueError(f"got {devices * nodes} processes, expected one: give the command several times instead")
     study = open_study(out, storage, base.seed)
     about = {"recipe": name, "options": list(options), "spaces": [vars(space) for space in spaces]}
     before = study.user_attrs.get("about")

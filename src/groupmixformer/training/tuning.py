@@ -19,7 +19,7 @@ from ..visual.charts import line_chart
 from ..visual.page import Chart, html_head, html_page, html_section
 from .module import Task
 from .recipe import Recipe
-from .trainer import PRECISIONS, with_precision, without_warnings
+from .trainer import PRECISIONS, processes, with_precision, without_warnings
 
 BuildTask = Callable[[Recipe, int], Task]
 SMOOTH = 0.9  # share of the running mean of losses that a step leaves
@@ -33,8 +33,9 @@ MEMORY = 0.8  # share of a CPU's free memory that is taken
 def _run_steps(recipe: Recipe, build_task: BuildTask, steps: int, watcher: Callback) -> None:
     """Train for some steps by a recipe, on one process, and keep nothing."""
     recipe = with_precision(recipe)
-    if recipe.devices * recipe.nodes > 1:
-        raise ValueError(f"got {recipe.devices * recipe.nodes} processes, expected one: look for settings with --devices 1")
+    devices, nodes = processes(recipe)
+    if devices * nodes > 1:
+        raise ValueError(f"got {devices * nodes} processes, expected one: look for settings with --devices 1")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     with without_warnings():
@@ -151,7 +152,7 @@ def find_rate(recipe: Recipe, build_task: BuildTask, low: float = 1e-7, high: fl
 
 
 class _Speed(Callback):
-    """Measures steps, all batches of an update together."""
+    """Measures steps."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

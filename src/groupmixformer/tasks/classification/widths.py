@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # which brings jsonargparse
 BATCH = 64
 
 
-def cut(model: Any, width: float, recipe: "Recipe | None", split: Path, images: int) -> tuple[Any, int]:
+def cut(model: Any, width: float, recipe: "Recipe", split: Path, images: int) -> tuple[Any, int]:
     """Cut a width out of a classifier and estimate the statistics of its BatchNorm again, on training images as in evaluation.
 
     In training all widths share them, and none has quite the statistics of another (Yu and Huang, 2019, arXiv 1903.05134).
@@ -27,7 +27,7 @@ def cut(model: Any, width: float, recipe: "Recipe | None", split: Path, images: 
     Args:
         model: From a run that was trained with `elastic`; it is not changed.
         width: Share of the hidden units.
-        recipe: Of the run, for its data; none leaves the statistics.
+        recipe: Of the run, for its data.
         split: File of the run that says which images were trained on, if there is one.
         images: How many, drawn at random, the same for every width; 0 leaves the statistics.
 
@@ -38,7 +38,7 @@ def cut(model: Any, width: float, recipe: "Recipe | None", split: Path, images: 
         ValueError: If the width cannot be cut out, or the training images cannot be read.
     """
     smaller = extract(model, width)
-    if recipe is None or not images:
+    if not images:
         return smaller, 0
     data = open_images(recipe.data, recipe.root, splitter=Splitter(stored=[split]) if split.is_file() else None)
     samples = data.train(eval_transform(training_config(recipe, smaller)), 0)
