@@ -33,7 +33,7 @@ SLOW = EXHAUSTIVE | {
     "lightning.md",
     "smp.md",
 }
-SLOW |= {"speed.md", "timm.md", "train.md", "transformers.md"}
+SLOW |= {"speed.md", "timm.md", "train.md", "transformers.md", "tune.md"}
 
 
 def marks(page):

@@ -103,7 +103,13 @@ def arrays(path):
 
 
 @pytest.mark.parametrize("size", [(90, 150), (141, 99), pytest.param((33, 32), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["center", "squash", "border", "border, all", "wide", "detector", "segmenter"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("center", "squash"),
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("border", "border, all", "wide", "detector", "segmenter")),
+    ],
+)
 def test_queries_follow_the_image(explainer, tmp_path, randomise, how, size):
     """A white square is found where its middle is said to be, and that is mapped back to it."""
     if how in ("detector", "segmenter"):
@@ -292,6 +298,7 @@ def objects(explainer):
     return image, {name: value.numpy() for name, value in found.items()}
 
 
+@pytest.mark.slow
 def test_the_relevance_of_an_object_is_around_it(folder, objects):
     """Of several that look alike, it lights up the chosen one: on the last stage, what the region and the pyramid reach."""
     image, found = objects

@@ -121,7 +121,7 @@ def assert_same_function(format, path, network, shapes=OTHER_SHAPES):
 @pytest.mark.parametrize(
     "format",
     [
-        "onnx",
+        pytest.param("onnx", marks=pytest.mark.slow),
         pytest.param("pt2", marks=pytest.mark.slow),
         pytest.param("aoti", marks=pytest.mark.slow),
         pytest.param("openvino", marks=pytest.mark.slow),
