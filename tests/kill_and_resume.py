@@ -54,6 +54,10 @@ OPTIONS = {
         *("--image_size", "64", "--batch_size", "2", "--detector.sizes", "[48,56]", "--detector.max_size", "96"),
         *("--detector.fpn-channels", "16", "--detector.rois-per-image", "16", "--detector.max-detections", "10"),
     ],
+    "pretrain": [
+        *("--image_size", "64", "--batch_size", "8", "--pretrain.mask_patch", "16", "--pretrain.local_size", "32"),
+        *("--pretrain.outputs", "64", "--ema", "null", "--pretrain.method", "dino"),
+    ],
 }
 
 
@@ -120,7 +124,7 @@ def scalars(run, tag):
 def kill_and_resume(folder, kills, images=120, workers=1, seed=0, save_seconds=0.5, recipe="folder"):
     """Return what happened: kills, where they hit, and the differences to an undisturbed run."""
     torch.set_num_threads(1)
-    if recipe == "folder":
+    if recipe != "nuclei":
         make_images(folder / "data", images)
     else:
         write_shapes(folder / "data", train=images, val=5)
@@ -165,7 +169,7 @@ def kill_and_resume(folder, kills, images=120, workers=1, seed=0, save_seconds=0
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--recipe", choices=sorted(OPTIONS), default="folder", help="classification, or Mask R-CNN")
+    parser.add_argument("--recipe", choices=sorted(OPTIONS), default="folder", help="of which the settings are small")
     parser.add_argument("--images", type=int, default=120, help="of each of two classes, up to 150; in all for nuclei")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

@@ -244,6 +244,7 @@ def test_a_shipped_recipe_round_trips(name, tmp_path):
         "classification": ["--augmentation.scale=[0.5,0.75]", "--augmentation.color_jitter=null"],
         "detection": ["--detector.sizes=[96,128]", "--detector.vflip=0.25"],
         "segmentation": ["--segmenter.scale=[0.5,0.75]", "--segmenter.channels=null"],
+        "pretraining": ["--pretrain.scale=[0.5,0.75]", "--pretrain.method=dino"],
     }
     task = read_recipe(name).task
     recipe = read_recipe(name, ["--optimizer.lr", "0.25", *own[task]])
@@ -253,6 +254,8 @@ def test_a_shipped_recipe_round_trips(name, tmp_path):
         assert recipe.augmentation.color_jitter is None
     elif task == "detection":
         assert (recipe.detector.sizes, recipe.detector.vflip) == ([96, 128], 0.25)
+    elif task == "pretraining":
+        assert (recipe.pretrain.scale, recipe.pretrain.method) == ((0.5, 0.75), "dino")
     else:
         assert (recipe.segmenter.scale, recipe.segmenter.channels) == ((0.5, 0.75), None)
     write_recipe(recipe, tmp_path / "recipe.yaml")

@@ -23,7 +23,7 @@ LAYERS = [
     {"cli"},
 ]
 # A task knows no other task.
-TASKS = ("classification", "detection", "segmentation")
+TASKS = ("classification", "detection", "segmentation", "pretraining")
 
 
 def imported(path):

@@ -398,7 +398,7 @@ def gmf(capsys, *argv, code=0):
 
 
 def test_a_task_of_another_package(brightness, photos, tmp_path, capsys):
-    assert task_names() == [*TASKS, "brightness", "broken"]
+    assert task_names() == [*TASKS, "pretraining", "brightness", "broken"]
     printed = gmf(capsys, "train", brightness, "--print").out
     assert "task: brightness" in printed and "bias: true" in printed and "detector" not in printed
     out = tmp_path / "run"

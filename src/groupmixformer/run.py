@@ -357,7 +357,7 @@ class Run:
         Raises:
             ValueError: If it has no recipe.
         """
-        predictor = self.predictor(device, fuse=False)  # attention is looked at too
+        predictor = self.definition.reporter(self.folder, resolve_device(device))  # not fused: attention is looked at too
         data, own = self._data(None)
         images = predictor.open_data(data, **own)
         measured = predictor.evaluate(images, workers, progress)

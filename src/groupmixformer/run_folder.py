@@ -32,6 +32,7 @@ MAX_SIDE = 4096  # of the images that a model is for, in pixels
 MULTI_LABEL = "multi_label_classification"  # transformers' name, as problem_type in config.json: sigmoids instead of a softmax
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random")
+PRETRAINING = "pretraining"  # the task whose networks timm reads as it does classifiers, of no classes
 CHECKPOINT = "checkpoints/last.ckpt"
 PREVIOUS = "checkpoints/previous.ckpt"  # the one before it
 
@@ -191,8 +192,8 @@ class RunFolder:
 
     @property
     def holds_classifier(self) -> bool:
-        """Whether timm reads it; networks of other tasks are written by `save_network`."""
-        return self.config.get("task") in (None, "classification")
+        """Whether timm reads it, with classes or pre-trained without; networks of other tasks are written by `save_network`."""
+        return self.config.get("task") in (None, "classification", PRETRAINING)
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:

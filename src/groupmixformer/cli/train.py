@@ -170,7 +170,15 @@ def quickstart(
     show(result, json, text + "\n\nNext, try\n  " + "\n  ".join(result["next"]))
 
 
-@command("train", "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4", *EXTRAS, "wandb", "mlflow", "adapters")
+@command(
+    "train",
+    "gmf train folder --data photos --epochs 20 --optimizer.lr 5e-4",
+    *EXTRAS,
+    "wandb",
+    "mlflow",
+    "adapters",
+    "pretrain",
+)
 def train(
     recipe: Reads[str],
     *fields: str,

@@ -299,11 +299,25 @@ def load_model(path: str | Path | RunFolder) -> Any:
     return model.eval()
 
 
+def remade(source: Any, image_size: int, **settings: Any) -> Any:
+    """Return a model like one that `load_model` gave, with its weights, made with further settings by timm's names."""
+    if isinstance(source, GroupMixFormer):
+        model: Any = GroupMixFormer(**model_arguments(source) | settings, global_pool=source.head.global_pool.pool_type)
+    else:
+        name, options = source.pretrained_cfg["architecture"], source.model_options
+        model = timm.create_model(name, **options | settings | fixed_size(name, image_size))
+        model.model_options = options
+    model.load_state_dict(source.state_dict())
+    model.pretrained_cfg = source.pretrained_cfg
+    return model
+
+
 def save_checkpoint(
     model: Any,
     folder: str | Path,
     label_names: Iterable[str] = (),
     data_config: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, which `load_checkpoint`, timm's ``local-dir:`` and transformers read.
 
@@ -314,6 +328,7 @@ def save_checkpoint(
         folder: Created if need be; other files in it are left alone.
         label_names: Names of the classes, in order.
         data_config: Input size, mean and so on, as timm names them, where they differ from ``pretrained_cfg``.
+        more: Further fields of config.json.
 
     Raises:
         ValueError: If a model that is not ours has AdaptFormer's layers and no base.
@@ -333,7 +348,7 @@ def save_checkpoint(
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
     names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
-    labels: dict[str, Any] = {"label_names": names} if names else {}
+    labels: dict[str, Any] = ({"label_names": names} if names else {}) | dict(more or {})
     labels |= {key: value for key in LABEL_FIELDS if (value := pretrained_cfg.pop(key, None)) is not None}
     if isinstance(model, GroupMixFormer):
         labels["global_pool"] = model.head.global_pool.pool_type

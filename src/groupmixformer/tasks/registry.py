@@ -166,6 +166,10 @@ class TaskSpec:
         predictor: Predictor = resolve_name(self.predictor_class)(run, device, image_size, dtype, **options)
         return predictor
 
+    def reporter(self, run: RunFolder, device: torch.device) -> Predictor:
+        """Open a run to measure it after training and write its report."""
+        return self.predictor(run, device, None, None)
+
     def explainer(self, run: RunFolder, device: torch.device, image_size: int | None, **options: Any) -> "Explainer":
         """Open a run to explain images; the options are `explainer_options`.
 
@@ -277,7 +281,7 @@ def as_text(value: Any) -> str:
 # Ours are found as those of others are.
 BUILT_IN = {
     name: EntryPoint(name, f"groupmixformer.tasks.{name}:{name.capitalize()}Task", GROUP)
-    for name in ("classification", "detection", "segmentation")
+    for name in ("classification", "detection", "segmentation", "pretraining")
 }
 
 

@@ -19,28 +19,27 @@ if TYPE_CHECKING:
     from .predictor import Predictor
 
 
-def run_charts(folder: Path, column: str, name: str) -> list[Block]:
-    """Chart the losses, one held-out metric (a share of 1 that metrics.csv has) and the learning rate over the epochs."""
+def run_charts(folder: Path, column: str = "", name: str = "") -> list[Block]:
+    """Chart the losses, one held-out metric (a share of 1 that metrics.csv has), if any, and the rate over the epochs."""
     rows = read_metrics(folder)
     epochs = [row["epoch"] + 1 for row in rows]
-    best = epochs[int(np.argmax([row[column] for row in rows]))]
     losses = {"training (augmented)": [row["loss"] for row in rows]}
     if "val_loss" in rows[0]:
         losses["held out"] = [row["val_loss"] for row in rows]
-    metric = {f"held-out {name}": [100 * row[column] for row in rows]}
-    charts: list[Block] = [
-        Chart("loss", "Loss", lambda: line_chart(epochs, losses, xlabel="epoch", ylabel="loss")),
-        Chart(
-            "metric",
-            f"Held-out {name}",
-            lambda: line_chart(epochs, metric, form="{:.2f} %", mark=best, xlabel="epoch", ylabel=f"{name} (%)"),
-        ),
-    ]
+    charts: list[Block] = [Chart("loss", "Loss", lambda: line_chart(epochs, losses, xlabel="epoch", ylabel="loss"))]
+    saved = f"The saved model is that of the last epoch, {epochs[-1]:g}."
+    if column:
+        best = epochs[int(np.argmax([row[column] for row in rows]))]
+        metric = {f"held-out {name}": [100 * row[column] for row in rows]}
+        labels = {"xlabel": "epoch", "ylabel": f"{name} (%)"}
+        chart = lambda: line_chart(epochs, metric, form="{:.2f} %", mark=best, **labels)  # noqa: E731
+        charts.append(Chart("metric", f"Held-out {name}", chart))
+        saved = f"The saved model is that of epoch {best:g} of {len(rows)}, the best on these same held-out images."
     if "lr" in rows[0]:
         rates = {"learning rate": [row["lr"] for row in rows]}
         draw = lambda: line_chart(epochs, rates, form="{:.3g}", xlabel="epoch", ylabel="learning rate")  # noqa: E731
         charts.append(Chart("rate", "Learning rate", draw))
-    return [*charts, f"The saved model is that of epoch {best:g} of {len(rows)}, the best on these same held-out images."]
+    return [*charts, saved]
 
 
 def run_remarks(folder: Path) -> list[str]:

@@ -99,6 +99,10 @@ class _Report(Callback):
         # Not when training starts: of a run that was ended before its report nothing is left to train.
         assert isinstance(pl_module, Task)
         self.metric = pl_module.monitor
+        if not self.metric:
+            raise ValueError(
+                f"runs for {pl_module.recipe.task} have no metric to compare them by: sweep what is trained on them"
+            )
         self.trial.set_user_attr("metric", self.metric)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -213,8 +213,9 @@ class MetricsCallback(Callback):
         """Write the metrics of the epoch, and the model if it is the best so far."""
         assert isinstance(pl_module, Task)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        best = metrics[pl_module.monitor] > self.best
-        self.best = max(self.best, metrics[pl_module.monitor])
+        metric = metrics[pl_module.monitor] if pl_module.monitor else float(trainer.current_epoch)
+        best = metric > self.best
+        self.best = max(self.best, metric)
         model = pl_module.whole_model() if best else None  # all processes take part where the weights are sharded
         unreadable = pl_module.all_unreadable()
         pl_module.check_unreadable(unreadable)  # a process counts its own as they come; here are those of all

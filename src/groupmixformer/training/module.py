@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 from ..data.samples import Doubts, Samples, too_many
 from ..data.seeding import seed_all
 from ..models.groupmixformer import GroupMixFormer, joined_name
+from ..run_folder import PRETRAINING, RunFolder
 from . import old_names
 from .loaders import DataModule
 from .recipe import Recipe
@@ -82,7 +83,7 @@ class Task(lightning.LightningModule):
     """
 
     fixed_size = True  # whether all images of training are of one size
-    monitor = "val_top1"  # the validation metric that decides which epoch is best; higher is better
+    monitor = "val_top1"  # the validation metric that decides which epoch is best; higher is better; without one, the last is
 
     def __init__(
         self,
@@ -124,6 +125,10 @@ class Task(lightning.LightningModule):
         if self.average:
             self.average.module.requires_grad_(False)  # DDP would wait for its gradients
         self.notes: list[str] = []  # about the data: what was left out, which classes are not there
+        if recipe.checkpoint and RunFolder(recipe.checkpoint).task == PRETRAINING:
+            self.notes.append(
+                f"{recipe.checkpoint}: a pre-trained backbone: its own head is left out, what comes after it is new"
+            )
         self.depends: dict[str, Any] = {}  # on what is not in the recipe, by name: resuming tells that it changed
         self.before: dict[str, Any] = {}  # what the checkpoint that the run continues from says of it
         self.history: list[dict[str, Any]] = []  # changes of the recipe while it ran, each with its place

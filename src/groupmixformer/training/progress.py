@@ -58,7 +58,7 @@ def describe_network(task: Task) -> list[str]:
     what, network = task.counted
     if macs := macs_of(network, recipe.image_size):
         told.append(f"{macs / 1e9:.2f} GMACs{what} at {recipe.image_size} x {recipe.image_size}")
-    return [*told, f"{len(task.class_names):,} classes"]
+    return [*told, f"{len(task.class_names):,} classes"] if task.class_names else told
 
 
 class EpochBar(RichProgressBar):

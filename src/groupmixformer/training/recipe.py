@@ -43,6 +43,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rank": (1, 4096),
     "alpha": (1e-4, 1e4),
     "crop_pct": (0.01, 1),
+    "mask_patch": (1, math.inf),
+    "mask_share": (0.01, 0.99),
+    "momentum": (0, 1),
+    "local_crops": (0, 100),
+    "local_size": (32, math.inf),
+    "outputs": (2, math.inf),
+    "teacher_temperature": (0.001, 1),
     "val_share": (0.01, 0.9),
     "folds": (2, math.inf),
     "fold": (1, math.inf),
@@ -276,16 +283,49 @@ class SegmenterSettings(_Checked):
 
 
 @dataclass
+class PretrainSettings(_Checked):
+    """Self-supervised pre-training of a backbone of timm.
+
+    Args:
+        method: simmim: fill in masked parts of images; dino: agree with a teacher, the average of the network itself, about
+            views of an image.
+        scale: Range of the area of the random crop; none for the method's, 0.67 to 1 for simmim, 0.4 to 1 for dino.
+        hflip: Probability of a horizontal flip.
+        mask_patch: For simmim, side of the squares that are masked, in pixels; image_size must be a multiple of it.
+        mask_share: For simmim, share of them that is masked.
+        local_crops: For dino, small views of an image that the network sees besides two large ones; 0 for none.
+        local_size: For dino, their side in pixels.
+        local_scale: For dino, range of their area.
+        outputs: For dino, width of the last layer of its head; 65536 in the paper, for ImageNet.
+        momentum: For dino, of the teacher at the start; it grows to 1 along a cosine.
+        teacher_temperature: For dino, divides the teacher's outputs; the network's are divided by 0.1.
+    """
+
+    method: Literal["simmim", "dino"] = "simmim"
+    scale: tuple[float, float] | None = None
+    hflip: float = 0.5
+    mask_patch: int = 32
+    mask_share: float = 0.6
+    local_crops: int = 4
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    outputs: int = 4096
+    momentum: float = 0.996
+    teacher_temperature: float = 0.04
+
+
+@dataclass
 class Recipe(_Checked):
     """A training run.
 
     Args:
-        task: What is learnt: classification, detection (instance segmentation included), (semantic) segmentation, or a task
-            of another package.
+        task: What is learnt: classification, detection (instance segmentation included), (semantic) segmentation, pretraining
+            (without labels), or a task of another package.
         data: The data set. For classification: digits, a folder with train/ and val/ of one folder per class, timm's
             torch/..., hfds/..., hfids/..., wds/..., or, with several labels for an image, a CSV file, a folder with labels.csv
             or train.csv and val.csv, or a data set for detection. For detection: a folder with COCO annotations. For
-            segmentation: a folder with images/, masks/ and classes.json, or one like ADE20K's.
+            segmentation: a folder with images/, masks/ and classes.json, or one like ADE20K's. For pretraining: a folder of
+            images, in any nesting.
         val_share: Share of the images to hold out of a data set without train and val; near duplicates stay together. The split
             is stored in the run folder, as split.json.
         folds: For cross-validation of such a data set: parts that are held out in turn, each by a run in a folder of its own.
@@ -339,6 +379,7 @@ class Recipe(_Checked):
         adapter: For classification, what of a checkpoint is trained, if not everything.
         detector: For detection, the detector and what is done to its images.
         segmenter: For segmentation, the decoder and what is done to its images.
+        pretrain: For pretraining, the method and its settings.
         task_options: Fields of a task of another package, by its names.
     """
 
@@ -388,6 +429,7 @@ class Recipe(_Checked):
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     task_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -429,6 +471,7 @@ TASK_FIELDS = {
     "classification": ("root", "download", "crop_pct", "loss", "elastic", "balance", "augmentation", "distill", "adapter"),
     "detection": ("detector",),
     "segmentation": ("segmenter",),
+    "pretraining": ("pretrain",),
 }
 # What fields are called elsewhere, where that is not like the name here.
 ELSEWHERE = {

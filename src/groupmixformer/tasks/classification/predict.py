@@ -95,6 +95,8 @@ class ClassificationPredictor(Predictor):
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the classifier, and how images are prepared for it."""
         model = load_model(run)
+        if not model.num_classes:
+            raise ValueError(f"{run.source}: has no classes: train it on some: gmf train finetune --checkpoint {run.source}")
         self.class_names, self.has_names = class_names(model), bool(model.pretrained_cfg.get("label_names"))
         self.several = model.pretrained_cfg.get("problem_type") == MULTI_LABEL
         option, default, other = self.OWN[self.several]

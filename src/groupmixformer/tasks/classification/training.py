@@ -16,9 +16,8 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ...models.adapters import add_adapters, freeze_statistics, trained_names
-from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_arguments, model_name, save_checkpoint
+from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_name, remade, save_checkpoint
 from ...models.elastic import forward_at, sliced_weights
-from ...models.groupmixformer import GroupMixFormer
 from ...run_folder import MULTI_LABEL, RunFolder
 from ...training.loaders import DataModule
 from ...training.module import Task
@@ -65,14 +64,7 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     named = list(source.pretrained_cfg.get("label_names") or class_names)
     if named != list(class_names) or source.num_classes != len(class_names):
         source.reset_classifier(len(class_names))
-    if isinstance(source, GroupMixFormer):
-        model = GroupMixFormer(**model_arguments(source) | settings, global_pool=source.head.global_pool.pool_type)
-    else:
-        other, options = source.pretrained_cfg["architecture"], source.model_options
-        model = timm.create_model(other, **options | settings | fixed_size(other, recipe.image_size))
-        model.model_options = options
-    model.load_state_dict(source.state_dict())
-    model.pretrained_cfg = source.pretrained_cfg
+    model = remade(source, recipe.image_size, **settings)
     if recipe.adapter.kind != "none":
         if "adapter" in RunFolder(recipe.checkpoint).config:
             raise ValueError(
