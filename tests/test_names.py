@@ -240,7 +240,7 @@ def test_the_report_of_every_task_takes_any_names(run_folder, tmp_path):
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, caplog):
     run = Run.open(_saved(tmp_path / "run", ["a", "b"]))
     predictor = run.predictor("cpu")
-    monkeypatch.setattr(Run, "predictor", lambda self, device, fuse: predictor)
+    monkeypatch.setattr(type(run.definition), "reporter", lambda *_: predictor)
     monkeypatch.setattr(Run, "_data", lambda self, data: ("photos", {}))
     monkeypatch.setattr(predictor, "open_data", lambda data: None)
     monkeypatch.setattr(predictor, "evaluate", lambda *_: EvalResult({"top1": 0.5}, "", "", []))
