@@ -1,5 +1,6 @@
 """Checkpoints of every origin load as the same model, run nothing, and fail in one line that names the file."""
 
+import copy
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from groupmixformer import GroupMixFormer, load_checkpoint
+from groupmixformer.models.adapters import add_adapters, trained_names
 from groupmixformer.models.checkpoint import (
     architecture,
     check_tensors,
@@ -29,6 +31,7 @@ from groupmixformer.models.checkpoint import (
     save_checkpoint,
 )
 from groupmixformer.models.groupmixformer import checkpoint_filter_fn
+from groupmixformer.weights import checksum
 
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2.5, 1, 1.5, 3)}
 IMAGES = torch.randn(2, 3, 64, 45, generator=torch.Generator().manual_seed(0))
@@ -325,6 +328,94 @@ def test_folder_of_another_network(tmp_path):
     assert torch.equal(loaded(IMAGES), model(IMAGES))
     assert loaded.pretrained_cfg["label_names"] == list("xyz")
     assert_fails(tmp_path, "not a GroupMixFormer")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"width_of_doors": 3}}))
+    with pytest.raises(ValueError, match="cannot be loaded: TypeError: .*width_of_doors"):
+        load_model(tmp_path)
+
+
+@pytest.fixture
+def adapted(tmp_path, small):
+    """Writes the run of a classifier for other classes than its base, which lies beside it, and returns what it should be."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    save_checkpoint(small, base, list("abcdef"), {"mean": (0.5, 0.4, 0.3)})
+    stored = {"source": str(base), "checksum": checksum(load_checkpoint(base).state_dict())}
+
+    def write(kind):
+        small.reset_classifier(4)
+        add_adapters(small, {"kind": kind, "rank": 2, "alpha": None, "targets": ["qkv"], "base": stored})
+        for name in sorted(trained_names(small)):
+            torch.nn.init.normal_(small.get_parameter(name), std=0.2)
+        small.pretrained_cfg = {**load_checkpoint(base).pretrained_cfg, "problem_type": "multi_label_classification"}
+        save_checkpoint(small.eval(), run, list("stuv"), {"crop_pct": 0.9})
+        config = json.loads((run / "config.json").read_text())
+        assert config["adapter"]["base"] == {**stored, "path": "../base"}
+        assert safetensors.torch.load_file(run / "model.safetensors").keys() == trained_names(small)
+        return run, config
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "linear_probe"])
+def test_folder_of_adapters_and_its_base(adapted, small, kind):
+    run, config = adapted(kind)
+    loaded = load_checkpoint(run)
+    assert_same_model(loaded, small)
+    assert getattr(loaded, "adapter", {}).keys() == ({"kind", "rank", "alpha", "targets"} if kind == "adaptformer" else set())
+    cfg = loaded.pretrained_cfg
+    assert (cfg["label_names"], cfg["crop_pct"], tuple(cfg["mean"])) == (list("stuv"), 0.9, (0.5, 0.4, 0.3))
+    assert loaded.default_cfg is cfg and cfg["problem_type"] == "multi_label_classification"
+    # Names of another number of classes and of the base are not taken; without its path the base is found by its source.
+    (run / "config.json").write_text(json.dumps(config | {"label_names": ["s"], "problem_type": "single_label_classification"}))
+    cfg = load_checkpoint(run).pretrained_cfg
+    assert "label_names" not in cfg and cfg["problem_type"] == "single_label_classification"
+    del config["adapter"]["base"]["path"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert_same_model(load_checkpoint(run), small)
+    run.with_name("base").rename(run.with_name("other"))
+    assert_fails(run, rf"its base .*base \(checksum \w+\) is not at {run.with_name('base')}: put it there", FileNotFoundError)
+
+
+def test_folder_of_lora_is_merged_into_its_base(adapted, small):
+    run, config = adapted("linear_probe")
+    tensors = safetensors.torch.load_file(run / "model.safetensors")
+    for name in [name for name in small.state_dict() if name.endswith("qkv.weight")]:
+        weight = small.get_parameter(name)
+        up, down = torch.randn(len(weight), 2), torch.randn(2, weight.shape[1])
+        layer = name.removesuffix("weight")
+        tensors |= {f"{layer}lora_A.default.weight": down, f"{layer}lora_B.default.weight": up}
+        weight.data += up @ down * 2  # alpha is twice the rank
+    safetensors.torch.save_file(tensors, run / "model.safetensors")
+    config["adapter"]["kind"] = "lora"
+    (run / "config.json").write_text(json.dumps(config))
+    assert_same_model(load_checkpoint(run), small)
+
+
+def test_wrong_adapters(adapted):
+    run, config = adapted("adaptformer")
+    refusals = [
+        ({"num_classes": 5}, "cannot be loaded: .*size mismatch"),
+        ({"kind": "lora"}, "its tensors are not those of lora and a classifier"),
+        ({"kind": "linear_probe"}, "its tensors are not those of linear_probe and a classifier"),
+        ({"rank": 3}, "cannot be loaded: .*size mismatch"),
+        ({"checksum": "1"}, "its base .*base has the checksum .*, expected 1: it is another model"),
+        ({"path": "."}, "its base .*run needs a base itself"),
+    ]
+    for change, message in refusals:
+        changed = copy.deepcopy(config)
+        for place in (changed, changed["adapter"], changed["adapter"]["base"]):
+            place |= {key: value for key, value in change.items() if key in place}
+        (run / "config.json").write_text(json.dumps(changed))
+        assert_fails(run, message)
+    (run / "config.json").write_text(json.dumps(config))
+    tensors = safetensors.torch.load_file(run / "model.safetensors")
+    del tensors["head.fc.bias"]
+    safetensors.torch.save_file(tensors, run / "model.safetensors")
+    assert_fails(run, "its tensors are not those of adaptformer and a classifier")
+    del config["adapter"]["base"]
+    (run / "config.json").write_text(json.dumps(config | {"architecture": "resnet10t"}))
+    with pytest.raises(ValueError, match=r"config\.json: adapter has no base, which only a GroupMixFormer"):
+        load_model(run)
 
 
 def test_timm_reads_our_folder(tmp_path, small):
@@ -558,6 +649,7 @@ def test_absurd_depths(tmp_path, small, name):
         {"pretrained_cfg": {"input_size": 3}},
         {"global_pool": "nonsense"},
         {"global_pool": 5},
+        {"global_pool": ""},
     ],
 )
 def test_damaged_configuration(tmp_path, small, content):

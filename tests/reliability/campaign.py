@@ -93,8 +93,15 @@ def run(
     return {"counts": dict(counts), "failures": failures, "slowest": round(slowest, 2)}
 
 
-def main(campaigns: dict[str, tuple[Callable[[np.random.Generator], str], int]]) -> None:
-    """Run campaigns by name, each an attempt and its usual number of them, from the command line; exit by 1 if one failed."""
+def main(
+    campaigns: dict[str, tuple[Callable[[np.random.Generator], str], int]], more: Callable[[], dict[str, Any]] = dict
+) -> None:
+    """Run campaigns by name, each an attempt and its usual number of them, from the command line; exit by 1 if one failed.
+
+    Args:
+        campaigns: Attempts and numbers, by name.
+        more: Gives, at the end, what else to tell and write.
+    """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(campaigns), help=f"which of {', '.join(campaigns)}")
     parser.add_argument("--count", type=int, help="attempts at each (default: its usual number)")
@@ -110,6 +117,8 @@ def main(campaigns: dict[str, tuple[Callable[[np.random.Generator], str], int]])
         print(name, results[name]["counts"], f"slowest {results[name]['slowest']} s", flush=True)
         for failure in results[name]["failures"][:5]:
             print(f"  {failure['number']}: {failure['outcome']}\n{failure['where']}")
+    if more():
+        print(json.dumps(more()))
     if args.out:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         stamp = {
@@ -117,5 +126,5 @@ def main(campaigns: dict[str, tuple[Callable[[np.random.Generator], str], int]])
             "date": f"{date.today()}",
             "machine": machine,
         }
-        args.out.write_text(json.dumps({**stamp, "results": results}, indent=1))
+        args.out.write_text(json.dumps({**stamp, "results": results, **more()}, indent=1))
     sys.exit(any(result["failures"] for result in results.values()))

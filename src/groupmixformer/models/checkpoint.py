@@ -199,8 +199,9 @@ def _load_adapted(run: RunFolder) -> Any:
             model.load_state_dict(merged_tensors(model, tensors, adapter))
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{run.weights}: cannot be loaded: {one_line(error)}") from error
-    cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in ("label_names", *LABEL_FIELDS)}
-    cfg |= run.config.get("pretrained_cfg", {}) | {key: run.config[key] for key in LABEL_FIELDS if key in run.config}
+    cfg = model.pretrained_cfg | run.config.get("pretrained_cfg", {})
+    cfg = {name: value for name, value in cfg.items() if name not in ("label_names", *LABEL_FIELDS)}  # which are the base's
+    cfg |= {key: run.config[key] for key in LABEL_FIELDS if key in run.config}
     if len(names := run.config.get("label_names", ())) == model.num_classes:
         cfg["label_names"] = names
     model.pretrained_cfg = model.default_cfg = cfg
@@ -238,6 +239,8 @@ def load_checkpoint(path: str | Path | RunFolder, allow_nonfinite: bool = False)
         learnt = {"head.global_pool.p": "ggem", "head.global_pool.q.weight": "simpool"}
         pools = [pool for name, pool in learnt.items() if name in state_dict]
         made["global_pool"] = config.get("global_pool", [*pools, "avg"][0])
+        if made["num_classes"] and not made["global_pool"]:
+            raise ValueError(f"{CONFIG} has global_pool '', expected the pooling of its classifier")
         with torch.device("meta"):
             model: Any = GroupMixFormer(**made)
             if adapter:
@@ -347,7 +350,8 @@ def save_checkpoint(
         model_args = {key: arguments[key] for key in stored if key in arguments}
         pretrained_cfg["input_size"] = (model.in_chans, *pretrained_cfg["input_size"][1:])
     pretrained_cfg |= dict(data_config or {}) | {"num_classes": model.num_classes}
-    names = list(label_names) or list(pretrained_cfg.pop("label_names", None) or [])
+    before = pretrained_cfg.pop("label_names", None)
+    names = list(label_names) or list(before or [])
     labels: dict[str, Any] = ({"label_names": names} if names else {}) | dict(more or {})
     labels |= {key: value for key in LABEL_FIELDS if (value := pretrained_cfg.pop(key, None)) is not None}
     if isinstance(model, GroupMixFormer):
