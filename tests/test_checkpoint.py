@@ -330,7 +330,7 @@ def test_folder_of_another_network(tmp_path):
     assert_fails(tmp_path, "not a GroupMixFormer")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"width_of_doors": 3}}))
-    with pytest.raises(ValueError, match="cannot be loaded: TypeError: .*width_of_doors"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: TypeError: .*width_of_doors"):
         load_model(tmp_path)
 
 
