@@ -318,7 +318,7 @@ def test_models_of_other_tasks_are_refused(shapes, tmp_path, capsys, randomise):
     grey = randomise(timm.create_model("groupmixformer_mobile", in_chans=1))
     save_checkpoint(grey, tmp_path / "grey")
     line = error(capsys, "train", "nuclei", *options(shapes, tmp_path / "run", "--checkpoint", tmp_path / "grey"))
-    assert f"{tmp_path / 'grey'}: made for 1 channels, expected 3" in line
+    assert f"{tmp_path / 'grey'}: is made for 1 channels, and cannot be adapted to in_chans 3" in line
 
 
 def test_a_damaged_detector_is_refused_by_name(shapes, tmp_path):

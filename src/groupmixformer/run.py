@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .data.images import read_image, to_rgb
+from .data.channels import AnyImage, Channels
+from .data.images import to_rgb
 from .data.split import Splitter
 from .models.fuse import fuse as inference_form
 from .models.groupmixformer import GroupMixFormer
@@ -33,23 +34,27 @@ def _quiet(items: Iterable[Any], what: str, total: int | None = None) -> Iterabl
     return items
 
 
-def open_image(image: ImageLike) -> tuple[Image.Image, str]:
-    """Return an image as RGB, with its name.
+def open_image(image: ImageLike, channels: Channels | None = None) -> tuple[AnyImage, str]:
+    """Return an image, with its name.
 
     Args:
-        image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8 bits.
+        image: A path, a PIL image, or an array: of colours (H, W) or (H, W, C) of 8 bits, of other channels as in files.
+        channels: That it is read with; RGB by default.
 
     Raises:
         ValueError: If it cannot be read.
     """
+    channels = channels or Channels()
     if isinstance(image, str | Path):
-        return read_image(Path(image).expanduser()), str(image)
+        return channels.read(Path(image).expanduser()), str(image)
+    if isinstance(image, np.ndarray) and channels.count != 3:
+        return channels.of_array(image), ""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             shape = f"{image.dtype} of shape {image.shape}"
             raise ValueError(f"got an array of {shape}, expected uint8 of shape (height, width) or (height, width, channels)")
         return to_rgb(Image.fromarray(image)), ""
-    return to_rgb(image), str(getattr(image, "filename", ""))
+    return channels.convert(image), str(getattr(image, "filename", ""))
 
 
 class Run:
@@ -234,7 +239,8 @@ class Run:
         """Look at images.
 
         Args:
-            images: One, or a list: paths, PIL images, or arrays (H, W) or (H, W, C) of 8 bits.
+            images: One, or a list: paths, PIL images, or arrays (H, W) or (H, W, C) of 8 bits; of other channels than colours,
+                as files hold them.
             options: As `predictor` takes them: device, image_size, precision, fuse, threads and those of the task.
 
         Returns:
@@ -245,8 +251,8 @@ class Run:
         """
         predictor = self.predictor(**options)
         if isinstance(images, str | Path | Image.Image | np.ndarray):
-            return predictor.predict(*open_image(images))
-        return [predictor.predict(*open_image(image)) for image in images]
+            return predictor.predict(*open_image(images, predictor.channels))
+        return [predictor.predict(*open_image(image, predictor.channels)) for image in images]
 
     def detections(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Any:
         """Find objects, as supervision has them: for its annotators, trackers, zones and metrics.
@@ -288,7 +294,8 @@ class Run:
         Raises:
             ValueError: If a query, stage, class or object does not exist.
         """
-        return self.explainer(**options).explain(open_image(image)[0], queries, stages, format)
+        explainer = self.explainer(**options)
+        return explainer.explain(open_image(image, explainer.channels)[0], queries, stages, format)
 
     def _data(self, data: str | None) -> tuple[str, dict[str, Any]]:
         """Return the data set that is named or that it was trained on, and how that one is opened."""
@@ -415,13 +422,14 @@ class Run:
             raise ValueError("got more than one of features, int8, with_preprocessing (or int8 and half), expected one")
         if int8:
             return self._export_int8(format, out, int8, calibrate, data, progress)
-        found, image = self.definition.exportable(self.folder, format, features), real_image(self.folder)
+        found = self.definition.exportable(self.folder, format, features)
+        image = real_image(self.folder, found.channels)
         if found.gives_objects and (half or not check):
             raise ValueError("half and no check are not for detectors: they are written in float32 and compared")
         if found.gives_objects:
             from .deploy.export_detector import export_detector
 
-            return export_detector(found.network, out, image, found.classes, progress)
+            return export_detector(found.network, out, image, found.classes, progress, found.channels.count)
         settings = {"classes": found.classes, "half": half, "check": check, "progress": progress, **found.settings}
         if not with_preprocessing:
             return export(Exported(found.network, features).eval(), format, out, image, **settings)
@@ -453,11 +461,13 @@ class Run:
         held_out = predictor.open_data(measured_on, **own)
         calibration, source = None, calibrate or ""
         if calibrate:
-            calibration, skipped = from_folder(source, predictor.config)
+            calibration, skipped = from_folder(source, predictor.config, predictor.channels)
         elif way == "static" and self.recipe is not None:
             source = self.recipe.data
             splitter = self._data(None)[1].get("splitter")
-            images = open_images(source, self.recipe.root, splitter=splitter).train(eval_transform(predictor.config), seed=0)
+            images = open_images(source, self.recipe.root, splitter=splitter).train(
+                eval_transform(predictor.config), 0, predictor.channels
+            )
             calibration, skipped = from_data(images, source)
         settings = {"classes": found.classes, **found.settings}
         result = quantize(
@@ -465,7 +475,7 @@ class Run:
             format,
             way,
             out,
-            real_image(self.folder),
+            real_image(self.folder, predictor.channels),
             eval_loader(held_out),
             calibration,
             source,

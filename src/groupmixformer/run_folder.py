@@ -82,6 +82,9 @@ def _check_config(config: Fields) -> None:
     problems = ("single_label_classification", MULTI_LABEL)
     checks["problem_type"] = lambda name: config.choice(name, problems)
     checks["best_threshold"] = lambda name: config.number(name, 0, 1)
+    if config.values.get("channels_first") is not None:
+        checks["channels_first"] = config.flag
+    checks["display_channels"] = lambda name: config.integers(name, low=0, high=4095)
     _check(config, checks | ({"global_pool": lambda name: config.choice(name, pools)} if ours else {}))
     if "adapter" in config:
         adapter = config.object("adapter")
@@ -95,7 +98,9 @@ def _check_config(config: Fields) -> None:
             base.text("source")
             base.text("checksum")
     if "network" in config:
-        _check_colors(config.object("network"), 3)
+        network = config.object("network")
+        backbone = network.object("backbone", Fields({}, ""))
+        _check_colors(network, backbone.integer("in_chans", 1, 4096, default=3))
     if "pretrained_cfg" not in config:
         return
     cfg: Fields = config.object("pretrained_cfg")

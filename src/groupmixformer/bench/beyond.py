@@ -68,6 +68,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, Any], Tensor], Sequence[float]]] 
 
 def _pixels(transform: Any, image: Image.Image) -> Tensor:
     """Return an image resized and cropped as for the model, in 8 bits (3, H, W)."""
+    if not isinstance(image, Image.Image):
+        raise ValueError("got images of other channels, expected colours: corruptions and shifts are for them alone")
     for step in transform.transforms:
         made = step(image)
         if not isinstance(made, Image.Image):

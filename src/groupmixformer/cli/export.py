@@ -198,9 +198,9 @@ def extract(
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
         measured = Run.open(folder).evaluate(progress=progress)
-        side = smaller.pretrained_cfg["input_size"][-1]
+        channels, _, side = smaller.pretrained_cfg["input_size"]
         found: dict[str, Any] = {name: measured.result[name] for name in ("top1", "mAP") if name in measured.result}
-        rows.append({"width": share, "run": str(folder), "images": taken, **found, "macs": macs_of(smaller, side)})
+        rows.append({"width": share, "run": str(folder), "images": taken, **found, "macs": macs_of(smaller, side, channels)})
         networks[str(share)] = smaller
     settings = Settings(size=(side, side), threads=threads, rounds=5)
     builds = {name: partial(Runner, network, settings) for name, network in networks.items()}

@@ -57,8 +57,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from ..data.channels import AnyImage, Channels
     from ..tasks.predictor import Predicted
 
 
@@ -141,6 +140,7 @@ class _Seen:
     Args:
         out: Folder of the files.
         look: From an image and its path to what is found.
+        channels: How images are read.
 
     Attributes:
         rows: What was found, for JSON.
@@ -149,8 +149,8 @@ class _Seen:
         skipped: Paths that could not be read.
     """
 
-    def __init__(self, out: Path, look: "Callable[[Image, str], Predicted]") -> None:
-        self.out, self.look = out, look
+    def __init__(self, out: Path, look: "Callable[[AnyImage, str], Predicted]", channels: "Channels") -> None:
+        self.out, self.look, self.channels = out, look, channels
         self.rows: list[dict[str, Any]] = []
         self.lines: list[str] = []
         self.found: list[tuple[str, tuple[int, int], Predicted]] = []
@@ -158,7 +158,7 @@ class _Seen:
         self.taken: set[Path] = set()
         self.doubts: list[str] = []
 
-    def _add(self, image: "Image", path: str, name: str, **about: Any) -> "Predicted":
+    def _add(self, image: "AnyImage", path: str, name: str, **about: Any) -> "Predicted":
         found = self.look(image, path)
         self.rows.append({"image": name, **about, **found.result})
         self.lines.append(
@@ -167,17 +167,17 @@ class _Seen:
         self.found.append((path, image.size, replace(found, files={})))  # which are written, and would fill the memory
         return found
 
-    def read(self, path: Path) -> "Image":
+    def read(self, path: Path) -> "AnyImage":
         """Read an image, and keep what is to be said of it."""
-        from ..data.images import noted, read_image
+        from ..data.images import noted
         from ..data.samples import note_problems
 
         with noted() as notes:
-            image = read_image(path)
+            image = self.channels.read(path)
         self.doubts += note_problems(notes)
         return image
 
-    def image(self, image: "Image", path: Path) -> None:
+    def image(self, image: "AnyImage", path: Path) -> None:
         """Look at an image."""
         if files := self._add(image, str(path), str(path)).files:
             self.rows[-1]["files"] = write_prediction(self.out, path, files, self.taken)
@@ -189,6 +189,8 @@ class _Seen:
 
         from ..data.video import Video, is_stream, write_video
 
+        if self.channels.count != 3:
+            raise ValueError(f"{source}: a video has 3 channels, and the run is for {self.channels.count}: give images")
         video = Video(source, every, most)
         path = Path(source.partition(":")[0] if is_stream(source) else source)  # webcam, rtsp, ...
         before = len(self.rows)
@@ -218,7 +220,8 @@ def _each(
     command: str,
     images: Sequence[str],
     out: Path,
-    look: "Callable[[Image, str], Predicted]",
+    look: "Callable[[AnyImage, str], Predicted]",
+    channels: "Channels",
     every: int | None = None,
     most: int | None = None,
 ) -> _Seen:
@@ -236,7 +239,7 @@ def _each(
     paths: list[Any] = [*find_images([name for name in images if name not in streams], left_out), *streams]
     for line in describe_left_out(left_out):
         note(line)
-    seen = _Seen(out, look)
+    seen = _Seen(out, look, channels)
     seen.taken = {path.resolve() for path in paths if isinstance(path, Path)}
     for path in progress(paths, command, len(paths)):
         try:
@@ -295,7 +298,7 @@ def predict(
     if format not in known:
         raise UsageError(f"--format {format}: {run} holds a model for {task.name}, expected {', '.join(known)}")
     predictor = opened.predictor(device, image_size, fuse=fuse, threads=threads or "auto", **options)
-    seen = _each("predict", images, out, predictor.predict, every, frames)
+    seen = _each("predict", images, out, predictor.predict, predictor.channels, every, frames)
     if format == "csv":
         table = [{"image": path, **row} for path, _, one in seen.found for row in task.table(one)]
         write_rows(out / "predictions.csv", table, ["image", *task.columns])
@@ -341,13 +344,13 @@ def explain(
     )
     explainer = opened.explainer(device, image_size, **options)
 
-    def look(image: "Image", path: str) -> "Predicted":
+    def look(image: "AnyImage", path: str) -> "Predicted":
         try:
             return explainer.explain(image, query, stage, format)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    seen = _each("explain", images, out, look)
+    seen = _each("explain", images, out, look, explainer.channels)
     for row in seen.rows:
         row["figure"], row["arrays"] = row.pop("files")
     result = {"run": run, "task": opened.task, "images": seen.rows, "skipped": seen.skipped}
@@ -471,6 +474,10 @@ def demo(
         for path in runs:
             run = Run.open(path, allow_nonfinite)
             predictors[path] = run.predictor(device, fuse=False)  # the inference form has no attention to show
+            if (count := predictors[path].channels.count) != 3:
+                raise ValueError(
+                    f"{path}: is for {count} channels, and the page is for colours: take gmf predict, explain or serve"
+                )
             predictors[path].predict(Image.new("RGB", (64, 64)))  # the first image takes longer
             examples += sorted(str(example) for example in run.folder.examples.glob("*.png"))
         app = application(Page(predictors), examples)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import Fields
+from .channels import ANY, Channels
 from .formats import Recognised
 from .objects import read_objects
 from .samples import in_threads, size_problem
@@ -127,6 +128,7 @@ class Annotations:
         found: Where they are, in a format that has objects.
         part: Of the data set.
         masks: Whether objects need masks.
+        channels: How images are read.
 
     Attributes:
         source: What an error about all of it names.
@@ -143,7 +145,7 @@ class Annotations:
         ValueError: If the annotations cannot be used.
     """
 
-    def __init__(self, found: Recognised, part: str, masks: bool) -> None:
+    def __init__(self, found: Recognised, part: str, masks: bool, channels: Channels = ANY) -> None:
         read = read_objects(found, part)
         self.source, self.folder, self.masks = read.source, read.folder, masks
         categories, records = _Ids(read.categories, "categories", read.source), _Ids(read.images, "images", read.source)
@@ -153,7 +155,7 @@ class Annotations:
         images = _read_images(records)
 
         def problem(image: Mapping[str, Any]) -> str:
-            return size_problem(self.folder / image["file_name"], (image["width"], image["height"]), "annotated as")
+            return size_problem(self.folder / image["file_name"], (image["width"], image["height"]), "annotated as", channels)
 
         problems = in_threads(problem, images.values())
         self.skipped = [*read.skipped, *(problem for problem in problems if problem)]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .images import decode
+from .channels import ANY, in_colour
 
 # Copies of 100 photographs, video frames and micrographs at half size, at JPEG quality 30, or 10 % brighter differ by up to 4
 # bits, 20 levels, 0.26; with 2 % cut off each side mostly by up to 8 bits, 22 levels, 0.4.
@@ -42,7 +42,7 @@ def fingerprint(path: Path) -> Fingerprint:
     Raises:
         ValueError: If it cannot be read.
     """
-    image = decode(path, str(path), least_side=DECODED)
+    image = in_colour(ANY.read(path, least_side=DECODED))
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "blake2b").digest()
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..files import read_text
-from .images import IMAGE_SUFFIXES, is_leftover
+from .images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, is_leftover
 
 PARTS = {
     "train": ("train", "training"),
@@ -128,7 +128,7 @@ def _holds(path: Path, *suffixes: str) -> bool:
 
 
 def _images_in(path: Path) -> bool:
-    return _holds(path, *IMAGE_SUFFIXES)
+    return _holds(path, *IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
 
 
 def has_class_folders(path: Path) -> bool:

@@ -40,6 +40,8 @@ IMAGE_SUFFIXES = {
     ),
     *(".tga", ".tif", ".tiff", ".webp"),
 }
+# Arrays, which are images in folders that hold no other ones.
+ARRAY_SUFFIXES = {".npy", ".npz"}
 # Usual companions of images, which are not opened.
 OTHER_SUFFIXES = {
     *(".cls", ".csv", ".db", ".doc", ".docx", ".gz", ".html", ".ini", ".json", ".log", ".md", ".npy", ".npz", ".pdf", ".pt"),
@@ -92,7 +94,8 @@ def noted() -> Iterator[list[tuple[str, str]]]:
         _NOTED.reset(token)
 
 
-def _note(name: str, texts: Iterable[str]) -> None:
+def note(name: str, texts: Iterable[str]) -> None:
+    """Say something of an image, to whoever collects it, or to the log."""
     for text in texts:
         lines = _NOTED.get()
         if lines is None:
@@ -110,7 +113,7 @@ def list_images(folder: Path, left_out: Counter[str]) -> list[Path]:
     """List the images below a folder, in order of their paths.
 
     Args:
-        folder: Links in it are followed, but no folder is entered twice.
+        folder: Links in it are followed, but no folder is entered twice. Arrays count where there are no other images.
         left_out: Files that are no images are counted here by their endings, those of the system under `HIDDEN`.
 
     Raises:
@@ -121,6 +124,7 @@ def list_images(folder: Path, left_out: Counter[str]) -> list[Path]:
         raise error
 
     found: list[Path] = []
+    arrays: list[Path] = []
     entered: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         about = Path(place).stat()
@@ -133,10 +137,12 @@ def list_images(folder: Path, left_out: Counter[str]) -> list[Path]:
         for path in (Path(place, name) for name in files if not is_leftover(name)):
             if is_image(path, path.suffix.lower()):
                 found.append(path)
+            elif path.suffix.lower() in ARRAY_SUFFIXES:
+                arrays.append(path)
             else:
                 left_out[path.suffix.lower() or "without ending"] += 1
-    left_out += Counter()  # drops zeros
-    return sorted(found)
+    left_out += Counter(path.suffix.lower() for path in arrays if found)  # and drops zeros
+    return sorted(found or arrays)
 
 
 def is_image(file: Path | bytes, suffix: str) -> bool:
@@ -144,7 +150,7 @@ def is_image(file: Path | bytes, suffix: str) -> bool:
     if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES:
         return suffix in IMAGE_SUFFIXES
     try:
-        with _opened(file, f"image{suffix}"):
+        with opened_image(file, f"image{suffix}"):
             return True
     except ValueError:
         return False
@@ -184,7 +190,7 @@ def find_images(paths: Iterable[str], left_out: Counter[str] | None = None) -> l
     return list(found)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the orientation in EXIF or XMP; 1, which is upright, where there is none or it is damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -208,12 +214,12 @@ def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
 
 def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
     """Convert an image that is loaded, and may be changed."""
-    turn = TURNS.get(_orientation(image))
+    turn = TURNS.get(orientation_of(image))
     if deep and image.mode[0] in "IF":
         image, texts = to_8_bits(image)
-        _note(name, texts)
+        note(name, texts)
     elif deep and 1 < levels(image) < LEAST_LEVELS:
-        _note(name, [FLAT])
+        note(name, [FLAT])
     if turn is not None:
         image = image.transpose(turn)
     if image.mode == "P" and "transparency" in image.info:
@@ -237,7 +243,7 @@ def _formats() -> tuple[list[str], dict[str, str]]:
     return signed, {ending: name for ending, name in Image.registered_extensions().items() if name in set(read) - set(signed)}
 
 
-def _limit(variable: str) -> int:
+def limit_of(variable: str) -> int:
     """Return a limit: the environment's, or ours."""
     given = os.environ.get(variable)
     if given is None:
@@ -253,7 +259,7 @@ def check_size(size: Size, most_pixels: int | None = None) -> None:
     Raises:
         ValueError: If it is.
     """
-    pixels, ratio = most_pixels or _limit("GROUPMIXFORMER_MAX_PIXELS"), _limit("GROUPMIXFORMER_MAX_RATIO")
+    pixels, ratio = most_pixels or limit_of("GROUPMIXFORMER_MAX_PIXELS"), limit_of("GROUPMIXFORMER_MAX_RATIO")
     if math.prod(size) > pixels or max(size) > ratio * min(size):
         limits = f"at most {pixels / 1e6:.3g} million and no side over {ratio} times the other"
         raised = "" if most_pixels else f", or a higher {' or '.join(LIMITS)}"
@@ -261,7 +267,7 @@ def check_size(size: Size, most_pixels: int | None = None) -> None:
 
 
 @contextmanager
-def _opened(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = None) -> Iterator[Image.Image]:
+def opened_image(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None = None) -> Iterator[Image.Image]:
     """Open an image whose pixels are not decoded yet; every error, also while it is used, becomes a ValueError of one line."""
     try:
         with warnings.catch_warnings(), ExitStack() as stack:
@@ -277,7 +283,7 @@ def _opened(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None =
                 signed, others = _formats()
                 suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a third of Path's time
                 formats = [*signed, others[suffix]] if suffix in others else signed
-                if _limit("GROUPMIXFORMER_MAX_PIXELS") > LIMITS["GROUPMIXFORMER_MAX_PIXELS"]:
+                if limit_of("GROUPMIXFORMER_MAX_PIXELS") > LIMITS["GROUPMIXFORMER_MAX_PIXELS"]:
                     Image.MAX_IMAGE_PIXELS = None  # whoever raised ours means Pillow's too
             with Image.open(opened, formats=formats) as image:
                 check_size(image.size, most_pixels)
@@ -287,6 +293,8 @@ def _opened(file: IO[bytes] | bytes | Path, name: str, most_pixels: int | None =
     except UnidentifiedImageError as error:
         heif = Path(name).suffix.lower() in (".heic", ".heif") and not find_spec("pillow_heif")
         hint = ": pip install pillow-heif" if heif else ""
+        if name.lower().endswith((".tif", ".tiff")) and not find_spec("tifffile"):
+            hint = ": pip install 'groupmixformer[tiff]' reads more kinds of TIFF"
         raise ValueError(f"{name}: not a readable image: no known format{hint}") from error
     except MemoryError as error:
         raise ValueError(f"{name}: not a readable image: it takes more memory than there is") from error
@@ -310,9 +318,11 @@ def decode(
     Raises:
         ValueError: If it cannot be read, is truncated, or is over a limit.
     """
-    with _opened(file, name, most_pixels) as image, noted() if most_pixels else nullcontext():
+    with opened_image(file, name, most_pixels) as image, noted() if most_pixels else nullcontext():
         if least_side:
             image.draft(image.mode, (least_side, least_side))
+        if (samples := getattr(image, "tag_v2", {}).get(ExifTags.Base.SamplesPerPixel, 1)) > 4:
+            raise ValueError(f"it has {samples} channels, expected 3 at most, and alpha: --in-chans {samples} reads them all")
         deep, size = is_deep(image), image.size
         image.load()  # turns a TIFF, and reads what follows the pixels of a PNG
         if image.size != size:  # an icon holds an image, which may be larger than it says
@@ -337,12 +347,12 @@ def image_sizes(path: Path) -> tuple[Size, Size]:
     Raises:
         ValueError: As `decode` does.
     """
-    with _opened(path, str(path)) as image:
+    with opened_image(path, str(path)) as image:
         stored = image.size
         if tags := getattr(image, "tag_v2", None):  # of a TIFF, whose size Pillow gives upright
             stored = int(tags[ExifTags.Base.ImageWidth]), int(tags[ExifTags.Base.ImageLength])
         unturned = image.format == "PNG" and not _png_is_oriented(path)  # saves decoding the pixels that EXIF may follow
-        on_its_side = not unturned and _orientation(image) >= 5
+        on_its_side = not unturned and orientation_of(image) >= 5
         return (stored[::-1] if on_its_side else stored), stored
 
 

@@ -17,7 +17,7 @@ from ..files import read_text
 from .annotations import Annotations
 from .classes import few
 from .formats import IMAGE_COLUMNS, Recognised, plain
-from .images import IMAGE_SUFFIXES
+from .images import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
 SEVERAL, ONE = ("labels", "tags", "classes", "categories"), ("label", "tag", "class", "category")  # names of a column
 VALUES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # in columns of classes, lower case
@@ -106,7 +106,9 @@ class _Table:
         plain_names = {plain(name): name for name in reversed(self.header)}
         named = next((plain_names[name] for name in IMAGE_COLUMNS if name in plain_names), None)
         ending = (
-            name for name in self.header if all(Path(cell).suffix.lower() in IMAGE_SUFFIXES for cell in self.column(name))
+            name
+            for name in self.header
+            if all(Path(cell).suffix.lower() in {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES} for cell in self.column(name))
         )
         found = named or next(ending, None)
         if found is None or len(self.header) < 2:
@@ -242,8 +244,15 @@ class _Finder:
         ]  # in train/ of val.csv there may be others by its names
         places = [base / name for name in usual if (base / name).is_dir()]
         self.looked_in = few([str(place) for place in places])
-        bare = any(Path(name).suffix.lower() not in IMAGE_SUFFIXES for name in names)
-        endings = ["", *(sorted(IMAGE_SUFFIXES, key=lambda s: (s not in (".jpg", ".png", ".jpeg"), s)) if bare else [])]
+        bare = any(Path(name).suffix.lower() not in {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES} for name in names)
+        endings = [
+            "",
+            *(
+                [*sorted(IMAGE_SUFFIXES, key=lambda s: (s not in (".jpg", ".png", ".jpeg"), s)), *sorted(ARRAY_SUFFIXES)]
+                if bare
+                else []
+            ),
+        ]
         self.ways = [(place, ending) for ending in endings for place in places]
 
     def __call__(self, name: str) -> str | None:

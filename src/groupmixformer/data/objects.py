@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import Fields, read_json, read_text
+from .channels import ANY
 from .formats import WHOLE, Recognised, part_of, read_yolo
-from .images import image_sizes, list_images
+from .images import list_images
 from .samples import in_threads
 
 Size = tuple[int, int]  # width and height
@@ -125,7 +126,7 @@ def _first_with(names: Iterable[Any], places: Sequence[Path]) -> Path | None:
 def _size(width: int, height: int, file: Path) -> Size | str:
     """Return width and height, where they are not known those of the image as people see it, or why it cannot be read."""
     try:
-        return (width, height) if width and height else image_sizes(file)[0]
+        return (width, height) if width and height else ANY.sizes(file)[0]
     except ValueError as error:
         return str(error)
 

@@ -11,8 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..files import short
+from .channels import ANY, Channels, in_colour
 from .classes import few
-from .images import image_sizes, noted
+from .images import noted
 from .seeding import seed_all
 
 MAX_UNREADABLE_IN_A_ROW = 100  # then training stops: it is not a matter of single files
@@ -76,7 +77,7 @@ def in_threads(look: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         return list(pool.map(look, items))
 
 
-def size_problem(image: Path, annotated: tuple[int, int], what: str) -> str:
+def size_problem(image: Path, annotated: tuple[int, int], what: str, channels: Channels = ANY) -> str:
     """Say why an image does not fit its annotation, by its head alone; nothing if it fits.
 
     Coordinates are those of the image as people see it, so a size that fits only the pixels as they are stored is a problem.
@@ -85,9 +86,10 @@ def size_problem(image: Path, annotated: tuple[int, int], what: str) -> str:
         image: The file.
         annotated: Width and height that its annotation is for.
         what: The annotation, as in "its mask is".
+        channels: How images are read.
     """
     try:
-        upright, stored = image_sizes(image)
+        upright, stored = channels.sizes(image)
     except ValueError as error:
         return str(error)
     if annotated == upright:
@@ -112,6 +114,7 @@ class Samples(Dataset[Any]):
 
     seed = 0  # of the augmentation
     class_names: list[str]  # in the order of the labels
+    channels = Channels()  # of the images
     places: Sequence[int] = ()  # of the classes among a model's, where `relabel` set them
     skipped: Sequence[str] = ()  # a line for each image that was left out when the data was opened
     notes: Sequence[str] = ()  # further lines about the data
@@ -154,8 +157,7 @@ class Samples(Dataset[Any]):
         Raises:
             ValueError: If it cannot be read.
         """
-        image: Image.Image = self.read(index)[0]
-        return image
+        return in_colour(self.read(index)[0])
 
     def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
         """Return a training sample as it looks, with its annotation drawn."""

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import decode, noted
+from .channels import AnyImage, Channels
+from .images import noted
 from .samples import note_problems
 from .seeding import seed_all
 from .sources import HuggingFace, Sample, Source, WebDataset
@@ -35,6 +36,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
     Args:
         source: Where the samples come from.
         transform: Makes of an image what is yielded; none for the image itself.
+        channels: How images are read.
 
     Attributes:
         class_names: Names of the classes.
@@ -42,9 +44,9 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         notes: Lines about the data.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Any] | None = None) -> None:
+    def __init__(self, source: Source, transform: Callable[[Any], Any] | None = None, channels: Channels | None = None) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.channels = transform, channels or Channels()
         self.source, self.class_names, self.num_samples = source, source.class_names, sum(source.lengths)
         self.places: Sequence[int] = range(len(self.class_names))
         self.notes: Sequence[str] = ()
@@ -111,7 +113,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
             if stop == length and next(samples, None) is not None:
                 raise ValueError(f"{name}: holds more than {length} samples")
 
-    def _read(self, sample: Sample) -> tuple[tuple[Image.Image, int], str]:
+    def _read(self, sample: Sample) -> tuple[tuple[AnyImage, int], str]:
         """Decode a sample, and say what is to be said of it; ValueError if its image or its class cannot be used."""
         content, label, name = sample
         if content is None:
@@ -123,14 +125,14 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         if not 0 <= index < len(self.places):
             raise ValueError(f"{name}: got class {label!r}, expected 0 to {len(self.places) - 1}")
         with noted() as notes:
-            return (decode(content, name), self.places[index]), "\n".join(note_problems(notes))
+            return (self.channels.decode(content, name), self.places[index]), "\n".join(note_problems(notes))
 
-    def _transformed(self, image: Image.Image) -> Any:
+    def _transformed(self, image: AnyImage) -> Any:
         return self.transform(image) if self.transform else image
 
     def _train(self, samples: Iterator[Sample], skip: int, keys: tuple[int, ...]) -> Iterator[tuple[Any, int, str]]:
         waiting: list[tuple[int, str]] = []  # places of unreadable images, and what is wrong with them
-        last: tuple[Image.Image, int] | None = None
+        last: tuple[AnyImage, int] | None = None
 
         def flush() -> Iterator[tuple[Any, int, str]]:
             for place, problem in waiting:
@@ -157,7 +159,7 @@ class Stream(IterableDataset[tuple[Any, int, str]]):
         yield from flush()
 
     def _evaluate(self, samples: Iterator[Sample], length: int) -> Iterator[tuple[Any, int, str]]:
-        blank = self._transformed(Image.new("RGB", (64, 64)))
+        blank = self._transformed(self.channels.blank())
         blank = torch.zeros_like(blank) if isinstance(blank, torch.Tensor) else blank
         for sample in samples:
             length -= 1

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .channels import ANY, TIFF_SUFFIXES, ChannelImage, Channels, channels_of
 from .duplicates import Fingerprint, fingerprint, groups, near_pairs
-from .images import decode, image_sizes, noted
+from .images import ARRAY_SUFFIXES, decode, noted
 from .sources import Sample
 
 CHANNELS = {"1": "black and white", "L": "grey", "LA": "grey with alpha", "P": "palette", "RGB": "colour"}
@@ -35,6 +38,7 @@ class Look:
         bytes: Of the file.
         size: Width and height, upright.
         channels: In words.
+        in_chans: Their number as a recipe has it; 3 of what is read as colour.
         format: By Pillow's names.
         print: What it is compared by.
         label: Name of its class, if it has one.
@@ -46,6 +50,7 @@ class Look:
     bytes: int = 0
     size: tuple[int, int] = (0, 0)
     channels: str = ""
+    in_chans: int = 3
     format: str = ""
     print: Fingerprint | None = None
     label: str | None = None
@@ -56,13 +61,17 @@ def look_at(path: Path) -> Look:
     try:
         with noted() as notes:
             found = fingerprint(path)
-        size, _ = image_sizes(path)
-        with Image.open(path) as image:
-            mode, form = image.mode, image.format
+        size, _ = ANY.sizes(path)
+        if path.suffix.lower() in (*ARRAY_SUFFIXES, *TIFF_SUFFIXES) and isinstance(image := ANY.read(path), ChannelImage):
+            form, count = path.suffix[1:].upper(), channels_of(image)
+            kind = f"{count} channel{'s' * (count != 1)}, {image.pixels.dtype}"
+        else:
+            with Image.open(path) as opened:
+                kind, form, count = CHANNELS.get(opened.mode, opened.mode), str(opened.format), 3
     except (OSError, ValueError) as error:
         return Look(path, problem=str(error).removeprefix(f"{path}: "))
     texts = tuple(text for _, text in notes)
-    return Look(path, "", texts, path.stat().st_size, size, CHANNELS.get(mode, mode), str(form), found)
+    return Look(path, "", texts, path.stat().st_size, size, kind, count, form, found)
 
 
 def look_at_sample(sample: Sample, class_names: Sequence[str]) -> Look:
@@ -82,7 +91,7 @@ def look_at_sample(sample: Sample, class_names: Sequence[str]) -> Look:
             raise ValueError(f"got class {label!r}, expected 0 to {len(class_names) - 1}")
     except (OSError, TypeError, ValueError) as error:
         return Look(Path(name), problem=str(error).removeprefix(f"{name}: "))
-    return Look(Path(name), "", texts, len(data), size, CHANNELS.get(mode, mode), str(form), label=class_names[int(label)])
+    return Look(Path(name), "", texts, len(data), size, CHANNELS.get(mode, mode), 3, str(form), label=class_names[int(label)])
 
 
 def _histogram(values: Any) -> dict[str, list[float]]:
@@ -109,9 +118,47 @@ def describe(looks: Sequence[Look]) -> dict[str, Any]:
         result["histograms"] = {"longer side": _histogram(sizes.max(axis=1)), "width : height": _histogram(ratios)}
     for name in ("channels", "format"):
         result[f"{name.removesuffix('s')}s"] = dict(Counter(getattr(look, name) for look in read).most_common())
+    result["in_chans"] = sorted({look.in_chans for look in read})
     result["doubts"] = dict(Counter(doubt for look in read for doubt in look.doubts).most_common())
     result["damaged"] = [{"file": str(look.path), "reason": look.problem} for look in looks if look.problem]
     return result
+
+
+def statistics(paths: Sequence[Path], channels: Channels) -> dict[str, Any]:
+    """Compute mean and standard deviation of each channel over all pixels of images, one image in the memory at a time.
+
+    Returns:
+        ``in_chans``, ``images``, ``pixels``, ``mean`` and ``std`` of what a network is given, and ``skipped``: a line
+        for each image that cannot be read.
+
+    Raises:
+        ValueError: If none can be read, or they differ in their channels.
+    """
+    skipped: list[str] = []
+    images = pixels = 0
+    for path in paths:
+        try:
+            image = channels.read(path)
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
+        values = (image.tensor if isinstance(image, ChannelImage) else pil_to_tensor(image) / 255).flatten(1).double()
+        if not images:
+            mean, squares = torch.zeros(2, len(values), dtype=torch.float64)
+        if len(values) != len(mean):
+            raise ValueError(
+                f"{path}: has {len(values)} channels, and those before {len(mean)}: name one number with --in-chans"
+            )
+        own, number = values.mean(dim=1), values.shape[1]
+        pixels += number
+        apart = own - mean
+        squares += (values - own[:, None]).square().sum(dim=1) + apart.square() * (pixels - number) * number / pixels
+        mean += apart * number / pixels
+        images += 1
+    if not images:
+        raise ValueError(f"none of {len(paths)} images can be read{f': {skipped[0]}' if skipped else ''}")
+    found = {"mean": mean.tolist(), "std": (squares / pixels).sqrt().tolist()}
+    return {"in_chans": len(mean), "images": images, "pixels": pixels, **found, "skipped": skipped}
 
 
 def duplicates(parts: Mapping[str, Sequence[Look]]) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils._sympy.value_ranges import ValueRanges
 from torchvision.transforms import v2
 
-from ..data.images import find_images, read_image
+from ..data.channels import AnyImage, ChannelImage, Channels
+from ..data.images import find_images
 from ..files import atomic_write, to_json
 from ..models.fuse import fuse
 from ..run_folder import RunFolder
@@ -65,7 +66,7 @@ class Exported(nn.Module):
             return tuple(self.network.forward_intermediates(images, intermediates_only=True))
         return (self.network(images),)
 
-    def samples(self, image: Image.Image, size: tuple[int, int], about: Mapping[str, Any]) -> list[Tensor]:
+    def samples(self, image: AnyImage, size: tuple[int, int], about: Mapping[str, Any]) -> list[Tensor]:
         """Return inputs to compare at a size: of an image, and random ones."""
         channels = about["input_size"][0]
         return [to_pixels(image, channels, size, about["mean"], about["std"]), torch.randn(3, channels, *size)]
@@ -294,21 +295,26 @@ FORMATS = {
 }
 
 
-def real_image(run: RunFolder) -> Image.Image:
-    """Return an image of the examples in the folder of a run, or a photograph that ships with scikit-learn."""
+def real_image(run: RunFolder, channels: Channels | None = None) -> AnyImage:
+    """Return an image of the examples in the folder of a run, read with these channels, or a photograph of scikit-learn's."""
     for path in find_images([str(run.examples)]) if run.examples.is_dir() else []:
-        return read_image(path)
+        return (channels or Channels()).read(path)
     from sklearn.datasets import load_sample_image
 
     return Image.fromarray(load_sample_image("china.jpg"))
 
 
-def to_pixels(image: Image.Image, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return an image as normalised images (1, channels, *size); grey for other than three channels."""
+def with_channels(image: AnyImage, channels: int) -> Tensor:
+    """Return an image (channels, H, W), of colours in 0 to 1; a colour image in grey for other than three channels."""
+    if isinstance(image, ChannelImage):
+        return image.tensor
     pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
-    pixels = v2.functional.resize(pixels, list(size), antialias=True)
-    if channels != 3:
-        pixels = pixels.mean(dim=0, keepdim=True).expand(channels, -1, -1)
+    return pixels if channels == 3 else pixels.mean(dim=0, keepdim=True).expand(channels, -1, -1)
+
+
+def to_pixels(image: AnyImage, channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return an image as normalised images (1, channels, *size)."""
+    pixels = v2.functional.resize(with_channels(image, channels), list(size), antialias=True)
     return v2.functional.normalize(pixels, list(mean), list(std))[None].contiguous()  # AOTInductor takes that for granted
 
 
@@ -354,7 +360,7 @@ def export(
     network: Exported,
     format: str,
     path: str | Path,
-    image: Image.Image,
+    image: AnyImage,
     input_size: tuple[int, int, int],
     classes: Sequence[str],
     mean: Sequence[float],
@@ -410,7 +416,7 @@ def export(
         "mean": to_json(list(mean)),
         "std": to_json(list(std)),
         "input_size": to_json(list(input_size)),
-        "layout": network.layout,
+        "layout": network.layout if input_size[0] == 3 else network.layout.replace(", RGB", ""),
         "outputs": to_json(list(names)),
         "version": importlib.metadata.version(NAME),
         **{name: to_json(value) for name, value in (more or {}).items()},

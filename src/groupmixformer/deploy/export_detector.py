@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 from torchvision.transforms.v2 import functional as F
 
+from ..data.channels import AnyImage
 from ..files import atomic_write, to_json
 from ..models.fuse import fuse
-from .export import NAME, first_line, quietly
+from .export import NAME, first_line, quietly, with_channels
 
 OPSET = 18  # of ONNX: the last that PyTorch's tracing exporter writes whole; the other cannot follow non-maximum suppression
 TOLERANCE = 1e-3  # of boxes, relative to the image's larger side; of scores; of the share of an image's pixels in a mask
@@ -33,7 +33,7 @@ def _resize(transform: Any, image: Tensor, target: None) -> tuple[Tensor, None]:
 
 
 class ExportedDetector(nn.Module):
-    """What a file holds: an image (3, height, width) in 0 to 1 to boxes, labels, scores and, of Mask R-CNN, masks."""
+    """What a file holds: an image (C, height, width), colours in 0 to 1, to boxes, labels, scores and, of Mask R-CNN, masks."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -94,9 +94,10 @@ def _write(network: ExportedDetector, image: Tensor, metadata: Mapping[str, str]
 def export_detector(
     detector: nn.Module,
     path: str | Path,
-    image: Image.Image,
+    image: AnyImage,
     class_names: Sequence[str],
     progress: Callable[[str], None] = lambda line: None,
+    channels: int = 3,
 ) -> dict[str, Any]:
     """Write the inference form of a detector, in float32 for a CPU, for one image of any size at a time, and compare.
 
@@ -106,6 +107,7 @@ def export_detector(
         image: A real one (RGB) to compare on; at best, one with objects.
         class_names: In the order of the labels, the first of which is 1.
         progress: Is told what is done.
+        channels: Of the images that it takes.
 
     Returns:
         As `groupmixformer.deploy.export.export`; the errors are those of the objects within the tolerance, objects says how
@@ -127,11 +129,11 @@ def export_detector(
     limits = (finder.score_thresh, finder.detections_per_img)
     metadata = {
         "classes": to_json(list(class_names)),
-        "layout": "image: float32, (3, height, width), RGB, from 0 to 1",
+        "layout": f"image: float32, ({channels}, height, width)" + (", RGB, from 0 to 1" if channels == 3 else ""),
         "outputs": to_json(network.names),
         "version": version(NAME),
     }
-    pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
+    pixels = with_channels(image, channels)
     with atomic_write(path) as folder, quietly():
         written = folder / path.name
         progress("writing ONNX")
@@ -142,7 +144,7 @@ def export_detector(
             for size in dict.fromkeys([tuple(pixels.shape[1:]), *SIZES]):
                 progress(f"comparing at {size[0]} x {size[1]}")
                 differences = []
-                for sample in (F.resize(pixels, list(size)), torch.rand(3, *size)):
+                for sample in (F.resize(pixels, list(size)), torch.rand(channels, *size)):
                     got = [torch.from_numpy(output) for output in session.run(None, {"image": sample.numpy()})]
                     differences.append(unlike(got, plain(sample), *limits))
                 apart = torch.cat(differences)

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from ..data.channels import AnyImage, in_colour
 from .export import SIZES, Exported
 
 FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # half their width, in pixels of the smaller image
@@ -86,11 +86,11 @@ class WithPreprocessing(Exported):
         logits = self.network(((pixels - self.mean) / self.std)[None])[0]
         return (logits.sigmoid() if self.several else logits.softmax(dim=0),)
 
-    def samples(self, image: Image.Image, size: tuple[int, int], about: Mapping[str, Any]) -> list[Tensor]:
+    def samples(self, image: AnyImage, size: tuple[int, int], about: Mapping[str, Any]) -> list[Tensor]:
         """Return an image and a random one."""
         height, width = size
         return [
-            F.resize(F.pil_to_tensor(image), [height, width]).permute(1, 2, 0).contiguous(),
+            F.resize(F.pil_to_tensor(in_colour(image)), [height, width]).permute(1, 2, 0).contiguous(),
             torch.randint(0, 256, (height, width, 3), dtype=torch.uint8),
         ]
 
@@ -100,13 +100,13 @@ class WithPreprocessing(Exported):
 
 
 @torch.no_grad()
-def compare(network: WithPreprocessing, image: Image.Image, expected: Tensor) -> float:
+def compare(network: WithPreprocessing, image: AnyImage, expected: Tensor) -> float:
     """Compare with the probabilities that `gmf predict` gives for an image (classes), and return the largest difference.
 
     Raises:
         ValueError: If it is larger than what rounding explains.
     """
-    found = network(F.pil_to_tensor(image).permute(1, 2, 0))[0]
+    found = network(F.pil_to_tensor(in_colour(image)).permute(1, 2, 0))[0]
     difference = (found - expected).abs().max().item()
     if not difference <= ROUNDING:
         raise ValueError(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..bench.timing import Settings, machine, seconds_of, set_threads
-from ..data.images import find_images, read_image
+from ..data.channels import AnyImage, Channels
+from ..data.images import find_images
 from ..files import atomic_write, to_json
 from ..models.fuse import fuse
 from ..tasks.classification.data import ImageSamples, eval_transform
@@ -65,12 +65,13 @@ def _draw(number: int, read: Callable[[int], Tensor], name: str) -> tuple[Tensor
     return torch.stack(images), problems
 
 
-def from_folder(folder: str, config: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
+def from_folder(folder: str, config: Mapping[str, Any], channels: Channels | None = None) -> tuple[Tensor, list[str]]:
     """Draw images to calibrate on from a folder, however deep they lie.
 
     Args:
         folder: It needs no classes.
         config: How to resize and crop them.
+        channels: How they are read.
 
     Returns:
         Images (N, C, H, W), N up to IMAGES, and a line for each image drawn that could not be read.
@@ -81,8 +82,8 @@ def from_folder(folder: str, config: Mapping[str, Any]) -> tuple[Tensor, list[st
     paths = find_images([folder]) if Path(folder).is_dir() else []
     if paths in ([], [Path(folder)]):
         raise ValueError(f"{folder}: no folder with images, expected one to calibrate on")
-    transform = eval_transform(dict(config))
-    return _draw(len(paths), lambda index: transform(read_image(paths[index])), folder)
+    transform, reading = eval_transform(dict(config)), channels or Channels()
+    return _draw(len(paths), lambda index: transform(reading.read(paths[index])), folder)
 
 
 def from_data(images: Any, name: str) -> tuple[Tensor, list[str]]:
@@ -167,7 +168,7 @@ def _quantize_pt2(network: nn.Module, way: str, metadata: Mapping[str, str], ima
     save_program(program, metadata, path)
 
 
-def _try(network: Exported, path: Path, format: str, out: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
+def _try(network: Exported, path: Path, format: str, out: Path, image: AnyImage, about: Mapping[str, Any]) -> None:
     """Run a file at every size that exported files are compared at; for OpenVINO, at the model's own.
 
     Raises:
@@ -257,7 +258,7 @@ def quantize(
     format: str,
     way: str,
     path: str | Path,
-    image: Image.Image,
+    image: AnyImage,
     held_out: DataLoader[Any],
     calibration: Tensor | None,
     calibrated_on: str,

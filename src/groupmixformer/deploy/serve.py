@@ -21,7 +21,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from ..data.images import decode
+from ..data.channels import AnyImage, to_npy
 
 BODY_SECONDS = 30.0  # to send an image in
 GATHER_SECONDS = 0.005  # that an image waits for others which are on their way
@@ -90,6 +90,7 @@ class Model:
         options: Names of those that a request may set.
         weights: Says which they are, such as a checksum.
         fused: Whether it is in its inference form.
+        blank: An image to try it on; grey by default.
     """
 
     name: str
@@ -100,12 +101,13 @@ class Model:
     options: tuple[str, ...] = ()
     weights: str = ""
     fused: bool = False
+    blank: bytes = b""
 
     def warm_up(self) -> None:
         """Look at a grey image, so that what cannot work fails before anybody waits."""
         buffer = io.BytesIO()
         Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
-        self.look([self.prepare(buffer.getvalue())])
+        self.look([self.prepare(self.blank or buffer.getvalue())])
 
 
 @dataclass(frozen=True)
@@ -293,8 +295,9 @@ def served(predictor: Any, name: str, task: str, weights: str = "") -> Model:
         weights: Says which they are, such as a checksum.
     """
 
-    def read(content: bytes) -> Image.Image:
-        return decode(content, "image", predictor.max_pixels)
+    def read(content: bytes) -> AnyImage:
+        image: AnyImage = predictor.channels.decode(content, "image", predictor.max_pixels)
+        return image
 
     if predictor.batched:
 
@@ -314,5 +317,6 @@ def served(predictor: Any, name: str, task: str, weights: str = "") -> Model:
             asked = predictor.with_options(**options)
             return [asked.answer(asked.predict(read(content))) for content in images]
 
+    blank = b"" if predictor.channels.count == 3 else to_npy(predictor.channels.blank())
     options = tuple(option for option in REQUEST_OPTIONS if option in predictor.options)
-    return Model(name, task, prepare, look, predictor.batched, options, weights, predictor.fused)
+    return Model(name, task, prepare, look, predictor.batched, options, weights, predictor.fused, blank)

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import adapt_input_conv
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from .adapters import add_adaptformer, base_name, merged_tensors, trained_names
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
 
 LOGGER = logging.getLogger(__name__)
-LABEL_FIELDS = ("problem_type", "best_threshold")  # of config.json: of classifiers that give an image several labels
+# Of config.json: of classifiers that give an image several labels, and of those for other channels than colours.
+LABEL_FIELDS = ("problem_type", "best_threshold", "display_channels", "channels_first")
 
 
 def read_state_dict(path: str | Path | RunFolder) -> dict[str, Tensor]:
@@ -150,6 +152,29 @@ def fixed_size(name: str, image_size: int) -> dict[str, Any]:
     """Return what tells a model that is made for one size of image, such as a ViT, which it is."""
     cfg = timm.get_pretrained_cfg(name)
     return {"img_size": image_size} if cfg and cfg.fixed_input_size else {}
+
+
+def adapt_stem(weights: Mapping[str, Tensor], cfg: Mapping[str, Any], in_chans: int, source: str) -> dict[str, Tensor]:
+    """Return weights of a classifier for another number of channels, by timm's rule.
+
+    Args:
+        weights: By name.
+        cfg: The ``pretrained_cfg`` of the classifier, which names its first layer.
+        in_chans: Channels that are wanted.
+        source: What an error names.
+
+    Raises:
+        ValueError: If it is neither for three channels nor for as many as are wanted, or the first layer is no convolution.
+    """
+    there = cfg["input_size"][0]
+    if there == in_chans:
+        return dict(weights)
+    name = f"{cfg.get('first_conv')}.weight"
+    if there != 3 or name not in weights:
+        raise ValueError(
+            f"{source}: is made for {there} channels, and cannot be adapted to in_chans {in_chans}, expected 3 or as many"
+        )
+    return {**weights, name: adapt_input_conv(in_chans, weights[name])}
 
 
 def downloaded_cfg(variant: str) -> dict[str, Any]:
@@ -291,12 +316,14 @@ def load_model(path: str | Path | RunFolder) -> Any:
         return load_checkpoint(run)
     if "adapter" in run.config:
         return _load_adapted(run)
-    weights = {"state_dict": run.read_weights()}
+    # With a first layer of another number of channels, earlier versions of timm would begin with a new one.
+    weights = {"state_dict": run.read_weights(), "first_conv": None}
     try:
         model: Any = timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights)
     except Exception as error:  # arguments from config.json can make a constructor raise anything
         raise ValueError(f"{run.path}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     model.pretrained_cfg.pop("state_dict")
+    model.pretrained_cfg["first_conv"] = run.config.get("pretrained_cfg", {}).get("first_conv")
     model.pretrained_cfg |= {key: run.config[key] for key in LABEL_FIELDS if key in run.config}
     model.model_options = {key: value for key, value in run.config.get("model_args", {}).items() if key != "img_size"}
     return model.eval()
@@ -310,7 +337,8 @@ def remade(source: Any, image_size: int, **settings: Any) -> Any:
         name, options = source.pretrained_cfg["architecture"], source.model_options
         model = timm.create_model(name, **options | settings | fixed_size(name, image_size))
         model.model_options = options
-    model.load_state_dict(source.state_dict())
+    in_chans = settings.get("in_chans", source.pretrained_cfg["input_size"][0])
+    model.load_state_dict(adapt_stem(source.state_dict(), source.pretrained_cfg, in_chans, "the checkpoint"))
     model.pretrained_cfg = source.pretrained_cfg
     return model
 

@@ -7,19 +7,24 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import timm
 import torch
 from timm.layers import PatchEmbed
-from timm.models import group_parameters
+from timm.models import adapt_input_conv, group_parameters
 from torch import Tensor, nn
 
+from ..data.images import ARRAY_SUFFIXES
+from ..data.samples import Samples
 from ..files import Fields
-from ..models.checkpoint import check_tensors, load_model, model_arguments, model_name
+from ..models.checkpoint import adapt_stem, check_tensors, load_model, model_arguments, model_name
 from ..models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from ..run_folder import CONFIG, MAX_SIDE, RunFolder
 from ..training.old_names import rename
+
+if TYPE_CHECKING:  # which brings jsonargparse
+    from ..training.recipe import Recipe
 
 
 @functools.cache
@@ -43,18 +48,23 @@ class Backbone:
     Attributes:
         name: Of timm.
         arguments: Of its constructor, where they are not those of the name: widths, depths and MLP ratios.
+        in_chans: Channels of its images.
     """
 
     name: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    in_chans: int = 3
 
     def options(self, drop_path_rate: float = 0.0, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Return the arguments of ``timm.create_model`` for its features, with `weights` of the whole classifier."""
         options: dict[str, Any] = {**self.arguments, "features_only": True}
+        if self.in_chans != 3:
+            options["in_chans"] = self.in_chans
         if drop_path_rate:
             options["drop_path_rate"] = drop_path_rate
         if weights is not None:
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+            adapted = {"first_conv": None, "input_size": (self.in_chans, 224, 224)} if self.in_chans != 3 else {}
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(weights), **adapted}}
         if self.name.startswith("groupmixformer"):
             options["feature_cls"] = "getter"  # keeps the network whole, with its gradient checkpointing and layer groups
         return {**options, **_any_size(self.name)}
@@ -70,7 +80,7 @@ class Backbone:
                 features: Any = take_any_size(timm.create_model(self.name, **self.options()).eval())
                 by_stride = dict(zip(features.feature_info.reduction(), features.feature_info.out_indices, strict=True))
                 if not set(strides) - set(by_stride):
-                    features(torch.empty(1, 3, 64, 96))
+                    features(torch.empty(1, self.in_chans, 64, 96))
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(f"{self.name} does not serve as a backbone for images of any size: {reason}") from error
@@ -170,8 +180,40 @@ class BackboneModel(nn.Module):
 Network = TypeVar("Network", bound=BackboneModel)
 
 
+def pixel_statistics(recipe: "Recipe", cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return mean and std of the channels, by name: the recipe's, or those that a model is used to; for grey, their mean.
+
+    Raises:
+        ValueError: If they are not known.
+    """
+    if recipe.mean:
+        return {"mean": recipe.mean, "std": recipe.std}
+    found = {key: [float(value) for value in cfg[key]] for key in ("mean", "std") if cfg.get(key)}
+    if all(len(values) == recipe.in_chans for values in found.values()) and (found or recipe.in_chans == 3):
+        return found
+    if recipe.in_chans == 1 and found:
+        return {key: [sum(values) / len(values)] for key, values in found.items()}
+    command = f"gmf data {recipe.data} --statistics --in-chans {recipe.in_chans}"
+    raise ValueError(f"in_chans is {recipe.in_chans}, whose mean and std are not known: {command} prints them for the recipe")
+
+
+def colours_left_out(recipe: "Recipe", images: Any, asked: Sequence[str]) -> list[str]:
+    """Say which fields of a recipe change colours that its images do not have."""
+    arrays = isinstance(images, Samples) and any(path.suffix.lower() in ARRAY_SUFFIXES for path in images.files()[:1])
+    if not asked or (recipe.in_chans == 3 and not arrays):
+        return []
+    kind = "arrays" if recipe.in_chans == 3 else f"{recipe.in_chans} channel{'s' * (recipe.in_chans > 1)}"
+    return [f"{' and '.join(asked)} would change colours, and is left out for {kind}: other augmentation is done"]
+
+
+def shown_channels(recipe: "Recipe") -> dict[str, Any]:
+    """Return what config.json says of channels beside their mean and std."""
+    stored = {"display_channels": recipe.display_channels or None, "channels_first": recipe.channels_first}
+    return {name: value for name, value in stored.items() if value is not None}
+
+
 def open_backbone(
-    variant: str, checkpoint: str | None, task: str, model_options: Mapping[str, Any] | None = None
+    variant: str, checkpoint: str | None, task: str, model_options: Mapping[str, Any] | None = None, in_chans: int = 3
 ) -> tuple[Backbone, dict[str, Tensor] | None, dict[str, list[float]]]:
     """Find the backbone that a recipe asks for.
 
@@ -180,6 +222,7 @@ def open_backbone(
         checkpoint: A classifier that `load_model` reads, or the folder of a run for `task`; none for new weights.
         task: What the network is for.
         model_options: Further arguments of the backbone's constructor; not with a checkpoint.
+        in_chans: Channels of the images; a checkpoint for three is adapted.
 
     Returns:
         The backbone, the classifier's weights, if there is one, and mean and std of the pixels that it is used to.
@@ -195,25 +238,25 @@ def open_backbone(
     if not checkpoint:
         name = model_name(variant)
         known = timm.get_pretrained_cfg(name)
-        return Backbone(name, dict(model_options or {})), None, colors(known.to_dict() if known else None)
+        return Backbone(name, dict(model_options or {}), in_chans), None, colors(known.to_dict() if known else None)
     if model_options:
         raise ValueError("got model_options and a checkpoint, expected one of them: a checkpoint has its own architecture")
     run = RunFolder.of(checkpoint)
     if not run.holds_classifier:
         config, weights = run.read_network(task)
         fields = Fields(config["network"], f"{run.path / CONFIG}: network")
-        return _read_backbone(fields, weights), None, colors(config["network"])
+        backbone = dataclasses.replace(_read_backbone(fields, weights), in_chans=in_chans)
+        return backbone, None, colors(config["network"])
     source = load_model(run)
     if hasattr(source, "adapter"):
         raise ValueError(f"{checkpoint}: has AdaptFormer's layers, which cannot be merged: begin from its base")
     cfg = source.pretrained_cfg
     weights = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head.global_pool.")}
-    if cfg["input_size"][0] != 3:
-        raise ValueError(f"{checkpoint}: made for {cfg['input_size'][0]} channels, expected 3: images are read as RGB")
+    weights = adapt_stem(weights, cfg, in_chans, checkpoint)
     arguments = model_arguments(source) if isinstance(source, GroupMixFormer) else dict(source.model_options)
     for key in ("num_classes", "in_chans", "global_pool"):  # of a classifier, and what a library that makes the backbone sets
         arguments.pop(key, None)
-    return Backbone(cfg["architecture"], arguments), weights, colors(cfg)
+    return Backbone(cfg["architecture"], arguments, in_chans), weights, colors(cfg)
 
 
 def _largest(value: Any) -> float:
@@ -243,7 +286,7 @@ def _read_backbone(network: Fields, weights: Mapping[str, Tensor]) -> Backbone:
         if name in inspect.signature(timm.create_model).parameters or _largest(value) > 1 << 16:
             raise ValueError(f"{arguments.where}: has {name}={value!r}, expected arguments of the model, no number above 65536")
     try:
-        return Backbone(model_name(backbone.text("name")), arguments.values)
+        return Backbone(model_name(backbone.text("name")), arguments.values, backbone.integer("in_chans", 1, 4096, default=3))
     except ValueError as error:
         raise ValueError(f"{backbone.where}: {error}") from error
 
@@ -252,13 +295,14 @@ def _check_arguments(network: Fields, make: Callable[..., Any], classes: int) ->
     """Check what config.json says of a network against the types of the constructor's arguments."""
     if network.integer("num_classes", 1) != classes:
         raise ValueError(f"{network.where}: num_classes is {network.values['num_classes']}, and class_names has {classes}")
+    channels = network.object("backbone").integer("in_chans", 1, 4096, default=3)
     readers: dict[Any, Callable[..., Any]] = {
         int: lambda name, **rest: network.integer(name, 1, MAX_SIDE if name.endswith("size") else 1 << 16, **rest),
         float: lambda name, **rest: network.number(name, 0.01, 1000, **rest),
         bool: network.flag,
         str: network.text,
         Sequence[int]: lambda name, **rest: network.integers(name, None, 1, MAX_SIDE, **rest),
-        Sequence[float]: lambda name, **rest: network.numbers(name, 3, **rest),
+        Sequence[float]: lambda name, **rest: network.numbers(name, channels, **rest),
     }
     for name, parameter in inspect.signature(make).parameters.items():
         if name in network and name != "backbone":
@@ -281,6 +325,13 @@ def start_from(network: BackboneModel, checkpoint: str | None, task: str, class_
     weights, own = checkpoint_filter_fn(weights), network.state_dict()
     if config["class_names"] != list(class_names):
         weights = {name: w for name, w in weights.items() if not any(layer in name for layer in network.class_layers)}
+    stems = [
+        name
+        for name, tensor in weights.items()
+        if name in own and tensor.ndim == 4 and tensor.shape[1] == 3 != own[name].shape[1]
+    ]
+    if network.backbone.in_chans != 3:
+        weights |= {name: adapt_input_conv(network.backbone.in_chans, weights[name]) for name in stems}
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     network.load_state_dict(fitting, strict=False)
     return [name for name, _ in network.named_parameters() if name not in fitting]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..data.channels import AnyImage, Channels
 from ..files import short
 from ..models.attention_maps import GROUP_SIZES, attend, by_group_size, has_attention_maps, relevance, stages_of, suited_stage
 from ..models.groupmixformer import GroupMixFormer
@@ -57,22 +58,28 @@ class Explainer(ABC):
 
     backbone: GroupMixFormer | None
     stages: dict[int, int]
+    predictor: Predictor
+
+    @property
+    def channels(self) -> Channels:
+        """How images are read for it."""
+        return self.predictor.channels
 
     @abstractmethod
-    def view(self, image: Image.Image) -> View:
-        """Prepare an image (RGB)."""
+    def view(self, image: AnyImage) -> View:
+        """Prepare an image."""
 
     @abstractmethod
-    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+    def choose(self, image: AnyImage, view: View, stage: int, point: Point | None) -> Target:
         """Find what to explain, and its relevance for a stage; a query (y, x) in the original image may decide what."""
 
     def explain(
-        self, image: Image.Image, queries: Sequence[Point] = (), stages: Sequence[int] = (), form: str = "png"
+        self, image: AnyImage, queries: Sequence[Point] = (), stages: Sequence[int] = (), form: str = "png"
     ) -> Predicted:
-        """Explain an image (RGB).
+        """Explain an image.
 
         Args:
-            image: RGB.
+            image: As `channels` of the predictor reads it.
             queries: Pixels (y, x) of the image; by default the one of greatest relevance, or the centre where there is none.
             stages: Stages of the attention maps, the last of them also that of the relevance; by default the deepest with at
                 least 4 tokens along each side, up to 2 for attention and 3 for relevance.
@@ -196,12 +203,15 @@ class BackboneExplainer(Explainer):
             hook.remove()
 
     def _view(
-        self, image: Image.Image, images: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+        self, image: AnyImage, images: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
     ) -> View:
         """Return the view of which the first `size` pixels of normalised images are the image."""
         height, width = size
-        colors = images[0, :, :height, :width].permute(1, 2, 0).cpu() * torch.tensor(std) + torch.tensor(mean)
+        seen = images[0, :, :height, :width]
+        colors = seen.permute(1, 2, 0).cpu() * torch.tensor(std) + torch.tensor(mean)
         pixels = (255 * colors.clamp(0, 1)).round().to(torch.uint8).numpy()
+        if not isinstance(image, Image.Image):
+            pixels = self.predictor.channels.shown(seen, mean, std)
         original = (image.height, image.width)
         return View(images, pixels, original, (height / original[0], width / original[1]))
 

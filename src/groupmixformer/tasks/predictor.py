@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..data.channels import AnyImage, Channels
 from ..data.classes import few, match_classes
 from ..files import short
 from ..run_folder import RunFolder
@@ -33,7 +34,7 @@ class View:
     """An image as a network sees it.
 
     Attributes:
-        images: What the backbone takes (1, 3, H, W).
+        images: What the backbone takes (1, C, H, W).
         pixels: The image in its top left corner (h, w, 3), 8 bits; what is right of it and below is filling.
         original: Height and width of the image before.
         factors: By which its height and width were multiplied.
@@ -226,6 +227,7 @@ class Predictor(ABC):
         has_names: Whether they are stored with it; otherwise they are numbers or ImageNet's.
         batched: Whether it looks at several images together: `prepare` makes of each the model's input (C, H, W), of which
             `predict_prepared` takes a batch.
+        channels: How images are read for it.
         metric: The main one: its column in metrics.csv, and in words.
 
     Raises:
@@ -239,6 +241,7 @@ class Predictor(ABC):
     class_names: list[str]
     has_names: bool = True
     batched: ClassVar[bool] = False
+    channels = Channels()
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     metric: tuple[str, str]
 
@@ -267,8 +270,8 @@ class Predictor(ABC):
         """Return the network in eval mode, set to a size of images, and what is stored with it; set `class_names`."""
 
     @abstractmethod
-    def predict(self, image: Image.Image, name: str = "") -> Predicted:
-        """Look at an image (RGB); its name is told in results."""
+    def predict(self, image: AnyImage, name: str = "") -> Predicted:
+        """Look at an image, which `channels` read; its name is told in results."""
 
     @abstractmethod
     def open_data(self, data: str) -> Any:
@@ -296,7 +299,7 @@ class Predictor(ABC):
         """
         raise ValueError(f"{type(self).__name__} finds no objects, expected a detector")
 
-    def frame(self, image: Image.Image) -> tuple[float, float, float, float]:
+    def frame(self, image: AnyImage) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of the part of an image that the model sees, in its pixels."""
         return 0, 0, image.width, image.height
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data.channels import RGB, Channels
 from ..data.samples import Samples
 from ..run_folder import CONFIG, WEIGHTS, RunFolder
 from ..weights import write_tensors
@@ -66,12 +67,14 @@ class Exportable:
         classes: Their names, in the order of the outputs.
         settings: input_size, mean, std and maybe names of the outputs, as `groupmixformer.deploy.export.export` takes them.
         gives_objects: Whether it takes a list of images and gives lists of objects, which are compared object by object.
+        channels: Of its images.
     """
 
     network: nn.Module
     classes: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     gives_objects: bool = False
+    channels: Channels = RGB
 
 
 class TaskSpec:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..data.channels import ANY, Channels, in_colour
 from ..data.classes import few
 from ..data.formats import PARTS, Recognised, recognise
-from ..data.images import decode
 from ..data.samples import Samples, in_threads, spread
 from ..data.sources import SPLITS
-from ..data.survey import Look, describe, duplicates, look_at, look_at_sample
+from ..data.survey import Look, describe, duplicates, look_at, look_at_sample, statistics
 from ..files import short
 from ..visual.data_page import render
 from ..visual.page import Gallery, Shown
@@ -88,12 +88,15 @@ class Survey:
     def page(self, recipe: "Recipe") -> str:
         """Return the page, with a batch as it is augmented by a recipe."""
         plain = self.task.name == "classification"  # nothing is drawn on the images
+        if (counts := {count for part in self.result["parts"].values() for count in part.get("in_chans", ())}) != {3}:
+            count = min(counts, default=3)
+            recipe = replace(recipe, in_chans=count, mean=[0.0] * count, std=[1.0] * count, display_channels=[])
         batch = "A batch as training sees it"
         batch += ", before mixup and cutmix" if plain and (recipe.augmentation.mixup or recipe.augmentation.cutmix) else ""
         galleries = {f"Images of {part}": Gallery(part, partial(self.drawn, part), not plain) for part in self.parts}
         galleries[batch] = Gallery(batch, lambda: [Shown(image, "") for image in self.batch(recipe)], not plain)
         heading = f"{self.found.title[0].upper()}{self.found.title[1:]}, {len(self.parts)} part{'s' * (len(self.parts) != 1)}"
-        return render(self.result, heading, lambda file: decode(self.base / file, file, least_side=SIDE), galleries)
+        return render(self.result, heading, lambda file: in_colour(ANY.read(self.base / file, SIDE)), galleries)
 
     def drawn(self, part: str) -> list[Shown]:
         """Draw a few images of a part, chosen at random, with their annotations."""
@@ -129,6 +132,32 @@ class Survey:
         for name, part in self.result["parts"].items():
             lines += [f"{name:6} {line}" for line in _lines(part)]
         return "\n".join(lines)
+
+
+def channel_statistics(
+    data: str, task: str = "", in_chans: int | None = None, first: bool | None = None
+) -> tuple[dict[str, Any], str]:
+    """Compute mean and standard deviation of the channels of the training images of a data set.
+
+    Args:
+        data: A folder or a file that `groupmixformer.data.formats.recognise` knows.
+        task: Whose eyes it is seen with; the first that its format serves, by default.
+        in_chans: How images are read; by default as they are, image files as colour.
+        first: Of arrays, as the recipe's ``channels_first``.
+
+    Returns:
+        As `groupmixformer.data.survey.statistics` has it, with the part; and the lines of a recipe.
+
+    Raises:
+        ValueError: If there is no such data set, or none of its images can be read.
+    """
+    found = recognise(data, find_task(task).name if task else "")
+    part = "train" if "train" in found.parts else next(iter(found.parts))
+    samples = find_task(task or found.tasks[0]).open_part(found.path, part)
+    result = {"data": data, "part": part, **statistics(samples.files(), Channels(in_chans or 0, first))}
+    lines = [f"in_chans: {result['in_chans']}"]
+    lines += [f"{name}: [{', '.join(f'{value:.6g}' for value in result[name])}]" for name in ("mean", "std")]
+    return result, "\n".join(lines)
 
 
 def sample_stream(name: str, root: str = "data", most: int | None = None) -> tuple[dict[str, Any], str]:
@@ -217,6 +246,9 @@ def _lines(part: Mapping[str, Any]) -> list[str]:
         lines.append(f"{len(counts)} classes: {spread(counts, names, part['counted'])}{balance}")
         if absent := [name for count, name in zip(counts, names, strict=True) if not count]:
             lines.append(f"nothing of {few(absent)}")
+    if others := [count for count in part.get("in_chans", ()) if count != 3]:
+        mixed = f"not all have the same channels: {', '.join(map(str, part['in_chans']))}" if len(part["in_chans"]) > 1 else ""
+        lines.append(mixed or f"train with --in-chans {others[0]}, and the mean and std that --statistics prints")
     lines += [f"{count} left out: {reason}" for reason, count in part["reasons"].items()]
     lines += [f"damaged: {entry['file']}: {entry['reason']}" for entry in part["damaged"][:5]]
     lines += [f"{len(part['damaged']) - 5} more are damaged"] if len(part["damaged"]) > 5 else []

@@ -36,12 +36,12 @@ def lines(parts: Iterable[str]) -> str:
     return "\n".join(made)
 
 
-def macs_of(network: nn.Module, side: int) -> float | None:
+def macs_of(network: nn.Module, side: int, in_chans: int = 3) -> float | None:
     """Count the multiply-adds of a square image without computing anything; none where a network cannot be run like that."""
     try:
         network = copy.deepcopy(network).to("meta").eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(torch.empty(1, 3, side, side, device="meta"))
+            network(torch.empty(1, in_chans, side, side, device="meta"))
     except Exception:  # whatever the networks of others do with a tensor that holds nothing
         return None
     return counter.get_total_flops() / 2
@@ -56,7 +56,7 @@ def describe_network(task: Task) -> list[str]:
     if trained < sum(parameters):
         told.append(f"of which {trained / 1e6:.2f} M are trained")
     what, network = task.counted
-    if macs := macs_of(network, recipe.image_size):
+    if macs := macs_of(network, recipe.image_size, recipe.in_chans):
         told.append(f"{macs / 1e9:.2f} GMACs{what} at {recipe.image_size} x {recipe.image_size}")
     return [*told, f"{len(task.class_names):,} classes"] if task.class_names else told
 

@@ -22,6 +22,7 @@ from ..files import read_text, write_file
 from . import old_names
 
 if TYPE_CHECKING:
+    from ..data.channels import Channels
     from ..data.split import Splitter
 
 
@@ -39,6 +40,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
     **dict.fromkeys(("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "max_size", "channels"), (1, math.inf)),
     **dict.fromkeys(("weight", "label_weight"), (0, math.inf)),
+    "in_chans": (1, 4096),
     "temperature": (0.01, 1000),
     "rank": (1, 4096),
     "alpha": (1e-4, 1e4),
@@ -339,6 +341,13 @@ class Recipe(_Checked):
         checkpoint: Weights to start from: a released file, a run, or any file that load_checkpoint reads.
         image_size: Side of the training images, in pixels; also of the test images. For detection and segmentation, the shorter
             side.
+        in_chans: Channels of the images: 3 for colour, 1 for grey, others from TIFF files and arrays (docs/data.md).
+        mean: Of each channel, as gmf data --statistics prints it; empty for the model's own.
+        std: Their standard deviations.
+        display_channels: The three of other channels that are shown as red, green and blue, or the one in grey; by default the
+            first three, or the first of fewer.
+        channels_first: Whether the first axis of an array is that of its channels, or the last (false); none for the axis whose
+            length is in_chans.
         crop_pct: For classification, the share of a test image's shorter side that the centre crop keeps.
         epochs: Passes over the training images.
         patience: Epochs without a better validation accuracy after which the run stops; none to never stop early.
@@ -394,6 +403,11 @@ class Recipe(_Checked):
     model_options: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     image_size: int = 224
+    in_chans: int = 3
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    display_channels: list[int] = field(default_factory=list)
+    channels_first: bool | None = None
     crop_pct: float = 0.875
     epochs: int = 10
     patience: int | None = None
@@ -445,6 +459,21 @@ class Recipe(_Checked):
             raise RecipeError(f"elastic is {self.elastic}, expected shares above 0, of which the greatest is 1")
         if self.fold is not None and self.fold > (self.folds or 0):
             raise RecipeError(f"got fold {self.fold} of folds {self.folds}, expected a number from 1 to that of the folds")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, self.in_chans) or min(self.std, default=1) <= 0:
+            what = f"mean {self.mean} and std {self.std}"
+            raise RecipeError(
+                f"got {what}, expected a number of each for {self.in_chans} channels (in_chans), std above 0, or none"
+            )
+        shown = self.display_channels
+        if len(shown) not in (0, 1, 3) or not all(0 <= channel < self.in_chans for channel in shown):
+            raise RecipeError(f"display_channels is {shown}, expected one channel or three, from 0 to {self.in_chans - 1}")
+
+    @property
+    def channels(self) -> "Channels":
+        """How images are read."""
+        from ..data.channels import Channels
+
+        return Channels(self.in_chans, self.channels_first, tuple(self.display_channels))
 
     @cached_property
     def splitter(self) -> "Splitter | None":

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_segmentation_masks
 
+from ..data.channels import stretched
 from ..files import short
 
 SIDE = 480  # smaller images are enlarged to this shorter side, so that names can be read
@@ -83,7 +84,9 @@ def _canvas(image: Image.Image) -> tuple[Tensor, float]:
 
 
 def to_image(pixels: Tensor, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)) -> Image.Image:
-    """Return what a network takes (3, H, W) as an image: with the mean and standard deviation that it was normalised by."""
+    """Return what a network takes (C, H, W) as an image: with the mean and standard deviation that it was normalised by."""
+    if len(pixels) != 3:
+        return Image.fromarray(stretched(pixels.permute(1, 2, 0).numpy()))
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return F.to_pil_image((pixels * scale + shift).clamp(0, 1))
 

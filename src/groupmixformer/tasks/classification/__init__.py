@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from ...data.channels import ANY, Channels
 from ...data.formats import recognise
 from ...data.samples import Samples
 from ...run_folder import MULTI_LABEL, RunFolder
@@ -77,7 +77,7 @@ class ClassificationTask(TaskSpec):
 
     def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
         """Open a folder of class folders, or images with labels."""
-        from .data import FolderImages, ImageData, LabelledImages, classification_transform
+        from .data import FolderImages, ImageData, LabelledImages, classification_transform, statistics_of
 
         found, several = recognise(data, self.name), False
         if found.format == "classes":
@@ -86,11 +86,13 @@ class ClassificationTask(TaskSpec):
             source = LabelledImages(found, part)
             several = source.several
         transform: Any = None
+        channels = recipe.channels if recipe else ANY
         if recipe:
-            config = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic"}
-            config["input_size"] = (3, recipe.image_size, recipe.image_size)
+            mean, std = statistics_of(recipe.channels)
+            config = {"mean": mean, "std": std, "interpolation": "bicubic"}
+            config["input_size"] = (recipe.in_chans, recipe.image_size, recipe.image_size)
             transform = classification_transform(recipe.augmentation, config)
-        return ImageData(source, None, source.class_names, several).train(transform, recipe.seed if recipe else 0)  # type: ignore[return-value]
+        return ImageData(source, None, source.class_names, several).train(transform, recipe.seed if recipe else 0, channels)  # type: ignore[return-value]
 
     def load(self, run: RunFolder) -> Any:
         """Return a `GroupMixFormer` or another model of timm."""
@@ -120,7 +122,8 @@ class ClassificationTask(TaskSpec):
             settings["more"] = {key: model.pretrained_cfg[key] for key in LABEL_FIELDS if key in model.pretrained_cfg}
         if features:
             settings["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
-        return Exportable(model, [] if features else class_names(model), settings)
+        channels = Channels.stored(model.pretrained_cfg, settings["input_size"][0])
+        return Exportable(model, [] if features else class_names(model), settings, channels=channels)
 
     def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
         """Return a classifier; one that is made for one size of images, such as a ViT, for this one."""

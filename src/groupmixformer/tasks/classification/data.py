@@ -4,7 +4,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,15 +16,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset,
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ...data.channels import AnyImage, ChannelImage, Channels
 from ...data.classes import differences, few
 from ...data.formats import FORMATS, TAKEN_WHOLE, WHOLE, Recognised, has_class_folders, recognise
-from ...data.images import HIDDEN, decode, describe_left_out, is_leftover, list_images, read_image, to_rgb
+from ...data.images import HIDDEN, describe_left_out, is_leftover, list_images
 from ...data.labels import read_labels
 from ...data.samples import Samples
 from ...data.sources import HuggingFace, WebDataset
 from ...data.split import TRAIN, VAL, Splitter
 from ...data.streaming import Stream, open_source
 from ...visual.drawing import to_image
+from ..backbone import pixel_statistics
 
 if TYPE_CHECKING:
     from ...training.recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
@@ -52,19 +55,26 @@ class Digits(Dataset[tuple[Any, int]]):
 
 
 class ImageSamples(Samples):
-    """A data set of images as (tensor (3, H, W), class, problem); a blank is of class -1.
+    """A data set of images as (tensor (C, H, W), class, problem); a blank is of class -1.
 
     Args:
         source: Pairs of an image and its class, by index.
-        transform: From an image (RGB) to the tensor.
+        transform: From an image to the tensor.
         class_names: Names of the classes, in order.
         seed: Of what the transform draws in training.
+        channels: How images are read.
     """
 
     def __init__(
-        self, source: Any, transform: Callable[[Image.Image], torch.Tensor], class_names: Sequence[str] = (), seed: int = 0
+        self,
+        source: Any,
+        transform: Callable[[AnyImage], torch.Tensor],
+        class_names: Sequence[str] = (),
+        seed: int = 0,
+        channels: Channels | None = None,
     ) -> None:
         self.source, self.transform, self.class_names, self.seed = source, transform, list(class_names), seed
+        self.channels = channels or Channels()
         self.notes, self.skipped = list(getattr(source, "notes", ())), list(getattr(source, "skipped", ()))
 
     def __len__(self) -> int:
@@ -76,22 +86,22 @@ class ImageSamples(Samples):
 
     def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
         """Return an augmented image."""
-        return to_image(sample[0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        return to_image(sample[0], *statistics_of(self.channels))
 
     def name(self, index: int) -> str:
         """Name of an image in messages: its file, if it has one."""
         samples = getattr(self.source, "samples", None)  # ours, and torchvision's folders
         return str(samples[index][0]) if samples else f"image {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image as RGB and its class.
+    def read(self, index: int) -> tuple[AnyImage, int]:
+        """Return an image and its class.
 
         Raises:
             ValueError: If it cannot be read.
         """
         if isinstance(self.source, ListedImages):
             path, label = self.source.samples[index]
-            return read_image(Path(path)), self.place(label)
+            return self.channels.read(Path(path)), self.place(label)
         file: Any = None
         image: Any = None
         try:
@@ -101,7 +111,8 @@ class ImageSamples(Samples):
                 image, label = self.source[index]
         except Exception as error:  # of any library
             raise ValueError(f"{self.name(index)}: not a readable image: {error}") from error
-        return decode(file, self.name(index)) if file else to_rgb(image, self.name(index)), self.place(int(label))
+        name = self.name(index)
+        return self.channels.decode(file.read(), name) if file else self.channels.convert(image, name), self.place(int(label))
 
     def labels(self) -> list[int] | None:
         """Return the class of each image, where the labels are at hand."""
@@ -119,14 +130,14 @@ class ImageSamples(Samples):
             return super().count_classes()
         return np.bincount(labels, minlength=len(self.class_names)).tolist(), "images", []
 
-    def for_training(self, content: tuple[Image.Image, int]) -> tuple[torch.Tensor, int]:
+    def for_training(self, content: tuple[AnyImage, int]) -> tuple[torch.Tensor, int]:
         """Apply the transform, which draws random numbers."""
         return self.transform(content[0]), content[1]
 
-    def for_evaluation(self, content: tuple[Image.Image, int] | None) -> tuple[torch.Tensor, int]:
+    def for_evaluation(self, content: tuple[AnyImage, int] | None) -> tuple[torch.Tensor, int]:
         """Apply the transform."""
         if content is None:
-            return torch.zeros_like(self.transform(Image.new("RGB", (64, 64)))), -1
+            return torch.zeros_like(self.transform(self.channels.blank())), -1
         return self.transform(content[0]), content[1]
 
 
@@ -140,14 +151,14 @@ class LabelledSamples(ImageSamples):
         row[[self.place(label) for label in labels]] = 1
         return row
 
-    def read(self, index: int) -> tuple[Image.Image, Any]:
-        """Return an image as RGB and its labels (classes).
+    def read(self, index: int) -> tuple[AnyImage, Any]:
+        """Return an image and its labels (classes).
 
         Raises:
             ValueError: If it cannot be read.
         """
         path, labels = self.source.samples[index]
-        return read_image(Path(path)), self._row(labels)
+        return self.channels.read(Path(path)), self._row(labels)
 
     def labels(self) -> None:
         """Return none: an image has no one class."""
@@ -161,7 +172,7 @@ class LabelledSamples(ImageSamples):
         found = [self.place(label) for _, labels in self.source.samples for label in labels]
         return np.bincount(np.array(found, dtype=np.int64), minlength=len(self.class_names)).tolist(), "images", []
 
-    def for_evaluation(self, content: tuple[Image.Image, Any] | None) -> tuple[torch.Tensor, Any]:
+    def for_evaluation(self, content: tuple[AnyImage, Any] | None) -> tuple[torch.Tensor, Any]:
         """Apply the transform."""
         image, blank = super().for_evaluation(content)
         return image, torch.full((len(self.class_names),), -1.0) if content is None else blank
@@ -170,7 +181,7 @@ class LabelledSamples(ImageSamples):
 def collate_classification(
     samples: Sequence[tuple[torch.Tensor, Any, str]],
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Make a batch: images (B, 3, H, W), classes (B), or labels (B, classes), and a problem for each unreadable image."""
+    """Make a batch: images (B, C, H, W), classes (B), or labels (B, classes), and a problem for each unreadable image."""
     images, classes, problems = zip(*samples, strict=True)
     return default_collate(list(images)), default_collate(list(classes)), [line for p in problems for line in p.splitlines()]
 
@@ -192,18 +203,20 @@ class ImageData:
     class_names: list[str]
     several: bool = False
 
-    def train(self, transform: Callable[[Image.Image], Any], seed: int) -> "ImageSamples | Stream":
+    def train(self, transform: Callable[[Any], Any], seed: int, channels: Channels | None = None) -> "ImageSamples | Stream":
         """Return the training set."""
-        return self._data_set(self.train_source, transform, seed)
+        return self._data_set(self.train_source, transform, seed, channels)
 
-    def held_out(self, transform: Callable[[Image.Image], Any]) -> "ImageSamples | Stream":
+    def held_out(self, transform: Callable[[Any], Any], channels: Channels | None = None) -> "ImageSamples | Stream":
         """Return the set to evaluate on."""
-        return self._data_set(self.held_out_source, transform, 0)
+        return self._data_set(self.held_out_source, transform, 0, channels)
 
-    def _data_set(self, source: Any, transform: Callable[[Image.Image], Any], seed: int) -> "ImageSamples | Stream":
+    def _data_set(
+        self, source: Any, transform: Callable[[Any], Any], seed: int, channels: Channels | None
+    ) -> "ImageSamples | Stream":
         if isinstance(source, WebDataset | HuggingFace):
-            return Stream(source, transform)
-        return (LabelledSamples if self.several else ImageSamples)(source, transform, self.class_names, seed)
+            return Stream(source, transform, channels)
+        return (LabelledSamples if self.several else ImageSamples)(source, transform, self.class_names, seed, channels)
 
 
 class ListedImages:
@@ -382,8 +395,10 @@ def open_images(
 
 def training_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
     """Input of `model` trained by `recipe`, by timm's names: input_size, mean, std, interpolation, crop_pct."""
-    config = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation")}
-    return {**config, "input_size": (3, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
+    config = {"interpolation": model.pretrained_cfg["interpolation"], **pixel_statistics(recipe, model.pretrained_cfg)}
+    config["input_size"] = (recipe.in_chans, recipe.image_size, recipe.image_size)
+    shown = {"display_channels": recipe.display_channels or None, "channels_first": recipe.channels_first}
+    return {**config, "crop_pct": recipe.crop_pct, **shown}
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -393,9 +408,35 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return Image.new(image.mode, image.size) if bits <= 0 else posterize(image, bits)  # black, as earlier Pillows had it
 
 
-def classification_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """From an image to an augmented, normalised tensor (3, H, W), by timm's training transform."""
-    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+def _taken(image: AnyImage, channels: int, crop_mode: str = "") -> Image.Image | torch.Tensor:
+    """Return what timm's transforms take: an image of PIL's, or of other channels a tensor (C, H, W), float32."""
+    Channels(channels).check(image)
+    if isinstance(image, Image.Image):
+        return image
+    if crop_mode == "border":
+        raise ValueError("crop_mode border is for colours: take center or squash")
+    return image.tensor
+
+
+def classification_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[AnyImage], torch.Tensor]:
+    """From an image to an augmented, normalised tensor (C, H, W), by timm's training transform.
+
+    Colours are changed in image files read as colour alone: in arrays and other channels they mean something else.
+    """
+    plain = replace(augmentation, color_jitter=None, auto_augment=None)
+    of_channels = _training_transform(plain, config)
+    of_colours = _training_transform(augmentation, config) if config["input_size"][0] == 3 else of_channels
+    return partial(_augmented, of_colours, of_channels, config["input_size"][0])
+
+
+def _augmented(
+    of_colours: Callable[[Any], torch.Tensor], of_channels: Callable[[Any], torch.Tensor], channels: int, image: AnyImage
+) -> torch.Tensor:
+    return (of_channels if isinstance(image, ChannelImage) else of_colours)(_taken(image, channels))
+
+
+def _training_transform(augmentation: "Augmentation", config: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
+    transform: Callable[[Any], torch.Tensor] = create_transform(
         config["input_size"],
         is_training=True,
         scale=augmentation.scale,
@@ -415,13 +456,23 @@ def classification_transform(augmentation: "Augmentation", config: dict[str, Any
     return transform
 
 
-def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """From an image to a normalised tensor (3, H, W), by timm's evaluation transform."""
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
-        **{key: config[key] for key in keys if key in config}, is_training=False
+def statistics_of(channels: Channels) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and standard deviation of what is only looked at: ImageNet's for colours, 0 and 1 for other channels."""
+    return (
+        (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        if channels.count == 3
+        else ([0.0] * channels.count, [1.0] * channels.count)
     )
-    return transform
+
+
+def eval_transform(config: dict[str, Any]) -> Callable[[AnyImage], torch.Tensor]:
+    """From an image to a normalised tensor (C, H, W), by timm's evaluation transform."""
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    transform: Any = create_transform(**{key: config[key] for key in keys if key in config}, is_training=False)
+    taken = partial(_taken, channels=config["input_size"][0], crop_mode=config.get("crop_mode") or "")
+    transform.transforms.insert(0, taken)
+    made: Callable[[AnyImage], torch.Tensor] = transform
+    return made
 
 
 def eval_loader(images: Any, batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:

@@ -16,13 +16,14 @@ from ...run_folder import one_line
 from ...training.recipe import Distillation
 
 
-def open_teacher(source: str, image_size: int) -> Any:
+def open_teacher(source: str, image_size: int, in_chans: int = 3) -> Any:
     """Return a teacher, in eval mode without gradients.
 
     Args:
         source: The folder of a run, a checkpoint, ``hf-hub:user/name``, a variant whose released weights are there, or a model
             of timm with its pretrained weights.
         image_size: Side of the images that it will see.
+        in_chans: Their channels.
 
     Raises:
         ValueError: If there is none, it cannot be read, or does not take images of this size.
@@ -36,7 +37,7 @@ def open_teacher(source: str, image_size: int) -> Any:
             raise ValueError("no such run, checkpoint file or model of timm")
         teacher = teacher.eval().requires_grad_(False)
         with torch.no_grad():
-            teacher(torch.zeros(1, 3, image_size, image_size))
+            teacher(torch.zeros(1, in_chans, image_size, image_size))
     except Exception as error:  # no such file, no weights, no network, another size of images
         raise ValueError(f"distill.teacher {source}: {one_line(error)}") from error
     return teacher

@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo
 from timm.data.config import resolve_data_config
 from torch import Tensor
 
+from ...data.channels import AnyImage, Channels
 from ...data.split import Splitter
 from ...models.attention_maps import class_relevance, has_attention_maps, stages_of
 from ...models.checkpoint import load_model
@@ -80,7 +81,7 @@ class ClassificationPredictor(Predictor):
     Attributes:
         config: Size, crop and colours of the model's input.
         several: Whether an image may have several labels.
-        transform: From an image (RGB) to the model's input (C, H, W).
+        transform: From an image to the model's input (C, H, W).
     """
 
     batched = True
@@ -108,31 +109,36 @@ class ClassificationPredictor(Predictor):
         self.options[option] = default if self.options[option] is None else self.options[option]
         config = data_config(model, image_size, **asked)
         self.transform: Any = eval_transform(config)
+        self.channels = Channels.stored(model.pretrained_cfg, config["input_size"][0])
         return model, config
 
-    def view(self, image: Image.Image) -> View:
-        """Prepare an image (RGB), following the transform step by step to know where each pixel goes."""
+    def view(self, image: AnyImage) -> View:
+        """Prepare an image, following the transform step by step to know where each pixel goes."""
         original, factors, offsets = (image.height, image.width), [1.0, 1.0], [0, 0]
         made: Any = image
+        before, pixels = original, image
         for step in self.transform.transforms:
             made = step(made)
-            if not isinstance(made, Image.Image):
-                continue  # a tensor, whose pixels stay where they are
-            for i, (old, new) in enumerate(((image.height, made.height), (image.width, made.width))):
+            after = (made.height, made.width) if isinstance(made, Image.Image) else made.shape[-2:]
+            for i, (old, new) in enumerate(zip(before, after, strict=True)):
                 if "Crop" in type(step).__name__:  # as torchvision and timm round
                     offsets[i] += (new - old) // 2 if new > old else -round((old - new) / 2)
                 else:
                     factors[i] *= new / old
-            image = made
-        images = made[None].to(self.device)
-        return View(images, np.asarray(image), original, (factors[0], factors[1]), (offsets[0], offsets[1]))
+            before, pixels = after, made if isinstance(made, Image.Image) else pixels
+        shown = np.asarray(pixels) if isinstance(pixels, Image.Image) else self.channels.shown(made, **self._statistics)
+        return View(made[None].to(self.device), shown, original, (factors[0], factors[1]), (offsets[0], offsets[1]))
 
-    def frame(self, image: Image.Image) -> tuple[float, float, float, float]:
+    @property
+    def _statistics(self) -> dict[str, Any]:
+        return {name: self.config[name] for name in ("mean", "std")}
+
+    def frame(self, image: AnyImage) -> tuple[float, float, float, float]:
         """What the crop leaves."""
         return self.view(image).frame
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """From an image (RGB) to the model's input (C, H, W)."""
+    def prepare(self, image: AnyImage) -> Tensor:
+        """From an image to the model's input (C, H, W)."""
         return self.transform(image)
 
     @torch.inference_mode()
@@ -160,8 +166,8 @@ class ClassificationPredictor(Predictor):
             found.append(Predicted({"classes": classes, **every}, text, {}, []))
         return found
 
-    def predict(self, image: Image.Image, name: str = "") -> Predicted:
-        """Classify an image (RGB)."""
+    def predict(self, image: AnyImage, name: str = "") -> Predicted:
+        """Classify an image."""
         return self.predict_prepared(self.prepare(image)[None])[0]
 
     def open_data(self, data: str, root: str = "data", splitter: Splitter | None = None) -> Any:
@@ -179,7 +185,7 @@ class ClassificationPredictor(Predictor):
         if images.several != self.several:
             kinds = {True: "several labels for an image", False: "one class for each image"}
             raise ValueError(f"{data}: has {kinds[images.several]}, and the model gives {kinds[self.several]}")
-        return self.match_classes(images.held_out(self.transform), data)
+        return self.match_classes(images.held_out(self.transform, self.channels), data)
 
     def evaluate(
         self, images: Any, workers: int = 0, progress: Progress = lambda items, _: items, batch_size: int = 64
@@ -254,17 +260,17 @@ class ClassificationExplainer(Explainer):
     def __init__(
         self, run: str | Path | RunFolder, device: torch.device, image_size: int | None = None, wanted_class: str | None = None
     ) -> None:
-        self.predictor = ClassificationPredictor(run, device, image_size)
+        self.predictor: ClassificationPredictor = ClassificationPredictor(run, device, image_size)
         model = self.predictor.model
         self.backbone = model if has_attention_maps(model) else None
         self.stages = stages_of(model)
         self.wanted = None if wanted_class is None else class_index(self.predictor.class_names, wanted_class)
 
-    def view(self, image: Image.Image) -> View:
+    def view(self, image: AnyImage) -> View:
         """Prepare an image by timm's transform."""
         return self.predictor.view(image)
 
-    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+    def choose(self, image: AnyImage, view: View, stage: int, point: Point | None) -> Target:
         """Weigh the class."""
         classes = None if self.wanted is None else [self.wanted]
         found, logits = class_relevance(self.predictor.model, view.images, classes, stage)

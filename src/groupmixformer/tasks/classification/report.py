@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
+from ...data.channels import AnyImage, ChannelImage, in_colour, stretched, to_npy
 from ...files import read_text, short, write_file
 from ...models.attention_maps import attention_maps, by_group_size, has_attention_maps, suited_stage
 from ...models.groupmixformer import GroupMixFormer
@@ -77,7 +78,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def _attention(model: GroupMixFormer, images: Sequence[Image.Image], config: dict[str, Any]) -> Figure:
+def _attention(model: GroupMixFormer, images: Sequence[AnyImage], config: dict[str, Any]) -> Figure:
     """Draw, for the centre of each image, where the last block of stage 2 looks, by group size."""
     transform = eval_transform(config)
     inputs = torch.stack([transform(image) for image in images])
@@ -85,8 +86,12 @@ def _attention(model: GroupMixFormer, images: Sequence[Image.Image], config: dic
     stage = suited_stage((height, width), range(min(3, len(model.stages))))
     with torch.inference_mode():
         maps = by_group_size(attention_maps(model, inputs, (height // 2, width // 2), stage), (height, width))
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    seen = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
+    seen = (inputs.permute(0, 2, 3, 1) * std + mean).numpy()
+    if isinstance(images[0], Image.Image):
+        seen = seen.clip(0, 1)
+    else:
+        seen = np.stack([stretched(one, images[0].display) / 255 for one in seen])
     rows = [
         Row(image, point=(height // 2, width // 2), strengths=strengths)
         for image, strengths in zip(seen, maps.numpy(), strict=True)
@@ -148,7 +153,7 @@ def write_report(
         for i in indices:
             name, is_right = short(class_names[int(predicted[i])]), bool(predicted[i] == true[i])
             other = "" if is_right else f", is {short(class_names[int(true[i])])}"
-            items.append(Shown(chosen[i], f"{name} ({confidence[i]:.0%}){other}", is_right))
+            items.append(Shown(in_colour(chosen[i]), f"{name} ({confidence[i]:.0%}){other}", is_right))
         return items
 
     few = np.random.default_rng(0).permutation(len(true))[:8].tolist() if chosen else []  # as they come, right and wrong
@@ -233,7 +238,7 @@ def write_label_report(
         items = []
         for i in indices:
             truth = f"; is {names(true[i])}" if mistakes[i] else ""
-            items.append(Shown(chosen[i], short(names(found[i]) + truth, 120), not mistakes[i]))
+            items.append(Shown(in_colour(chosen[i]), short(names(found[i]) + truth, 120), not mistakes[i]))
         return items
 
     sections: dict[str, list[Block]] = {
@@ -275,9 +280,9 @@ def save_examples(folder: Path, images: Any, class_names: Sequence[str], number:
         label = next(iter(label.nonzero()[:, 0].tolist()), -1) if isinstance(label, torch.Tensor) else label  # of several
         if label not in paths and label >= 0:
             name = "".join(c if c.isalnum() else "_" for c in class_names[label])[:40]
-            path = folder / EXAMPLES / f"{name}.png"
+            path = folder / EXAMPLES / f"{name}.{'npy' if isinstance(image, ChannelImage) else 'png'}"
             paths[label] = path.with_stem(f"{name}-{label}") if path in paths.values() else path
-            write_file(paths[label], to_png(image))
+            write_file(paths[label], to_npy(image) if isinstance(image, ChannelImage) else to_png(image))
         if len(paths) == min(number, len(class_names)):
             break
     return list(paths.values())

@@ -23,6 +23,7 @@ from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from ...weights import checksum
+from ..backbone import colours_left_out
 from .data import (
     ImageData,
     ImageSamples,
@@ -45,6 +46,7 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
         ValueError: If there is no such model or checkpoint.
     """
     settings: dict[str, Any] = {"num_classes": len(class_names), "drop_path_rate": recipe.drop_path_rate}
+    settings["in_chans"] = recipe.in_chans
     if not recipe.checkpoint:
         if recipe.adapter.kind != "none":
             raise ValueError(f"adapter {recipe.adapter.kind} is for a trained model: name one with --checkpoint")
@@ -64,6 +66,10 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
     named = list(source.pretrained_cfg.get("label_names") or class_names)
     if named != list(class_names) or source.num_classes != len(class_names):
         source.reset_classifier(len(class_names))
+    if recipe.adapter.kind != "none" and source.pretrained_cfg["input_size"][0] != recipe.in_chans:
+        raise ValueError(
+            f"adapters leave the first layer of {recipe.checkpoint} as it is, which is not for in_chans {recipe.in_chans}"
+        )
     model = remade(source, recipe.image_size, **settings)
     if recipe.adapter.kind != "none":
         if "adapter" in RunFolder(recipe.checkpoint).config:
@@ -94,8 +100,8 @@ class ClassificationModule(Task):
     def __init__(self, recipe: Recipe, images: ImageData, world_size: int = 1) -> None:
         model = create_classifier(recipe, images.class_names)
         config = training_config(recipe, model)
-        train = images.train(classification_transform(recipe.augmentation, config), recipe.seed)
-        held_out = images.held_out(eval_transform(config))
+        train = images.train(classification_transform(recipe.augmentation, config), recipe.seed, recipe.channels)
+        held_out = images.held_out(eval_transform(config), recipe.channels)
         labels = train.labels() if isinstance(train, ImageSamples) else None
         if recipe.balance and labels is None:
             raise ValueError(
@@ -111,6 +117,8 @@ class ClassificationModule(Task):
             labels if recipe.balance == "sampling" else None,
         )
         super().__init__(recipe, model, loaders, images.class_names, world_size)
+        changes = [name for name in ("color_jitter", "auto_augment") if getattr(recipe.augmentation, name)]
+        self.notes += colours_left_out(recipe, train, changes)
         weights = class_weights(labels, len(images.class_names)) if labels and recipe.balance == "loss" else None
         self.register_buffer("class_weights", weights, persistent=False)
         self.config = config
@@ -140,7 +148,7 @@ class ClassificationModule(Task):
         # In a list, and so no part of this module: its teacher is in no checkpoint, and always in eval mode.
         self.distillation: list[Any] = []
         if recipe.distill.teacher:
-            teacher = open_teacher(recipe.distill.teacher, recipe.image_size)
+            teacher = open_teacher(recipe.distill.teacher, recipe.image_size, recipe.in_chans)
             self.depends["teacher"] = checksum(teacher.state_dict())
             self.distillation.append(distillation(recipe.distill, teacher, model, self.label_loss, images.class_names))
             if self.trained is not model:
@@ -250,7 +258,7 @@ class ClassificationModule(Task):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write a model to a folder that `load_model`, timm and transformers read."""
-        save_checkpoint(model, folder, self.class_names, self.config | dict.fromkeys(LABEL_FIELDS))  # maybe its checkpoint's
+        save_checkpoint(model, folder, self.class_names, dict.fromkeys(LABEL_FIELDS) | self.config)  # maybe its checkpoint's
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> "ClassificationModule":

@@ -41,7 +41,7 @@ def cut(model: Any, width: float, recipe: "Recipe", split: Path, images: int) ->
     if not images:
         return smaller, 0
     data = open_images(recipe.data, recipe.root, splitter=Splitter(stored=[split]) if split.is_file() else None)
-    samples = data.train(eval_transform(training_config(recipe, smaller)), 0)
+    samples = data.train(eval_transform(training_config(recipe, smaller)), 0, recipe.channels)
     if isinstance(samples, Stream):
         raise ValueError(
             f"{recipe.data}: is a stream, of which no images are drawn at random: keep the statistics (--images 0)"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...data.channels import ANY, Channels
 from ...data.samples import Samples
 from ...run_folder import RunFolder
 from ..predictor import Predicted
@@ -60,12 +61,13 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         if recipe:
             transform = detection_transform(*(getattr(recipe.detector, name) for name in ("hflip", "vflip", "color_jitter")))
         seed = recipe.seed if recipe else 0
+        reading: dict[str, Any] = {"channels": recipe.channels if recipe else ANY}
         try:
-            images = CocoImages(data, part, True, transform, seed)
+            images = CocoImages(data, part, True, transform, seed, **reading)
         except ValueError:  # which is told if it is not for want of masks
-            return CocoImages(data, part, False, transform, seed)
+            return CocoImages(data, part, False, transform, seed, **reading)
         maskless = any("segmentation: " in line for line in images.dropped)
-        return CocoImages(data, part, False, transform, seed) if maskless else images
+        return CocoImages(data, part, False, transform, seed, **reading) if maskless else images
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the detector, which ONNX alone can carry."""
@@ -74,7 +76,8 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         if format != "onnx":
             raise ValueError(f"{run.source}: {format} cannot carry a detector: export it with --format onnx")
         detector, stored = load_detector(run)
-        return Exportable(detector, stored["class_names"], gives_objects=True)
+        channels = Channels.stored(stored, detector.backbone.in_chans)
+        return Exportable(detector, stored["class_names"], gives_objects=True, channels=channels)
 
     def write_results(self, out: Path, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
         """Write COCO's results."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.annotations import Annotations, as_rle
+from ...data.channels import AnyImage, ChannelImage, Channels, in_colour
 from ...data.formats import TAKEN_WHOLE, WHOLE, recognise
-from ...data.images import read_image
 from ...data.samples import Samples
 from ...data.split import TRAIN, Splitter
 from ...visual.drawing import draw_objects, to_image
@@ -24,7 +25,7 @@ from ...visual.drawing import draw_objects, to_image
 class CocoImages(Samples):
     """The images of one split with their objects.
 
-    Training samples are (image (3, H, W) in 0 to 1, target, problem); the target holds boxes (N, 4) as x1, y1, x2, y2 in
+    Training samples are (image (C, H, W) in 0 to 1, target, problem); the target holds boxes (N, 4) as x1, y1, x2, y2 in
     pixels, labels (N) from 1 on, and masks (N, H, W) if asked for. Crowds are left out of training, as is usual, and objects
     that make no sense out of everything; images without objects stay. Evaluation samples are (image, id of the image,
     problem); a blank has none.
@@ -37,6 +38,7 @@ class CocoImages(Samples):
         seed: Of the augmentation.
         or_whole: Whether a data set that is not split is taken whole.
         splitter: Deals out the images of a data set that is not split.
+        channels: How images are read.
 
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
@@ -60,10 +62,12 @@ class CocoImages(Samples):
         seed: int = 0,
         or_whole: bool = False,
         splitter: Splitter | None = None,
+        channels: Channels | None = None,
     ) -> None:
         found = recognise(folder, "detection")
+        self.channels = channels or Channels()
         part = found.undivided() if splitter else found.part(split, or_whole)
-        read = Annotations(found, part, masks)
+        read = Annotations(found, part, masks, self.channels)
         self.annotations, self.folder = read.source, read.folder
         self.class_names, self.category_ids = read.class_names, read.category_ids
         self.skipped, self.dropped, self.notes = read.skipped, read.dropped, read.notes
@@ -118,7 +122,7 @@ class CocoImages(Samples):
     def drawn(self, index: int) -> Image.Image:
         """Draw the objects of an image, without crowds."""
         image, record = self.read(index)
-        return self._drawn(image, self.target(record))
+        return self._drawn(in_colour(image), self.target(record))
 
     def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
         """Draw the objects of an augmented image."""
@@ -128,14 +132,14 @@ class CocoImages(Samples):
         masks = {"masks": target["masks"].bool()} if "masks" in target else {}
         return draw_objects(image, {**target, **masks}, self.class_names)
 
-    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+    def read(self, index: int) -> tuple[AnyImage, dict[str, Any]]:
         """Return an image and its annotations.
 
         Raises:
             ValueError: If it cannot be read.
         """
         record = json.loads(self._records[index])
-        return read_image(self.folder / record["file_name"]), record
+        return self.channels.read(self.folder / record["file_name"]), record
 
     def target(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return boxes (N, 4), labels (N) and, if asked for, masks (N, H, W) of an image, without crowds."""
@@ -155,31 +159,38 @@ class CocoImages(Samples):
             target["masks"] = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))))
         return target
 
-    def for_training(self, content: tuple[Image.Image, dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def for_training(self, content: tuple[AnyImage, dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Augment an image and its objects together."""
         assert self.transform is not None
         image, record = content
         return self.transform(image, self.target(record))
 
-    def for_evaluation(self, content: tuple[Image.Image, dict[str, Any]] | None) -> tuple[Tensor, Any]:
+    def for_evaluation(self, content: tuple[AnyImage, dict[str, Any]] | None) -> tuple[Tensor, Any]:
         """Give the image and its id."""
         if content is None:
-            return torch.zeros(3, 32, 32), None
+            return torch.zeros(self.channels.count, 32, 32), None
         return to_tensor(content[0]), content[1]["id"]
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """From an image to (3, H, W) in 0 to 1."""
+def to_tensor(image: AnyImage) -> Tensor:
+    """From an image to (C, H, W), of colours in 0 to 1."""
+    if isinstance(image, ChannelImage):
+        return image.tensor
     return v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
 
 
 def detection_transform(hflip: float, vflip: float, color_jitter: float) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """From an image and its target to the two augmented; objects that have become too small are left out."""
-    steps: list[Any] = [v2.ToImage()]
-    if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    steps += [v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip), v2.ToDtype(torch.float32, scale=True)]
-    return v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1.0), v2.ToPureTensor()])
+    """From an image and its target to the two augmented, colours of images read as colour alone; small objects are left out."""
+    recolour = v2.Compose([v2.ToImage(), *([v2.ColorJitter(*[color_jitter] * 3)] if color_jitter else [])])
+    steps = [v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip), v2.ToDtype(torch.float32, scale=True)]
+    follow = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1.0), v2.ToPureTensor()])
+    return partial(_augmented, recolour, follow)
+
+
+def _augmented(recolour: Any, follow: Any, image: AnyImage, target: Any) -> tuple[Any, Any]:
+    if isinstance(image, ChannelImage):
+        return follow(tv_tensors.Image(image.tensor), target)
+    return follow(*recolour(image, target))
 
 
 def collate_detection(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Tensor], list[Any], list[str]]:

@@ -22,7 +22,7 @@ from ..backbone import Backbone, BackboneModel, load_network, take_any_size
 
 
 class Pyramid(nn.Module):
-    """A backbone with a feature pyramid over it (Lin et al., 2017): images (B, 3, H, W) to maps (B, width, h, w) by name."""
+    """A backbone with a feature pyramid over it (Lin et al., 2017): images (B, C, H, W) to maps (B, width, h, w) by name."""
 
     def __init__(self, backbone: Backbone, strides: Sequence[int], width: int, extra: Any, **options: Any) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Pyramid(nn.Module):
 class Detector(BackboneModel):
     """RetinaNet (Lin et al., 2017), Faster R-CNN (Ren et al., 2015) or Mask R-CNN (He et al., 2017), as torchvision has them.
 
-    Takes a list of images (3, H, W) in 0 to 1, of any sizes. In training it also takes their targets and gives the losses by
+    Takes a list of images (C, H, W) in 0 to 1, of any sizes. In training it also takes their targets and gives the losses by
     name; otherwise it gives for each image boxes (N, 4) as x1, y1, x2, y2 in its pixels, labels (N) from 1 on, scores (N)
     and, for Mask R-CNN, masks (N, 1, H, W) of probabilities, the best first.
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
+from ...data.channels import AnyImage, Channels, in_colour
 from ...data.samples import Doubts
 from ...data.split import Splitter
 from ...files import to_json, write_file
@@ -59,7 +60,7 @@ class DetectionPredictor(Predictor):
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the detector, and the names and ids of its classes."""
         model, config = load_detector(run)
-        self.class_names = config["class_names"]
+        self.class_names, self.channels = config["class_names"], Channels.stored(config, model.backbone.in_chans)
         self.kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox", **({"mask": "segm"} if model.masks else {})}
         self.metric = ("val_mask_AP", "mask AP") if model.masks else ("val_box_AP", "box AP")
         if image_size:
@@ -74,12 +75,12 @@ class DetectionPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val", splitter: Splitter | None = None) -> CocoImages:
         """Open a split of a folder with COCO's annotations."""
-        opened = CocoImages(data, split, self.model.masks, or_whole=True, splitter=splitter)
+        opened = CocoImages(data, split, self.model.masks, or_whole=True, splitter=splitter, channels=self.channels)
         images: CocoImages = self.match_classes(opened, data)
         return images
 
     def _find(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what is found in an image (3, H, W), the best first, and in windows of it if there is to be some."""
+        """Return what is found in an image (C, H, W), the best first, and in windows of it if there is to be some."""
         tile, (height, width) = self.options["tile"], image.shape[-2:]
         whole = self._look(image)
         if not tile or max(height, width) <= tile:
@@ -147,7 +148,7 @@ class DetectionPredictor(Predictor):
         text = "\n".join(lines)
         return DetectionResult(result, text, table, skipped, "", images.notes, remarks, ground_truth, results)
 
-    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+    def predict(self, image: AnyImage, name: str = "") -> Predicted:
         """Find objects; those of at least the least score are drawn and listed, all are in COCO's results."""
         found = self._find(to_tensor(image))
         results = to_results(found, _image_id(name), self.config["category_ids"])
@@ -163,7 +164,9 @@ class DetectionPredictor(Predictor):
         ]
         counts = {n: sum(row["class"] == n for row in listed) for n in self.class_names}
         text = ", ".join(f"{count} {n}" for n, count in counts.items() if count) or "nothing"
-        return Predicted({"objects": listed}, text, {".png": to_png(draw_objects(image, objects, self.class_names))}, results)
+        return Predicted(
+            {"objects": listed}, text, {".png": to_png(draw_objects(in_colour(image), objects, self.class_names))}, results
+        )
 
     def answer(self, found: Predicted) -> dict[str, Any]:
         """Return the objects, with their masks in COCO's run lengths."""
@@ -203,7 +206,9 @@ class DetectionPredictor(Predictor):
             if "masks" in target:
                 target["masks"] = target["masks"].bool()
             found = self.predict(image, record["file_name"])
-            pairs.append((draw_objects(image, target, self.class_names), Image.open(io.BytesIO(found.files[".png"]))))
+            pairs.append(
+                (draw_objects(in_colour(image), target, self.class_names), Image.open(io.BytesIO(found.files[".png"])))
+            )
         return pairs
 
     def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:
@@ -241,13 +246,13 @@ class DetectionExplainer(BackboneExplainer):
         super().__init__(DetectionPredictor(run, device, image_size))
         self.wanted = wanted_object
 
-    def view(self, image: Image.Image) -> View:
+    def view(self, image: AnyImage) -> View:
         """Resize the image as torchvision does."""
         transform = self.model.network.transform
         seen, _ = transform([to_tensor(image).to(self.predictor.device)])
         return self._view(image, seen.tensors, seen.image_sizes[0], transform.image_mean, transform.image_std)
 
-    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+    def choose(self, image: AnyImage, view: View, stage: int, point: Point | None) -> Target:
         """Weigh the score of the object."""
         (found,), features = self._run([to_tensor(image).to(self.predictor.device).requires_grad_()])
         boxes, scores = found["boxes"].detach().cpu(), found["scores"].detach().cpu()

@@ -13,7 +13,7 @@ from ...run_folder import save_network
 from ...training.loaders import DataModule
 from ...training.module import Task, compile_blocks
 from ...training.recipe import Recipe
-from ..backbone import open_backbone, start_from
+from ..backbone import colours_left_out, open_backbone, pixel_statistics, shown_channels, start_from
 from .data import CocoImages, collate_detection, detection_transform
 from .metrics import coco_metrics, restrict, to_results
 from .model import Detector
@@ -33,7 +33,9 @@ class DetectionModule(Task):
 
     def __init__(self, recipe: Recipe, train: CocoImages, held_out: CocoImages, world_size: int = 1) -> None:
         settings = recipe.detector
-        backbone, weights, used_to = open_backbone(recipe.model, recipe.checkpoint, "detection", recipe.model_options)
+        backbone, weights, used_to = open_backbone(
+            recipe.model, recipe.checkpoint, "detection", recipe.model_options, recipe.in_chans
+        )
         self.category_ids = train.category_ids
         self.network: dict[str, Any] = {
             "num_classes": len(train.class_names),
@@ -44,7 +46,7 @@ class DetectionModule(Task):
             "anchor_scale": settings.anchor_scale,
             "rois_per_image": settings.rois_per_image,
             "max_detections": settings.max_detections,
-            **used_to,
+            **pixel_statistics(recipe, used_to),
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
         new = start_from(model, recipe.checkpoint, "detection", train.class_names)
@@ -53,6 +55,7 @@ class DetectionModule(Task):
         loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_detection)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
+        self.notes += colours_left_out(recipe, train, ["color_jitter"] if settings.color_jitter else [])
         self.ground_truth = held_out.ground_truth
         self.monitor = "val_mask_AP" if model.masks else "val_box_AP"
         self.found: list[tuple[Any, list[dict[str, Any]]]] = []  # of each held-out image
@@ -106,7 +109,7 @@ class DetectionModule(Task):
         """Write a detector to a folder that `load_detector` reads."""
         network = {"backbone": asdict(model.backbone), **self.network}
         config = {"task": "detection", "class_names": self.class_names, "category_ids": self.category_ids, "network": network}
-        save_network(model, folder, config)
+        save_network(model, folder, config | shown_channels(self.recipe))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> "DetectionModule":
@@ -118,8 +121,9 @@ class DetectionModule(Task):
         settings = recipe.detector
         transform = detection_transform(settings.hflip, settings.vflip, settings.color_jitter)
         masks = settings.architecture == "mask_rcnn"
-        train = CocoImages(recipe.data, "train", masks, transform, recipe.seed, splitter=recipe.splitter)
-        held_out = CocoImages(recipe.data, "val", masks, splitter=recipe.splitter)
+        reading: dict[str, Any] = {"splitter": recipe.splitter, "channels": recipe.channels}
+        train = CocoImages(recipe.data, "train", masks, transform, recipe.seed, **reading)
+        held_out = CocoImages(recipe.data, "val", masks, **reading)
         pairs = [
             [f"{name} ({i})" for name, i in zip(images.class_names, images.category_ids, strict=True)]
             for images in (train, held_out)

@@ -74,6 +74,10 @@ class PretrainingModule(Task):
         given = {"patience": recipe.patience, "folds": recipe.folds}
         if name := next((name for name, value in given.items() if value is not None), None):
             raise ValueError(f"{name} compares runs or epochs by a metric, which pre-training does not have: leave it out")
+        if recipe.in_chans != 3:
+            raise ValueError(
+                f"got in_chans {recipe.in_chans}, expected 3: pre-training is for colours, others adapt its checkpoint"
+            )
         if recipe.strategy == "fsdp":
             raise ValueError("strategy fsdp is not for pre-training: use ddp")
         if recipe.image_size < 32:

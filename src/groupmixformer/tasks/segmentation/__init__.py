@@ -7,6 +7,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from ...data.channels import ANY, Channels
 from ...data.samples import Samples
 from ...run_folder import RunFolder
 from ..predictor import Predicted
@@ -57,10 +58,13 @@ labels = segment(model, model.prepare(image), (image.height, image.width)).argma
         from .data import SemanticImages, segmentation_transform
 
         if recipe is None:
-            return SemanticImages(data, part)
-        settings, statistics = recipe.segmenter, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            return SemanticImages(data, part, channels=ANY)
+        settings, count = recipe.segmenter, recipe.in_chans
+        colours = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        statistics = colours if count == 3 else ([0.0] * count, [1.0] * count)
         how = (settings.scale, settings.hflip, settings.photometric)
-        return SemanticImages(data, part, segmentation_transform(recipe.image_size, *how, *statistics), seed=recipe.seed)
+        transform = segmentation_transform(recipe.image_size, *how, *statistics)
+        return SemanticImages(data, part, transform, seed=recipe.seed, channels=recipe.channels)
 
     def exportable(self, run: RunFolder, format: str, features: bool = False) -> Exportable:
         """Return the segmenter, if the format can carry its decoder."""
@@ -71,9 +75,11 @@ labels = segment(model, model.prepare(image), (image.height, image.width)).argma
         if format == "openvino" or (format == "onnx" and pools):  # UPerNet averages over grids of fixed size
             what = "a decoder that pools to a grid, such as UPerNet's" if format == "onnx" else "a segmenter"
             raise ValueError(f"{run.source}: {format} cannot carry {what} for all sizes: export it with --format pt2")
-        size = (3, segmenter.image_size, segmenter.image_size)
+        size = (segmenter.backbone.in_chans, segmenter.image_size, segmenter.image_size)
         settings = {"input_size": size, "mean": segmenter.mean, "std": segmenter.std}
-        return Exportable(segmenter, stored["class_names"], settings)
+        return Exportable(
+            segmenter, stored["class_names"], settings, channels=Channels.stored(stored, segmenter.backbone.in_chans)
+        )
 
     def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
         """Return UPerNet with 512 channels and a second head."""

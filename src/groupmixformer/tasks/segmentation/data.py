@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.annotations import Annotations, as_rle
+from ...data.channels import AnyImage, ChannelImage, Channels, in_colour
 from ...data.formats import TAKEN_WHOLE, WHOLE, recognise
-from ...data.images import describe_left_out, image_sizes, read_image
+from ...data.images import describe_left_out, image_sizes
 from ...data.objects import READERS
 from ...data.samples import Samples, in_threads, size_problem
 from ...data.split import TRAIN, Splitter
@@ -30,7 +32,7 @@ IGNORE = 255  # label of pixels that do not count
 MOST_MASKS = 1000  # looked at before training for which classes are there
 
 
-def _problem_of_pair(image: Path, mask: Path, by_color: bool | None) -> str:
+def _problem_of_pair(image: Path, mask: Path, by_color: bool | None, channels: Channels) -> str:
     """Return what is wrong with an image and its mask, by their heads alone, or nothing."""
     if not mask.is_file():
         return f"{image}: has no mask {mask}"
@@ -42,7 +44,7 @@ def _problem_of_pair(image: Path, mask: Path, by_color: bool | None) -> str:
         return str(error)
     if mode not in ("L", "P", "1", *(("RGB", "RGBA") if by_color is not False else ())):
         return f"{mask}: is of mode {mode}, expected one channel of class numbers"
-    return size_problem(image, size, f"its mask {mask.name}")
+    return size_problem(image, size, f"its mask {mask.name}", channels)
 
 
 def _read_mask(path: Path, meaning: Meaning) -> NDArray[np.uint8]:
@@ -86,8 +88,8 @@ def _draw(record: Mapping[str, Any]) -> NDArray[np.uint8]:
 class SemanticImages(Samples):
     """The images of one split with the class of each pixel.
 
-    Training samples are (image (3, H, W), labels (H, W), problem), augmented together; evaluation samples are (image
-    (3, h, w), labels (H, W) in the size of the file, problem), and a blank has labels of (0, 0). Labels count from 0; `IGNORE`
+    Training samples are (image (C, H, W), labels (H, W), problem), augmented together; evaluation samples are (image
+    (C, h, w), labels (H, W) in the size of the file, problem), and a blank has labels of (0, 0). Labels count from 0; `IGNORE`
     marks pixels that do not count.
 
     Args:
@@ -99,6 +101,7 @@ class SemanticImages(Samples):
         seed: Of the augmentation.
         or_whole: Whether a data set that is not split is taken whole.
         splitter: Deals out the images of a data set that is not split.
+        channels: How images are read.
 
     Attributes:
         class_names: Names of the classes, in the order of their labels.
@@ -116,17 +119,19 @@ class SemanticImages(Samples):
         folder: str | Path,
         split: str,
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        prepare: Callable[[Image.Image], Tensor] | None = None,
+        prepare: Callable[[AnyImage], Tensor] | None = None,
         seed: int = 0,
         or_whole: bool = False,
         splitter: Splitter | None = None,
+        channels: Channels | None = None,
     ) -> None:
         found = recognise(folder, "segmentation")
+        self.channels = channels or Channels()
         part = found.undivided() if splitter else found.part(split, or_whole)
         self.transform, self.prepare, self.seed = transform, prepare, seed
         self.notes = [TAKEN_WHOLE] if part == WHOLE != split and not splitter else []
         if found.format in READERS:
-            self._read_objects(Annotations(found, part, masks=True), split, splitter)
+            self._read_objects(Annotations(found, part, masks=True, channels=self.channels), split, splitter)
             return
         self.meaning = meaning(found)
         self.class_names, self.class_ids, self.colors = self.meaning.names, self.meaning.ids, self.meaning.colors
@@ -135,7 +140,7 @@ class SemanticImages(Samples):
         self.notes = [*self.notes, *describe_left_out(left_out)]
         if not files:
             raise ValueError(f"{found.parts[part][0]}: holds no images")
-        problems = in_threads(lambda pair: _problem_of_pair(pair[0], pair[1], self.meaning.by_color), files)
+        problems = in_threads(lambda pair: _problem_of_pair(pair[0], pair[1], self.meaning.by_color, self.channels), files)
         self.skipped = [problem for problem in problems if problem]
         usable = [pair for pair, problem in zip(files, problems, strict=True) if not problem]
         if not usable:
@@ -221,11 +226,11 @@ class SemanticImages(Samples):
     def drawn(self, index: int) -> Image.Image:
         """Draw the classes over an image."""
         image, labels = self.read(index)
-        return draw_segments(image, labels, self.class_names, self.colors)
+        return draw_segments(in_colour(image), labels, self.class_names, self.colors)
 
     def drawn_sample(self, sample: tuple[Any, ...]) -> Image.Image:
         """Draw the classes over an augmented image."""
-        image = to_image(sample[0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        image = to_image(sample[0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # which count for colours alone
         return draw_segments(image, sample[1], self.class_names, self.colors)
 
     def _numbers(self, mask: str | bytes) -> NDArray[np.uint8]:
@@ -237,25 +242,25 @@ class SemanticImages(Samples):
             raise ValueError(f"{mask}: holds the number {numbers[unknown][0]}, which is of no class")
         return numbers
 
-    def read(self, index: int) -> tuple[Image.Image, Tensor]:
+    def read(self, index: int) -> tuple[AnyImage, Tensor]:
         """Return an image and its labels (H, W), uint8.
 
         Raises:
             ValueError: If one of them cannot be read, or a label is of no class.
         """
-        image = read_image(Path(self.names[index]))
+        image = self.channels.read(Path(self.names[index]))
         return image, torch.from_numpy(self._labels[self._numbers(self.masks[index])].astype(np.uint8))
 
-    def for_training(self, content: tuple[Image.Image, Tensor]) -> tuple[Tensor, Tensor]:
+    def for_training(self, content: tuple[AnyImage, Tensor]) -> tuple[Tensor, Tensor]:
         """Augment an image and its labels together."""
         assert self.transform is not None
         return self.transform(content[0], tv_tensors.Mask(content[1]))
 
-    def for_evaluation(self, content: tuple[Image.Image, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def for_evaluation(self, content: tuple[AnyImage, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Give the image as the model takes it, and its labels."""
         assert self.prepare is not None
         if content is None:
-            return torch.zeros(3, 32, 32), torch.zeros(0, 0, dtype=torch.int64)
+            return torch.zeros(self.channels.count, 32, 32), torch.zeros(0, 0, dtype=torch.int64)
         return self.prepare(content[0]), content[1].long()
 
 
@@ -267,20 +272,28 @@ def segmentation_transform(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """From an image and its labels to squares: resized, cut out or filled up, flipped, recoloured, normalised."""
+    """From an image and its labels to squares: resized, cut out or filled up, flipped, recoloured if of colours, normalised."""
     sides = range(max(1, round(scale[0] * image_size)), round(scale[1] * image_size) + 1)
-    grey = [255 * value for value in mean]
-    steps: list[Any] = [
-        v2.ToImage(),
-        v2.RandomShortestSize(list(sides), antialias=True),
-        v2.RandomCrop(image_size, pad_if_needed=True, fill={tv_tensors.Image: grey, tv_tensors.Mask: IGNORE}),
-        v2.RandomHorizontalFlip(hflip),
-    ]
+
+    def placed(filling: list[float]) -> list[Any]:
+        fill = {tv_tensors.Image: filling, tv_tensors.Mask: IGNORE}
+        crop = v2.RandomCrop(image_size, pad_if_needed=True, fill=fill)
+        return [v2.RandomShortestSize(list(sides), antialias=True), crop, v2.RandomHorizontalFlip(hflip)]
+
+    steps: list[Any] = [v2.ToImage(), *placed([255 * value for value in mean])]
     if photometric:  # each half of the time, as is customary; torchvision's own version also exchanges channels
         changes = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
         steps += [v2.RandomApply([v2.ColorJitter(**change)], p=0.5) for change in changes]
     types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}
-    return v2.Compose([*steps, v2.ToDtype(types, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()])
+    last = [v2.ToDtype(types, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
+    of_colours, of_channels = v2.Compose([*steps, *last]), v2.Compose([*placed(list(mean)), *last])
+    return partial(_augmented, of_colours, of_channels)
+
+
+def _augmented(of_colours: Any, of_channels: Any, image: AnyImage, labels: Any) -> tuple[Any, Any]:
+    if isinstance(image, ChannelImage):
+        return of_channels(tv_tensors.Image(image.tensor), labels)
+    return of_colours(image, labels)
 
 
 def collate_segmentation(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, Any, list[str]]:

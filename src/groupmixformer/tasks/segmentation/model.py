@@ -8,12 +8,12 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
 
+from ...data.channels import AnyImage, ChannelImage
 from ...files import Fields
 from ...run_folder import CONFIG, RunFolder
 from ..backbone import Backbone, BackboneModel, load_network, take_any_size
@@ -36,7 +36,7 @@ def _width(decoder: str, channels: int | None) -> dict[str, int]:
 
 
 class Segmenter(BackboneModel):
-    """A backbone and a decoder: images (B, 3, H, W) of any size, normalised, to logits (B, num_classes, H, W).
+    """A backbone and a decoder: images (B, C, H, W) of any size, normalised, to logits (B, num_classes, H, W).
 
     In training there is a pair of logits where there is a second head: UPerNet's published setting (Xiao et al., 2018) is a
     small fully convolutional one on the features of stride 16.
@@ -84,7 +84,13 @@ class Segmenter(BackboneModel):
         width = _width(decoder, channels)
         try:
             self.network: Any = smp.create_model(
-                decoder, f"tu-{backbone.name}", encoder_weights=weights, classes=num_classes, **width, **made
+                decoder,
+                f"tu-{backbone.name}",
+                encoder_weights=weights,
+                in_channels=made.pop("in_chans", 3),
+                classes=num_classes,
+                **width,
+                **made,
             )
             take_any_size(self.features)
             # The second head is on the features of stride 16.
@@ -100,8 +106,8 @@ class Segmenter(BackboneModel):
         """The features of timm's model."""
         return self.network.encoder.model
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """From an image to a tensor (3, h, w), its shorter side resized, normalised."""
+    def prepare(self, image: AnyImage) -> Tensor:
+        """From an image to a tensor (C, h, w), its shorter side resized, normalised."""
         return prepare_image(image, self.image_size, self.mean, self.std)
 
     def forward(self, images: Tensor) -> Any:
@@ -116,14 +122,15 @@ class Segmenter(BackboneModel):
         return logits[..., :height, :width], second[..., :height, :width]
 
 
-def prepare_image(image: Image.Image, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """From an image to a tensor (3, h, w), its shorter side resized to `image_size`, normalised."""
-    pixels = v2.functional.resize(v2.functional.pil_to_tensor(image), [image_size], antialias=True)
+def prepare_image(image: AnyImage, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """From an image to a tensor (C, h, w), its shorter side resized to `image_size`, normalised."""
+    pixels = image.tensor if isinstance(image, ChannelImage) else v2.functional.pil_to_tensor(image)
+    pixels = v2.functional.resize(pixels, [image_size], antialias=True)
     return v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), list(mean), list(std))
 
 
 def _logits(model: Segmenter, image: Tensor, window: int | None) -> Tensor:
-    """Return logits (1, K, h, w) of an image (1, 3, h, w), whole or averaged over windows."""
+    """Return logits (1, K, h, w) of an image (1, C, h, w), whole or averaged over windows."""
     height, width = image.shape[-2:]
     if window is None or (height <= window and width <= window):
         return model(image)
@@ -150,7 +157,7 @@ def segment(
 
     Args:
         model: In eval mode.
-        image: As `Segmenter.prepare` gives it (3, h, w), on the model's device.
+        image: As `Segmenter.prepare` gives it (C, h, w), on the model's device.
         size: Height and width of the result, usually the image's own.
         sliding_window: Look through square windows of the training size, which overlap by a third, not at the whole image.
         scales: Factors by which the image is resized; the probabilities are averaged.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ...data.channels import AnyImage, Channels, in_colour
 from ...data.samples import Doubts
 from ...data.split import Splitter
 from ...run_folder import RunFolder
@@ -61,7 +62,7 @@ class SegmentationPredictor(Predictor):
     def load(self, run: RunFolder, image_size: int | None) -> tuple[Any, dict[str, Any]]:
         """Return the segmenter, and the names, ids and colours of its classes."""
         model, config = load_segmenter(run)
-        self.class_names = config["class_names"]
+        self.class_names, self.channels = config["class_names"], Channels.stored(config, model.backbone.in_chans)
         model.image_size = image_size or model.image_size
         return model, config
 
@@ -72,7 +73,8 @@ class SegmentationPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val", splitter: Splitter | None = None) -> SemanticImages:
         """Open a split of a folder with images, masks and classes, or of ADE20K's."""
-        opened = SemanticImages(data, split, prepare=self.model.prepare, or_whole=True, splitter=splitter)
+        reading: dict[str, Any] = {"splitter": splitter, "channels": self.channels}
+        opened = SemanticImages(data, split, prepare=self.model.prepare, or_whole=True, **reading)
         images: SemanticImages = self.match_classes(opened, data)
         return images
 
@@ -119,7 +121,7 @@ class SegmentationPredictor(Predictor):
         table = class_table(classes, "IoU")
         return SegmentationResult(result, text, table, skipped, "", images.notes, remarks, confusion, by_image)
 
-    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+    def predict(self, image: AnyImage, name: str = "") -> Predicted:
         """Give each pixel its class: a mask with the numbers of the data set's own masks, and an overlay with a legend."""
         labels = self._labels(self.model.prepare(image), (image.height, image.width))
         ids = np.asarray(self.config["class_ids"], dtype=np.uint8)
@@ -129,7 +131,7 @@ class SegmentationPredictor(Predictor):
         mask.putpalette(colors.tobytes())
         shares = labels.flatten().bincount(minlength=len(self.class_names)) / labels.numel()
         there = {self.class_names[i]: shares[i].item() for i in shares.argsort(descending=True).tolist() if shares[i]}
-        drawn = draw_segments(image, labels, self.class_names, self.config["colors"])
+        drawn = draw_segments(in_colour(image), labels, self.class_names, self.config["colors"])
         text = ", ".join(f"{n} {share:.1%}" for n, share in there.items())
         return Predicted({"shares": there}, text, {"-overlay.png": to_png(drawn), "-mask.png": to_png(mask)}, [])
 
@@ -149,7 +151,9 @@ class SegmentationPredictor(Predictor):
                 continue
             labels = self._labels(self.model.prepare(image), (image.height, image.width))
             pairs.append(
-                tuple(draw_segments(image, shown, self.class_names, self.config["colors"]) for shown in (true, labels))
+                tuple(
+                    draw_segments(in_colour(image), shown, self.class_names, self.config["colors"]) for shown in (true, labels)
+                )
             )
         return pairs  # type: ignore[return-value]
 
@@ -170,14 +174,14 @@ class SegmentationExplainer(BackboneExplainer):
         super().__init__(SegmentationPredictor(run, device, image_size))
         self.wanted = None if wanted_class is None else class_index(self.predictor.class_names, wanted_class)
 
-    def view(self, image: Image.Image) -> View:
+    def view(self, image: AnyImage) -> View:
         """Resize the image as the segmenter does, and fill it up."""
         prepared = self.model.prepare(image)[None].to(self.predictor.device)
         height, width = prepared.shape[-2:]
         images = F.pad(prepared, (0, -width % STRIDE, 0, -height % STRIDE))
         return self._view(image, images, (height, width), self.model.mean, self.model.std)
 
-    def choose(self, image: Image.Image, view: View, stage: int, point: Point | None) -> Target:
+    def choose(self, image: AnyImage, view: View, stage: int, point: Point | None) -> Target:
         """Weigh the logits of the class where it is the likeliest."""
         height, width = view.size
         logits, features = self._run(view.images[..., :height, :width].detach().requires_grad_())

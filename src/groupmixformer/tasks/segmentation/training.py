@@ -15,7 +15,7 @@ from ...run_folder import save_network
 from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
-from ..backbone import Backbone, open_backbone, start_from
+from ..backbone import Backbone, colours_left_out, open_backbone, pixel_statistics, shown_channels, start_from
 from .data import IGNORE, SemanticImages, collate_segmentation, segmentation_transform
 from .metrics import segmentation_metrics
 from .model import Segmenter, prepare_image, segment
@@ -67,11 +67,12 @@ class SegmentationModule(Task):
         loaders = DataModule(train, held_out, recipe.batch_size, recipe.workers, recipe.seed, collate_segmentation)
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
+        self.notes += colours_left_out(recipe, train, ["photometric"] if settings.photometric else [])
         self.confusion = MulticlassConfusionMatrix(len(train.class_names), ignore_index=IGNORE)
         self.val_images = SumMetric()
 
     def training_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of images (B, 3, H, W), labels (B, H, W) and problems: cross entropy of the pixels."""
+        """Return the loss of a batch of images (B, C, H, W), labels (B, H, W) and problems: cross entropy of the pixels."""
         images, labels, problems = batch
         self.note_unreadable(problems)
         outputs = self.model(images)
@@ -109,7 +110,7 @@ class SegmentationModule(Task):
         """Write a segmenter to a folder that `load_segmenter` reads."""
         network = {"backbone": asdict(model.backbone), **self.network}
         names = {"class_names": self.class_names, "class_ids": self.class_ids, "colors": self.colors}
-        save_network(model, folder, {"task": "segmentation", **names, "network": network})
+        save_network(model, folder, {"task": "segmentation", **names, "network": network} | shown_channels(self.recipe))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> "SegmentationModule":
@@ -119,10 +120,14 @@ class SegmentationModule(Task):
             ValueError: If one of them cannot be used.
         """
         settings = recipe.segmenter
-        backbone, weights, colors = open_backbone(recipe.model, recipe.checkpoint, "segmentation", recipe.model_options)
+        backbone, weights, colors = open_backbone(
+            recipe.model, recipe.checkpoint, "segmentation", recipe.model_options, recipe.in_chans
+        )
+        colors = pixel_statistics(recipe, colors)
         mean, std = colors.get("mean", IMAGENET_DEFAULT_MEAN), colors.get("std", IMAGENET_DEFAULT_STD)
         augment = segmentation_transform(recipe.image_size, settings.scale, settings.hflip, settings.photometric, mean, std)
         prepare = partial(prepare_image, image_size=recipe.image_size, mean=mean, std=std)
-        train = SemanticImages(recipe.data, "train", transform=augment, seed=recipe.seed, splitter=recipe.splitter)
-        held_out = SemanticImages(recipe.data, "val", prepare=prepare, splitter=recipe.splitter)
+        reading: dict[str, Any] = {"splitter": recipe.splitter, "channels": recipe.channels}
+        train = SemanticImages(recipe.data, "train", transform=augment, seed=recipe.seed, **reading)
+        held_out = SemanticImages(recipe.data, "val", prepare=prepare, **reading)
         return cls(recipe, train, held_out, backbone, weights, colors, world_size)
