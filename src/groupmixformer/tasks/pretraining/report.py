@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
+from ...data.channels import AnyImage
 from ...files import short
 from ...models.checkpoint import load_model
 from ...run_folder import RECIPE, RunFolder, read_metrics
@@ -35,7 +36,7 @@ class PretrainingReporter(Predictor):
         self.recipe, self.folder, self.class_names = read_recipe(str(run.path / RECIPE)), run.path, []
         return load_model(run), run.config
 
-    def predict(self, image: Image.Image, name: str = "") -> Predicted:
+    def predict(self, image: AnyImage, name: str = "") -> Predicted:
         """Not for a backbone without classes: see `PretrainingTask.predictor`."""
         raise NotImplementedError
 
