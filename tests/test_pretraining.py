@@ -15,13 +15,14 @@ import groupmixformer
 from groupmixformer import GroupMixFormer
 from groupmixformer.cli.main import main
 from groupmixformer.deploy.model_card import read_card_info, render_card
+from groupmixformer.models.checkpoint import load_model
 from groupmixformer.run import Run
 from groupmixformer.tasks.backbone import open_backbone
 from groupmixformer.tasks.pretraining.data import UnlabelledImages, draw_mask, find_images
 from groupmixformer.tasks.pretraining.model import MaskedImageModel, create_backbone
 from groupmixformer.tasks.pretraining.training import SimMIMModule
 from groupmixformer.tasks.registry import build_task
-from groupmixformer.training.recipe import RecipeError, read_recipe
+from groupmixformer.training.recipe import PretrainSettings, RecipeError, read_recipe
 from groupmixformer.training.trainer import train
 
 STAGES = {"embed_dims": (10, 20, 20, 30), "depths": (1,) * 4, "mlp_ratios": (2,) * 4}
@@ -157,6 +158,7 @@ def test_where_images_come_from(photos, tmp_path):
         (["--image-size", "24"], "got image_size 24, expected 32 or more"),
         (["--patience", "3"], "patience compares runs or epochs by a metric, which pre-training does not have"),
         (["--ema", "0.9", *DINO], "method dino saves its teacher, which is an average itself: set ema to null"),
+        (["--optimizer.layer_decay", "0.8"], "optimizer.layer_decay is for layers that are trained already: set it to null"),
         (["--strategy", "fsdp"], "strategy fsdp is not for pre-training: use ddp"),
         (["--model-options", "{embed_dim: 3}"], "cannot be made with model_options"),
     ],
@@ -168,14 +170,14 @@ def test_what_cannot_be_trained_is_refused_in_a_line(photos, tmp_path, monkeypat
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_values_are_refused_with_what_is_expected(photos):
-    for option, expected in (
-        ("method=mae", 'pretrain.method is "mae", expected one of simmim, dino'),
-        ("local_size=16", "local_size is 16, expected an integer of at least 32"),
-        ("mask_share=1.5", "mask_share is 1.5, expected a number from 0.01 to 0.99"),
+def test_wrong_values_are_refused_with_what_is_expected():
+    for name, value, expected in (
+        ("method", "mae", 'method is "mae", expected one of simmim, dino'),
+        ("local_size", 16, "local_size is 16, expected an integer of at least 32"),
+        ("mask_share", 1.5, "mask_share is 1.5, expected a number from 0.01 to 0.99"),
     ):
         with pytest.raises(RecipeError, match=expected):
-            recipe(photos, "run", f"--pretrain.{option}")
+            PretrainSettings(**{name: value})
 
 
 # The run and its checkpoint
@@ -226,6 +228,9 @@ def test_a_run_is_a_checkpoint_for_every_task(run, photos, tmp_path, capsys):
         read_card_info(Run.open(run).folder, Run.open(run).definition.publish(Run.open(run).folder, tmp_path)), "me/x", "mit"
     )
     assert "pre-trained by | simmim" in card and "image-feature-extraction" in card
+    assert (
+        "label_names" not in create_backbone(recipe(photos, "x", "--checkpoint", tmp_path / "tuned", model=[])).pretrained_cfg
+    )
     again = create_backbone(recipe(photos, "run", "--checkpoint", run, model=[]))
     assert torch.equal(again.state_dict()["norm.weight"], model.state_dict()["norm.weight"])
 
@@ -239,11 +244,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, tmp_path, capsys, met
                 raise RuntimeError("stopped")
 
     more = ["--ema", "0.9"] if method == "simmim" else DINO
-    whole, other = (recipe(photos, tmp_path / name, *more, "--save-minutes", "0") for name in ("whole", "other"))
-    train(whole, build_task)
+    train(recipe(photos, tmp_path / "whole", *more), build_task)
     with pytest.raises(RuntimeError, match="stopped"):
-        train(other, build_task, watchers=[Stop()])
-    train(other, build_task, resume=True)
+        train(recipe(photos, tmp_path / "other", *more, "--save-minutes", "0"), build_task, watchers=[Stop()])
+    train(recipe(photos, tmp_path / "other", *more), build_task, resume=True)
     assert differences(tmp_path / "whole", tmp_path / "other") == []
 
 
@@ -294,4 +298,7 @@ def test_other_backbones(photos, tmp_path, name):
         task.log = lambda *_, **__: None
         task.training_step(batch, 0).backward()
         unreached = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+        task.save(task.evaluated, tmp_path / "saved")
+        saved, own = load_model(tmp_path / "saved").state_dict(), task.evaluated.backbone.state_dict()
+        assert saved.keys() == own.keys() and all(torch.equal(saved[key], own[key]) for key in own)
         assert unreached == [] and isinstance(task, SimMIMModule) == (not more)

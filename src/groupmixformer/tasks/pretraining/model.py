@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ...models.checkpoint import fixed_size, load_model, model_name, remade
+from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_name, remade
 from ...training.recipe import PretrainSettings, Recipe
 
 
@@ -24,6 +24,8 @@ def create_backbone(recipe: Recipe) -> Any:
         if hasattr(source, "adapter"):
             raise ValueError(f"{recipe.checkpoint}: has AdaptFormer's layers, which cannot be merged: begin from its base")
         source.reset_classifier(0)
+        unneeded = ("label_names", *LABEL_FIELDS)
+        source.pretrained_cfg = {name: value for name, value in source.pretrained_cfg.items() if name not in unneeded}
         return remade(source, recipe.image_size, num_classes=0, drop_path_rate=recipe.drop_path_rate)
     name, options = model_name(recipe.model), recipe.model_options
     settings = {"num_classes": 0, "drop_path_rate": recipe.drop_path_rate, **fixed_size(name, recipe.image_size)}

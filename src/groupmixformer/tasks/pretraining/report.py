@@ -79,11 +79,8 @@ class PretrainingReporter(Predictor):
         _, found = neighbours.kneighbors(features[few], min(5, len(known)))
         self.alike = [(held_out[one], [train[i] for i in row]) for one, row in zip(few, found, strict=True)]
         row = read_metrics(self.folder)[-1]
-        told = (
-            {"loss": "L1 of held-out masked pixels"}
-            if "val_loss" in row
-            else {"information": "nats an output tells of an image"}
-        )
+        known_as = {"loss": "L1 of held-out masked pixels", "information": "nats an output tells of an image"}
+        told = {name: what for name, what in known_as.items() if f"val_{name}" in row}
         result: dict[str, Any] = {"images": len(features), **{name: row[f"val_{name}"] for name in told}}
         lines = [f"{what} {result[name]:.4f}" for name, what in told.items()]
         if len(set(names)) > 1 and set(wanted) <= set(names):

@@ -78,6 +78,8 @@ class PretrainingModule(Task):
             raise ValueError(
                 f"got in_chans {recipe.in_chans}, expected 3: pre-training is for colours, others adapt its checkpoint"
             )
+        if recipe.optimizer.layer_decay is not None:
+            raise ValueError("optimizer.layer_decay is for layers that are trained already: set it to null")
         if recipe.strategy == "fsdp":
             raise ValueError("strategy fsdp is not for pre-training: use ddp")
         if recipe.image_size < 32:
@@ -159,7 +161,7 @@ class DinoModule(PretrainingModule):
         self.fixed_size = not settings.local_crops
         self.teacher = model.teacher(other)
         self.loss = DINOLoss(settings.outputs, teacher_temp=settings.teacher_temperature)
-        self.found: list[Tensor] = []
+        self.found = torch.zeros(settings.outputs + 2, dtype=torch.float64)  # sums of outputs and entropies, and their number
 
     @property
     def evaluated(self) -> Any:
@@ -205,14 +207,17 @@ class DinoModule(PretrainingModule):
         """Look at held-out images."""
         images, _, counts, _ = batch
         outputs = (self.teacher(images)[counts].float() - self.loss.center[0]) / self.recipe.pretrain.teacher_temperature
-        self.found.append(outputs.softmax(dim=1).cpu())
+        shares = outputs.softmax(dim=1).double().cpu()
+        entropies = torch.special.entr(shares).sum()
+        self.found += torch.cat([shares.sum(dim=0), entropies[None], torch.tensor([len(shares)])])
 
     def on_validation_epoch_end(self) -> None:
         """Measure what the teacher's output tells of a held-out image, in nats: nothing where it is the same for all of them.
 
         It is the mutual information of image and output: the entropy of the mean less the mean of the entropies.
         """
-        outputs = torch.cat([part for parts in self._of_all(self.found) for part in parts])
-        self.found = []
-        information = torch.special.entr(outputs.mean(dim=0)).sum() - torch.special.entr(outputs).sum(dim=1).mean()
-        self.log_dict({"val_information": information, "val_images": float(len(outputs))}, rank_zero_only=False)
+        found = torch.stack(self._of_all(self.found)).sum(dim=0)
+        self.found.zero_()
+        images, means = found[-1], found[:-1] / found[-1]
+        information = (torch.special.entr(means[:-1]).sum() - means[-1]).float()
+        self.log_dict({"val_information": information, "val_images": images.float()}, rank_zero_only=False)

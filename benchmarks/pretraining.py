@@ -1,0 +1,98 @@
+"""Fine-tuning with few labels from a checkpoint that was pre-trained without any, beside random weights, in equal steps.
+
+    python benchmarks/pretraining.py --data ../shared/data/imagenette160 --method simmim --out runs/pretraining
+
+For each seed: pre-training on all images of train/, whose folders it does not know; then the recipe finetune on --labels images
+of each class, others for each seed, from that checkpoint and from random weights, everything else equal. Top-1 of the last
+epoch on val/.
+Given again, it continues: finished runs are read, begun ones resumed. CPU times are of what was done in this call.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from groupmixformer.cli.main import main
+from groupmixformer.run_folder import REPORT, read_metrics
+
+NETWORK = "{embed_dims: [20, 40, 80, 80], depths: [1, 1, 2, 1], mlp_ratios: [4, 4, 4, 4]}"
+COMMON = ["--image-size", "64", "--workers", "0", "--threads", "1", "--device", "cpu", "--loggers", "[]"]
+
+
+def few_labels(data, folder, labels, seed):
+    """Link to some images of each class of train/, and to val/."""
+    if not (folder / "val").exists():
+        for cls in sorted(path for path in (data / "train").iterdir() if path.is_dir()):
+            (folder / "train" / cls.name).mkdir(parents=True, exist_ok=True)
+            paths = sorted(cls.iterdir())
+            for i in np.random.default_rng(seed).permutation(len(paths))[:labels]:
+                link = folder / "train" / cls.name / paths[i].name
+                if not link.is_symlink():
+                    link.symlink_to(paths[i].resolve())
+        (folder / "val").symlink_to((data / "val").resolve())
+    return folder
+
+
+def train(words, out):
+    """Train a run unless it is there; return its rows of metrics, the command, and the processor time."""
+    command, seconds = ["train", *words, "--out", str(out)], time.process_time()
+    if not (out / REPORT).is_file():
+        with contextlib.redirect_stdout(sys.stderr):
+            code = main([*command, "--auto-resume"])
+        if code:
+            sys.exit(code)
+    return read_metrics(out), f"gmf {' '.join(command)}", round(time.process_time() - seconds, 1)
+
+
+def run(options):
+    place = Path(options.out)
+    pretrain = ["pretrain", "--data", options.data, *COMMON, "--batch-size", "32", "--epochs", str(options.pretrain_epochs)]
+    pretrain += ["--pretrain.method", options.method, "--pretrain.mask-patch", "16", "--pretrain.local-crops", "0"]
+    pretrain += ["--pretrain.outputs", "1024", "--schedule.warmup-epochs", "1"]
+    rows = []
+    for seed in options.seeds:
+        few = few_labels(Path(options.data), place / f"labels-{options.labels}-{seed}", options.labels, seed)
+        before, after = place / f"{options.method}-{seed}", ["--patience", "null", "--batch-size", "20", "--seed", str(seed)]
+        _, first, spent = train([*pretrain, "--model-options", NETWORK, "--seed", str(seed)], before)
+        after += ["--data", str(few), *COMMON, "--epochs", str(options.epochs)]
+        starts = {options.method: ["--checkpoint", str(before)], "random": ["--checkpoint", "null", "--model-options", NETWORK]}
+        row = {"seed": seed, "pretraining": {"command": first, "cpu_seconds": spent}}
+        for name, start in starts.items():
+            found, command, spent = train(["finetune", *start, *after], place / f"{name}-{options.labels}-{seed}-tuned")
+            top1 = [epoch["val_top1"] for epoch in found]
+            row[name] = {"top1": top1[-1], "best": max(top1), "command": command, "cpu_seconds": spent}
+        rows.append(row)
+        print(json.dumps({name: row[name]["top1"] for name in starts} | {"seed": seed}), file=sys.stderr, flush=True)
+        means = {name: float(np.mean([row[name]["top1"] for row in rows])) for name in starts}
+        result = {
+            "date": str(date.today()),
+            "torch": torch.__version__,
+            "labels": options.labels,
+            "mean_top1": means,
+            "runs": rows,
+        }
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(means))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--method", choices=("simmim", "dino"), default="simmim")
+    parser.add_argument("--labels", type=int, default=20, help="of each class")
+    parser.add_argument("--pretrain-epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default="runs/pretraining")
+    parser.add_argument("--json", default="pretraining.json")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    run(parser.parse_args())
