@@ -55,7 +55,16 @@ def train(words, out):
 def run(options):
     place = Path(options.out)
     pretrain = ["pretrain", "--data", options.data, *COMMON, "--batch-size", "32", "--epochs", str(options.pretrain_epochs)]
-    pretrain += ["--pretrain.method", options.method, "--pretrain.mask-patch", "16", "--pretrain.local-crops", "0"]
+    pretrain += [
+        "--pretrain.method",
+        options.method,
+        "--pretrain.mask-patch",
+        "16",
+        "--pretrain.local-crops",
+        "0",
+        "--pretrain.momentum",
+        "0.99",
+    ]
     pretrain += ["--pretrain.outputs", "1024", "--schedule.warmup-epochs", "1"]
     rows = []
     for seed in options.seeds:
