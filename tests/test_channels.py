@@ -136,7 +136,7 @@ def test_what_is_no_image_of_numbers_is_refused_by_name(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:500])
     refused("not a readable array")
     np.save(path, np.array([[print]], dtype=object), allow_pickle=True)
-    refused("pickled Python objects, which are never loaded")
+    refused("pickled Python objects, which are never loaded, expected numbers")
     path.write_bytes(pickle.dumps(FIVE))
     refused("not a readable array")
     np.save(path, np.zeros((4, 4), dtype="U3"))
@@ -270,6 +270,8 @@ def test_a_class_that_the_fourth_channel_alone_tells_is_learnt_and_used(tmp_path
     gmf("predict", run, data / "val", "--device", "cpu", "--json")
     rows = json.loads(capsys.readouterr().out)["images"]
     assert all(row["classes"][0]["class"] == Path(row["image"]).parent.name for row in rows) and len(rows) == 8
+    card = opened.definition.publish(opened.folder, tmp_path / "hub")
+    assert "Run.open" in card.use and card.facts["input"].startswith("4 x 32")
     client = TestClient(application(Service([served(opened.predictor(device="cpu"), "run", "classification")], Limits())))
     with client:
         answer = client.post("/predict", files={"file": ("far.npy", path.read_bytes())}).json()
@@ -278,6 +280,11 @@ def test_a_class_that_the_fourth_channel_alone_tells_is_learnt_and_used(tmp_path
         assert client.post("/predict", files={"file": ("x.npy", colour)}).status_code == 400
     assert main(["demo", str(run), "--port", "0"]) == 1
     assert "is for 4 channels, and the page is for colours" in capsys.readouterr().err
+    # Filled in without labels, too.
+    gmf("train", "pretrain", "--data", data, "--in-chans", 4, *statistics, *TINY, "--epochs", 1, "--model", "test_resnet",
+        "--pretrain.mask-patch", 16, "--out", tmp_path / "filled")  # fmt: skip
+    assert load_model(tmp_path / "filled").pretrained_cfg["input_size"][0] == 4
+    assert (tmp_path / "filled" / "report.html").is_file()
     # Fine-tuning from it takes its statistics along.
     gmf(
         "train",

@@ -322,8 +322,9 @@ def _read_npy(file: IO[bytes], name: str, most_pixels: int | None, header: bool)
         raise ValueError(f"version {version} of the format, expected 1 or 2")
     shape, _, dtype = readers[version](file)
     _check_numbers(shape, name, most_pixels)
-    if dtype.hasobject:
-        raise ValueError("pickled Python objects, which are never loaded: save an array of numbers")
+    if dtype.kind not in "buif":
+        what = "pickled Python objects, which are never loaded" if dtype.hasobject else str(dtype)
+        raise ValueError(f"it holds {what}, expected numbers: bool, whole or floating-point")
     if header:
         return np.broadcast_to(np.zeros((), dtype), shape)
     file.seek(0)

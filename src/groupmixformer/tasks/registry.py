@@ -260,8 +260,10 @@ class TaskSpec:
             if value is not None
         }
         name = f"backbone `{backbone['name']}`"
-        ours = backbone["name"].startswith("groupmixformer")
-        return NetworkInfo(name, f"A network over the {name}", ours, config["class_names"], facts, self.usage)
+        ours, channels = backbone["name"].startswith("groupmixformer"), backbone.get("in_chans", 3)
+        facts |= {"channels of an image": str(channels)} if channels != 3 else {}
+        usage = self.usage if channels == 3 else TaskSpec.usage
+        return NetworkInfo(name, f"A network over the {name}", ours, config["class_names"], facts, usage)
 
     usage = """With groupmixformer:
 

@@ -166,5 +166,5 @@ class ClassificationTask(TaskSpec):
                 facts["threshold of the best F1"] = f"{cfg['best_threshold']:.2f}, on the held-out images"
         paper = "([paper](https://arxiv.org/abs/2311.15157))"
         about = f"A GroupMixFormer, a vision transformer with Group-Mix Attention {paper}" if ours else "A model of timm"
-        usage = self.usage if hasattr(model, "adapter") else USAGE_OURS if ours else USAGE_OF_TIMM
+        usage = self.usage if hasattr(model, "adapter") or channels != 3 else USAGE_OURS if ours else USAGE_OF_TIMM
         return NetworkInfo(name, about, ours, list(cfg.get("label_names") or []), facts, usage)

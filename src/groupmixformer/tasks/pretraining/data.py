@@ -13,7 +13,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ...data.images import describe_left_out, list_images, read_image
+from ...data.channels import AnyImage
+from ...data.images import describe_left_out, list_images
 from ...data.samples import Samples
 from ...data.seeding import seed_all
 from ...data.split import TRAIN, VAL, Splitter
@@ -38,7 +39,7 @@ def draw_mask(side: int, share: float) -> Tensor:
 class UnlabelledImages(Samples):
     """Images without labels.
 
-    A training sample is an image (3, S, S) and its mask (S/P, S/P), or a list of views; one for evaluation an image, its mask,
+    A training sample is an image (C, S, S) and its mask (S/P, S/P), or a list of views; one for evaluation an image, its mask,
     which is the same in every epoch, and whether it counts.
 
     Args:
@@ -51,9 +52,10 @@ class UnlabelledImages(Samples):
 
     def __init__(self, paths: Sequence[Path], recipe: Recipe, config: dict[str, Any], notes: Sequence[str] = ()) -> None:
         self.paths, self.seed, self.notes, self.settings = list(paths), recipe.seed, notes, recipe.pretrain
+        self.channels = recipe.channels
         self.side = recipe.image_size // self.settings.mask_patch
-        common = {"input_size": (3, recipe.image_size, recipe.image_size), **config}
-        self.transform: Callable[[Image.Image], Tensor] = create_transform(**common)
+        common = {"input_size": (recipe.in_chans, recipe.image_size, recipe.image_size), **config}
+        self.transform: Callable[[Any], Tensor] = create_transform(**common)
         self.views = self.augment = None
         if self.settings.method == "dino":
             self.views = _views(recipe, config)
@@ -79,31 +81,39 @@ class UnlabelledImages(Samples):
             seed_all(self.seed, key + 1)  # of its mask
         return super().__getitem__(key)
 
-    def read(self, index: int) -> tuple[Image.Image]:
-        """Return an image as RGB.
+    def read(self, index: int) -> tuple[AnyImage]:
+        """Return an image.
 
         Raises:
             ValueError: If it cannot be read.
         """
-        return (read_image(self.paths[index]),)
+        image = self.channels.read(self.paths[index])
+        if self.views and not isinstance(image, Image.Image):
+            raise ValueError(f"{self.paths[index]}: dino changes colours, and takes no arrays: take --pretrain.method simmim")
+        return (image,)
 
     def _mask(self) -> Tensor:
         return draw_mask(self.side, self.settings.mask_share) if self.settings.method == "simmim" else torch.zeros(0)
 
-    def for_training(self, content: tuple[Image.Image]) -> tuple[Any]:
+    def for_training(self, content: tuple[AnyImage]) -> tuple[Any]:
         """Return an augmented image and its mask, or its views."""
         if self.views:
             return (self.views(content[0]),)
         assert self.augment is not None
-        return ([self.augment(content[0]), self._mask()],)
+        return ([self.augment(_taken(content[0])), self._mask()],)
 
-    def for_evaluation(self, content: tuple[Image.Image] | None) -> tuple[Tensor, Tensor, bool]:
+    def for_evaluation(self, content: tuple[AnyImage] | None) -> tuple[Tensor, Tensor, bool]:
         """Return an image, its mask and whether it counts."""
-        image = Image.new("RGB", (64, 64)) if content is None else content[0]
-        return self.transform(image), self._mask(), content is not None
+        image = self.channels.blank() if content is None else content[0]
+        return self.transform(_taken(image)), self._mask(), content is not None
 
 
-def _views(recipe: Recipe, config: dict[str, Any]) -> Callable[[Image.Image], Any]:
+def _taken(image: AnyImage) -> Image.Image | Tensor:
+    """Return what timm's transforms take."""
+    return image if isinstance(image, Image.Image) else image.tensor
+
+
+def _views(recipe: Recipe, config: dict[str, Any]) -> Callable[[Any], Any]:
     """Return what makes two large and some small views of an image: lightly's, as the paper describes them."""
     from lightly.transforms.dino_transform import DINOTransform
 

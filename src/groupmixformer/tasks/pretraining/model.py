@@ -26,9 +26,10 @@ def create_backbone(recipe: Recipe) -> Any:
         source.reset_classifier(0)
         unneeded = ("label_names", *LABEL_FIELDS)
         source.pretrained_cfg = {name: value for name, value in source.pretrained_cfg.items() if name not in unneeded}
-        return remade(source, recipe.image_size, num_classes=0, drop_path_rate=recipe.drop_path_rate)
+        return remade(source, recipe.image_size, num_classes=0, drop_path_rate=recipe.drop_path_rate, in_chans=recipe.in_chans)
     name, options = model_name(recipe.model), recipe.model_options
     settings = {"num_classes": 0, "drop_path_rate": recipe.drop_path_rate, **fixed_size(name, recipe.image_size)}
+    settings["in_chans"] = recipe.in_chans
     try:
         model: Any = timm.create_model(name, **settings, **options)
     except TypeError as error:
@@ -75,23 +76,24 @@ class MaskedImageModel(Pretrained):
         backbone: Of timm, without a classifier.
         image_size: Side of the images in pixels.
         patch: Side of the patches that are masked together, of which image_size is a multiple.
+        in_chans: Channels of the images.
 
     Raises:
         ValueError: If timm gives no feature maps of the backbone.
     """
 
-    def __init__(self, backbone: Any, image_size: int, patch: int) -> None:
+    def __init__(self, backbone: Any, image_size: int, patch: int, in_chans: int = 3) -> None:
         super().__init__(backbone)
         self.patch = patch
-        self.token = nn.Parameter(torch.zeros(1, 3, 1, 1))  # in normalised pixels: the mean colour of all images
+        self.token = nn.Parameter(torch.zeros(1, in_chans, 1, 1))  # in normalised pixels: the mean colour of all images
         if not hasattr(backbone, "forward_intermediates"):
             raise ValueError(f"timm gives no feature maps of a {type(backbone).__name__}, expected a model that has them")
-        images = torch.zeros(1, 3, image_size, image_size)
+        images = torch.zeros(1, in_chans, image_size, image_size)
         backbone.eval()
         with torch.no_grad():
             channels, height = self._last_map(images).shape[1:3]
         stride = -(-image_size // height)
-        self.head = nn.Sequential(nn.Conv2d(channels, 3 * stride**2, 1), nn.PixelShuffle(stride))
+        self.head = nn.Sequential(nn.Conv2d(channels, in_chans * stride**2, 1), nn.PixelShuffle(stride))
         mask = torch.eye(image_size // patch, dtype=torch.bool)[None]
         _freeze_unused(self, images, mask)
 
@@ -100,7 +102,7 @@ class MaskedImageModel(Pretrained):
         return maps
 
     def hide(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) with the token in the patches that a mask (B, H/P, W/P) covers."""
+        """Return images (B, C, H, W) with the token in the patches that a mask (B, H/P, W/P) covers."""
         return torch.where(self.of_pixels(mask), self.token.to(images.dtype), images)
 
     def of_pixels(self, mask: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class MaskedImageModel(Pretrained):
         return mask[:, None].repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Return all pixels (B, 3, H, W) as they are predicted from those that are not masked."""
+        """Return all pixels (B, C, H, W) as they are predicted from those that are not masked."""
         predicted: Tensor = self.head(self._last_map(self.hide(images, mask)))
         return predicted[..., : images.shape[2], : images.shape[3]]
 
@@ -116,7 +118,7 @@ class MaskedImageModel(Pretrained):
         """Return the mean absolute error of the masked pixels of each image (B)."""
         hidden = self.of_pixels(mask)
         errors = (self(images, mask).float() - images.float()).abs() * hidden
-        return errors.sum(dim=(1, 2, 3)) / (3 * hidden.sum(dim=(1, 2, 3)))
+        return errors.sum(dim=(1, 2, 3)) / (images.shape[1] * hidden.sum(dim=(1, 2, 3)))
 
 
 class DinoModel(Pretrained):

@@ -102,7 +102,7 @@ class PretrainingReporter(Predictor):
     def _filled(self, images: UnlabelledImages) -> list[Shown]:
         """Show images, what of them the network saw, and what it filled in."""
         settings, size = self.recipe.pretrain, self.recipe.image_size
-        network = MaskedImageModel(self.model.cpu(), size, settings.mask_patch)
+        network = MaskedImageModel(self.model.cpu(), size, settings.mask_patch, self.recipe.in_chans)
         network.load_state_dict(read_tensors(self.folder / HEAD), strict=False)
         network.eval()
         shown = []

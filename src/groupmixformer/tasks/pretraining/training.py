@@ -16,6 +16,7 @@ from ...training.loaders import DataModule
 from ...training.module import Task
 from ...training.recipe import Recipe
 from ...weights import write_tensors
+from ..backbone import pixel_statistics, shown_channels
 from .data import UnlabelledImages, collate_unlabelled, find_images
 from .model import DinoModel, MaskedImageModel, Pretrained, create_backbone
 
@@ -38,8 +39,8 @@ class PretrainingModule(Task):
 
     def __init__(self, recipe: Recipe, model: Pretrained, world_size: int) -> None:
         cfg = model.backbone.pretrained_cfg
-        size = (3, recipe.image_size, recipe.image_size)
-        self.config = {name: cfg[name] for name in ("mean", "std", "interpolation")}
+        size = (recipe.in_chans, recipe.image_size, recipe.image_size)
+        self.config = {"interpolation": cfg["interpolation"], **pixel_statistics(recipe, cfg)}
         train, held_out, notes = find_images(recipe, recipe.splitter)
         loaders = DataModule(
             UnlabelledImages(train, recipe, self.config, notes),
@@ -50,7 +51,7 @@ class PretrainingModule(Task):
             collate_unlabelled,
         )
         super().__init__(recipe, model, loaders, [], world_size)
-        self.config["input_size"] = size
+        self.config |= {"input_size": size, **shown_channels(recipe)}
         self.val_images = SumMetric()
 
     @property
@@ -74,10 +75,8 @@ class PretrainingModule(Task):
         given = {"patience": recipe.patience, "folds": recipe.folds}
         if name := next((name for name, value in given.items() if value is not None), None):
             raise ValueError(f"{name} compares runs or epochs by a metric, which pre-training does not have: leave it out")
-        if recipe.in_chans != 3:
-            raise ValueError(
-                f"got in_chans {recipe.in_chans}, expected 3: pre-training is for colours, others adapt its checkpoint"
-            )
+        if recipe.in_chans != 3 and settings.method == "dino":
+            raise ValueError(f"dino changes colours, and in_chans is {recipe.in_chans}: take --pretrain.method simmim")
         if recipe.optimizer.layer_decay is not None:
             raise ValueError("optimizer.layer_decay is for layers that are trained already: set it to null")
         if recipe.strategy == "fsdp":
@@ -103,7 +102,7 @@ class SimMIMModule(PretrainingModule):
     """
 
     def __init__(self, recipe: Recipe, world_size: int) -> None:
-        model = MaskedImageModel(create_backbone(recipe), recipe.image_size, recipe.pretrain.mask_patch)
+        model = MaskedImageModel(create_backbone(recipe), recipe.image_size, recipe.pretrain.mask_patch, recipe.in_chans)
         super().__init__(recipe, model, world_size)
         self.val_loss = MeanMetric()
 
