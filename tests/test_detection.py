@@ -43,7 +43,11 @@ HEADS = [
     ("mask_rcnn", "pvt_v2_b0"),
     *(
         pytest.param(*pair, marks=pytest.mark.slow)
-        for pair in (*itertools.product(ARCHITECTURES, BACKBONES), ("mask_rcnn", "swin_tiny_patch4_window7_224"))
+        for pair in (
+            *itertools.product(ARCHITECTURES, BACKBONES),
+            *itertools.product(("mask_rcnn", "rt_detr"), ("swin_tiny_patch4_window7_224",)),
+            *itertools.product(("rt_detr",), BACKBONES[::2]),
+        )
         if pair != ("mask_rcnn", "pvt_v2_b0")
     ),
 ]
@@ -84,7 +88,7 @@ def error(capsys, *argv, code=1):
 
 def task(data, architecture="faster_rcnn", variant="test_convnext", **more):
     """Open the data and create the detector, as a run does."""
-    small = Settings(architecture=architecture, fpn_channels=32, rois_per_image=16, max_size=96)
+    small = Settings(architecture=architecture, fpn_channels=32, rois_per_image=16, max_size=96, queries=15)
     # What is loaded is not in channels_last memory, and sums in another order there.
     settings = {"image_size": 64, "batch_size": 2, "workers": 0, "detector": small, "channels_last": False}
     return build_task(Recipe(str(data), task="detection", model=variant, **settings | more), world_size=1)
@@ -126,7 +130,7 @@ def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path,
     assert (len(targets[0]["boxes"]) > 0, len(targets[1]["boxes"])) == (True, 0)
     found = losses(model, images, targets)
     assert all(math.isfinite(loss) for loss in found.values())
-    assert len(found) == {"retinanet": 2, "faster_rcnn": 4, "mask_rcnn": 5}[architecture]
+    assert len(found) == {"retinanet": 2, "faster_rcnn": 4, "mask_rcnn": 5, "rt_detr": 3}[architecture]
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.isfinite().all()} == names
 
     made.save(model.eval(), tmp_path / "run")
@@ -154,7 +158,7 @@ def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path,
         assert "masks" not in output or ((output["masks"] >= 0) & (output["masks"] <= 1)).all()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, pytest.param("rt_detr", marks=pytest.mark.slow)])
 def test_a_batch_without_any_object_has_losses_and_gradients(shapes, architecture):
     made = task(shapes, architecture)
     images, targets = batch(made, 4, 9)

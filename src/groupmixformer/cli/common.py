@@ -42,7 +42,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
-EXTRAS = ("train", "detection", "segmentation", "data", "tiff")  # of commands that take models of all tasks
+EXTRAS = ("train", "detection", "segmentation", "data", "tiff", "transformers")  # of commands for models of all tasks
 
 
 def command(name: str, example: str, *extras: str) -> Callable[[Function], Function]:

@@ -111,12 +111,31 @@ def _write_onnx(network: Any, images: Tensor, names: Sequence[str], metadata: Ma
         output_names=names,
         dynamic_shapes=(network.free,),
         verbose=False,
+        optimize=False,
     )
     assert program is not None
+    _tidy(program.model)
     for node in program.model.graph:
         node.metadata_props.clear()  # where in which source file it comes from: a fifth of the size of mobile
     program.model.metadata_props.update(metadata)
     program.save(path)
+
+
+def _tidy(model: Any) -> None:
+    """Fold constants and join what is there twice. PyTorch's optimiser also rewrites, as programs do when they load a file."""
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    passes.InlinePass()(model)
+    optimizer.fold_constants(model)
+    for tidy in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+    ):
+        tidy(model)
 
 
 def _to_half(path: Path) -> None:

@@ -38,7 +38,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("workers", "patience", "max_skipped_steps", "save_minutes", "seed", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("max_unreadable", "drop_path_rate", "ema", "hflip", "vflip", "random_erasing", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("lr", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
-    **dict.fromkeys(("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "max_size", "channels"), (1, math.inf)),
+    **dict.fromkeys(
+        ("lr_batch", "fpn_channels", "rois_per_image", "max_detections", "queries", "max_size", "channels"), (1, math.inf)
+    ),
     **dict.fromkeys(("weight", "label_weight"), (0, math.inf)),
     "in_chans": (1, 4096),
     "temperature": (0.01, 1000),
@@ -232,29 +234,32 @@ class AdapterSettings(_Checked):
 
 @dataclass
 class DetectorSettings(_Checked):
-    """A detector of torchvision over a backbone of timm, and what is done to its images.
+    """A detector of torchvision, or RT-DETR of transformers, over a backbone of timm, and what is done to its images.
 
     Args:
-        architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages) or mask_rcnn (boxes and masks).
+        architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages), mask_rcnn (boxes and masks) or rt_detr
+            (boxes, without anchors).
         sizes: Shorter sides of training images besides image_size, in pixels; one of all is drawn for each image.
         max_size: Limit of the longer side, in pixels.
-        fpn_channels: Channels of the feature pyramid and of the heads; 256 in the papers.
+        fpn_channels: Channels of the feature pyramid and of the heads, or of RT-DETR's encoder and decoder; 256 in the papers.
         anchor_scale: Side of the smallest anchors, in strides of their level: 8 is 32 pixels at stride 4.
         rois_per_image: For two stages, the regions of a training image from which the second one learns.
         max_detections: Limit of the objects that are found in an image.
+        queries: Objects that rt_detr looks for in an image; its maps need as many places.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of the jitter of brightness, contrast and saturation; 0 for none.
         freeze_bn: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
     """
 
-    architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn"
+    architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn", "rt_detr"] = "mask_rcnn"
     sizes: list[int] = field(default_factory=list)
     max_size: int = 1333
     fpn_channels: int = 256
     anchor_scale: float = 8.0
     rois_per_image: int = 512
     max_detections: int = 100
+    queries: int = 300
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.0

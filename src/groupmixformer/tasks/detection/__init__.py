@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # which brings jsonargparse
 
 
 class DetectionTask(TaskSpec):
-    """Object detection and instance segmentation with torchvision's detectors."""
+    """Object detection and instance segmentation with torchvision's detectors, and detection with RT-DETR."""
 
     name = "detection"
     example_recipe = "bccd"
@@ -76,6 +76,8 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         if format != "onnx":
             raise ValueError(f"{run.source}: {format} cannot carry a detector: export it with --format onnx")
         detector, stored = load_detector(run)
+        if detector.architecture == "rt_detr":
+            raise ValueError(f"{run.source}: RT-DETR cannot be exported yet: export a RetinaNet, Faster R-CNN or Mask R-CNN")
         channels = Channels.stored(stored, detector.backbone.in_chans)
         return Exportable(detector, stored["class_names"], gives_objects=True, channels=channels)
 

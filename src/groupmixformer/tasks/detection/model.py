@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation: torchvision's detectors over a backbone of timm."""
+"""Object detection and instance segmentation: torchvision's detectors, and RT-DETR, over a backbone of timm."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -21,53 +22,65 @@ from ...run_folder import CONFIG, RunFolder
 from ..backbone import Backbone, BackboneModel, load_network, take_any_size
 
 
-class Pyramid(nn.Module):
+class Features(nn.Module):
+    """The maps of a backbone, of the given strides."""
+
+    def __init__(self, backbone: Backbone, strides: Sequence[int], **options: Any) -> None:
+        super().__init__()
+        options = {**backbone.options(**options), "out_indices": backbone.indices(strides)}
+        self.body: Any = take_any_size(timm.create_model(backbone.name, **options))
+        self.permuted = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # as Swin's are
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """From images (B, C, H, W) to maps (B, C, h, w), the finest first."""
+        features: list[Tensor] = self.body(images)
+        return [feature.permute(0, 3, 1, 2) for feature in features] if self.permuted else features
+
+
+class Pyramid(Features):
     """A backbone with a feature pyramid over it (Lin et al., 2017): images (B, C, H, W) to maps (B, width, h, w) by name."""
 
     def __init__(self, backbone: Backbone, strides: Sequence[int], width: int, extra: Any, **options: Any) -> None:
-        super().__init__()
+        super().__init__(backbone, strides, **options)
         self.out_channels = width  # torchvision asks
-        options = {**backbone.options(**options), "out_indices": backbone.indices(strides)}
-        self.body = take_any_size(timm.create_model(backbone.name, **options))
-        self.permuted = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # as Swin's are
-        info: Any = self.body.feature_info
-        self.pyramid = FeaturePyramidNetwork(info.channels(), width, extra)
+        self.pyramid = FeaturePyramidNetwork(self.body.feature_info.channels(), width, extra)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps, the finest first."""
-        features = self.body(images)
-        if self.permuted:
-            features = [feature.permute(0, 3, 1, 2) for feature in features]
-        return self.pyramid(OrderedDict((str(i), feature) for i, feature in enumerate(features)))
+        return self.pyramid(OrderedDict((str(i), feature) for i, feature in enumerate(self.maps(images))))
 
 
 class Detector(BackboneModel):
     """RetinaNet (Lin et al., 2017), Faster R-CNN (Ren et al., 2015) or Mask R-CNN (He et al., 2017), as torchvision has them.
+
+    Or RT-DETR (Zhao et al., 2024), as transformers has it, which finds boxes without anchors.
 
     Takes a list of images (C, H, W) in 0 to 1, of any sizes. In training it also takes their targets and gives the losses by
     name; otherwise it gives for each image boxes (N, 4) as x1, y1, x2, y2 in its pixels, labels (N) from 1 on, scores (N)
     and, for Mask R-CNN, masks (N, 1, H, W) of probabilities, the best first.
 
     Args:
-        backbone: With features of strides 4 to 32, of which RetinaNet takes those from 8 on.
+        backbone: With features of strides 4 to 32, of which RetinaNet and RT-DETR take those from 8 on.
         num_classes: Number of classes, without the background.
-        architecture: retinanet, faster_rcnn or mask_rcnn.
+        architecture: retinanet, faster_rcnn, mask_rcnn or rt_detr.
         image_size: Shorter side to which images are resized, in pixels.
         max_size: Limit of the longer side.
         sizes: Other shorter sides for training, of which one of all is drawn.
-        fpn_channels: Channels of the feature pyramid and of the heads.
+        fpn_channels: Channels of the feature pyramid and of the heads, or of RT-DETR's encoder and decoder.
         anchor_scale: Side of the smallest anchors, in strides of their level.
         rois_per_image: Regions of a training image from which the second stage learns.
         max_detections: Limit of the objects that are found in an image.
+        queries: Objects that RT-DETR looks for in an image.
         mean: Of the pixels, by channel.
         std: Their standard deviation.
         options: Weights of the backbone, and its stochastic depth.
 
     Raises:
+        ModuleNotFoundError: If transformers is missing, for RT-DETR.
         ValueError: If there is no such architecture, or the backbone lacks features.
     """
 
-    class_layers = ("classification_head.cls_logits", "box_predictor", "mask_fcn_logits")
+    class_layers = ("classification_head.cls_logits", "box_predictor", "mask_fcn_logits", "enc_score_head", "class_embed")
 
     def __init__(
         self,
@@ -81,11 +94,13 @@ class Detector(BackboneModel):
         anchor_scale: float = 8.0,
         rois_per_image: int = 512,
         max_detections: int = 100,
+        queries: int = 300,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         **options: Any,
     ) -> None:
         super().__init__(backbone)
+        self.architecture = architecture
         shared: dict[str, Any] = {
             "min_size": (*sizes, image_size),  # torchvision tests at the last
             "max_size": max_size,
@@ -126,8 +141,13 @@ class Detector(BackboneModel):
                 for pool in (self.network.roi_heads.box_roi_pool, self.network.roi_heads.mask_roi_pool):
                     if pool is not None:
                         pool(maps, [torch.zeros(1, 4)], [(256, 256)])
+        elif architecture == "rt_detr":
+            from .rt_detr import RTDetr  # transformers takes seconds to import
+
+            transform = GeneralizedRCNNTransform(**shared)
+            self.network = RTDetr(backbone, num_classes, transform, fpn_channels, queries, max_detections, **options)
         else:
-            raise ValueError(f"no detector {architecture}, expected retinanet, faster_rcnn or mask_rcnn")
+            raise ValueError(f"no detector {architecture}, expected retinanet, faster_rcnn, mask_rcnn or rt_detr")
 
     @property
     def features(self) -> Any:
@@ -137,12 +157,12 @@ class Detector(BackboneModel):
     @property
     def masks(self) -> bool:
         """Whether it finds masks too."""
-        return isinstance(self.network, detection.MaskRCNN)
+        return self.architecture == "mask_rcnn"
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Return the losses by name in training, otherwise what is found in each image."""
         found = self.network(images, targets)
-        if self.training or not isinstance(self.network, detection.RetinaNet):
+        if self.training or self.architecture != "retinanet":
             return found
         # RetinaNet has logits for the background too, although nothing is ever labelled so.
         return [{name: value[one["labels"] > 0] for name, value in one.items()} for one in found]

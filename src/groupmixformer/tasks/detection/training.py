@@ -46,6 +46,7 @@ class DetectionModule(Task):
             "anchor_scale": settings.anchor_scale,
             "rois_per_image": settings.rois_per_image,
             "max_detections": settings.max_detections,
+            **({"queries": settings.queries} if settings.architecture == "rt_detr" else {}),
             **pixel_statistics(recipe, used_to),
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
