@@ -45,10 +45,14 @@ HEADS = [
         pytest.param(*pair, marks=pytest.mark.slow)
         for pair in (
             *itertools.product(ARCHITECTURES, BACKBONES),
-            *itertools.product(("mask_rcnn", "rt_detr"), ("swin_tiny_patch4_window7_224",)),
-            *itertools.product(("rt_detr",), BACKBONES[::2]),
+            ("mask_rcnn", "swin_tiny_patch4_window7_224"),
+            ("rt_detr", "groupmixformer_mobile"),
         )
         if pair != ("mask_rcnn", "pvt_v2_b0")
+    ),
+    *(
+        pytest.param("rt_detr", name, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+        for name in ("pvt_v2_b0", "swin_tiny_patch4_window7_224")
     ),
 ]
 FROZEN = ["--optimizer.lr", "0", "--schedule.warmup_lr", "0", "--schedule.min_lr", "0", "--optimizer.weight_decay", "0"]

@@ -21,7 +21,7 @@ from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXHAUSTIVE = {"detect.md", "onnxruntime.md", "segment.md", "torchvision.md"}
+EXHAUSTIVE = {"detect.md", "learning.md", "onnxruntime.md", "segment.md", "torchvision.md"}
 SLOW = EXHAUSTIVE | {
     "checkpoints.md",
     "compare.md",
@@ -29,7 +29,6 @@ SLOW = EXHAUSTIVE | {
     "evaluate.md",
     "explain.md",
     "export.md",
-    "learning.md",
     "lightning.md",
     "smp.md",
 }

@@ -468,7 +468,7 @@ def test_categories_of_a_detector_may_have_texts_as_ids(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+@pytest.mark.parametrize("task", ["classification", "detection", pytest.param("segmentation", marks=pytest.mark.exhaustive)])
 def test_no_field_of_config_is_taken_for_what_it_is_not(tmp_path, task):
     run = shutil.copytree(DATA / task, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
