@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupmixformer import GroupMixFormer, Run
+from groupmixformer import GroupMixFormer, Run, attention_maps
 from groupmixformer.bench import compare as comparing
 from groupmixformer.bench.beyond import CORRUPTIONS, MEASURES, cka, head_features, measure_beyond
 from groupmixformer.bench.compare import (
@@ -31,6 +31,7 @@ from groupmixformer.bench.compare import (
     train_all,
 )
 from groupmixformer.bench.comparison import cells, compare, holm, paired_bootstrap, pareto, write_comparison
+from groupmixformer.bench.faithfulness import curve, faithfulness, rank_correlation, taken_from
 from groupmixformer.bench.matching import costs, match
 from groupmixformer.bench.timing import Settings
 from groupmixformer.cli.main import main
@@ -92,7 +93,7 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
     for run in out.glob("runs/*/*"):
         assert [row["epoch"] for row in Run.open(run).metrics] == [0, 1]
     capsys.readouterr()
-    assert main([*command(photos, out), "--also", "resolution", "shift", "heads"]) == 0
+    assert main([*command(photos, out), "--also", "resolution", "shift", "heads", "faithfulness"]) == 0
     assert len(trained) == 5
     result = json.loads(capsys.readouterr().out)
 
@@ -107,6 +108,7 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
         assert row["top1_at_32"] == pytest.approx(row["top1"])  # the size of the training
         assert 0 <= row["shift_consistency"] <= 1 and "top1_at_64" in row
         assert (row["head_similarity"] is None) == ("pool" in row["model"])
+        assert ("deletion_3" in row) == ("pool" not in row["model"]) and 0 < row["insertion_relevance"] < 1
     first, second = result["models"]
     assert abs(second["macs"] / first["macs"] - 1) < 0.02 and "embed_dims" in second["matched"]
     (pair,) = result["pairs"]
@@ -234,6 +236,63 @@ def test_heads_are_those_before_the_projection(mixer, width):
             attention.aggregators.norm.bias[-2:] = 0
         assert head_features(model, torch.randn(3, 3, 32, 32))[0][:7].abs().sum() > 0
         assert head_features(model, torch.randn(3, 3, 32, 32))[0][7].abs().sum() == 0
+
+
+def test_a_map_that_points_at_what_counts_is_faithful():
+    """The class is what the second of four quarters shows: a map of it deletes at once and inserts at once."""
+    pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels[:, :, :32, 32:] = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(16, 16)  # blurred, it is all the same
+
+    def probabilities(images):
+        sure = images[:, 0, :32, 32:].std(dim=(1, 2)).mul(2).clamp(max=1)
+        return torch.stack([1 - sure, sure], dim=1)
+
+    classes = torch.ones(3, dtype=torch.int64)
+    importance = torch.arange(4.0).view(1, 2, 2).repeat(3, 1, 1)
+    right, wrong = importance.clone(), importance.clone()
+    right[:, 0, 1], wrong[:, 0, 1] = 9, -9
+    areas = {
+        (name, remove): curve(probabilities, pixels, tried, classes, remove)
+        for name, tried in (("right", right), ("wrong", wrong))
+        for remove in (True, False)
+    }
+    assert all(area.shape == (3,) for area in areas.values())
+    # Whole at the first of eleven steps, from the fourth of which (3 of 10 parts of 4 places) the first place is gone.
+    assert areas["right", True] == pytest.approx(torch.full((3,), 0.05), abs=0.02)
+    assert areas["right", False] == pytest.approx(torch.full((3,), 0.95), abs=0.02)
+    assert areas["wrong", True] == pytest.approx(torch.full((3,), 0.75), abs=0.06)
+    assert areas["wrong", False] == pytest.approx(torch.full((3,), 0.25), abs=0.06)
+
+
+def test_ranks_are_correlated_by_image():
+    x = torch.tensor([[[1.0, 2], [3, 4]], [[5, 6], [7, 8]]])
+    assert rank_correlation(x, x.exp()) == pytest.approx(1)
+    assert rank_correlation(x, torch.stack([x[0], -x[1]])) == pytest.approx(0)
+
+
+def test_maps_of_a_classifier_are_measured():
+    torch.manual_seed(0)
+    model = GroupMixFormer(embed_dims=(20, 20), depths=(1, 1), mlp_ratios=(1, 1), num_classes=3).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pixels = torch.randn(4, 3, 64, 64)
+    taken = taken_from(model, pixels, 1)
+    one_by_one = [attention_maps(model, pixels, (y, x), 1).abs() for y in range(0, 64, 8) for x in range(0, 64, 8)]
+    torch.testing.assert_close(taken, torch.stack(one_by_one).mean(0).unflatten(1, (4, 2)).mean(2))
+
+    def probabilities(images):
+        with torch.inference_mode():
+            return model(images).softmax(dim=1)
+
+    found = faithfulness(model, probabilities, pixels)
+    maps = ("1", "3", "5", "7", "relevance", "random")
+    assert set(found) == {f"{kind}_{name}" for kind in ("deletion", "insertion") for name in maps} | {
+        f"randomised_{name}" for name in maps[:4]
+    }
+    assert all(0 < found[f"{kind}_{name}"] < 1 for kind in ("deletion", "insertion") for name in maps)
+    assert all(abs(found[f"randomised_{name}"]) < 0.6 for name in maps[:4])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    other = GroupMixFormer(embed_dims=(20, 20), depths=(1, 1), mlp_ratios=(1, 1), num_classes=3, mixer="pool").eval()
+    assert set(faithfulness(other, probabilities, pixels)) == {f"{k}_{n}" for k in ("deletion", "insertion") for n in maps[4:]}
 
 
 def test_further_measures_are_made_once(made, monkeypatch):

@@ -1,4 +1,4 @@
-"""Beyond accuracy: how runs bear corruptions, shifts and other sizes of the same images; how alike heads are."""
+"""Beyond accuracy: how runs bear corruptions, shifts and other sizes; how alike heads and how faithful maps are."""
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -17,6 +17,7 @@ from ..files import read_json, to_json, write_file
 from ..models.groupmixformer import GroupMixAttention
 from ..training.recipe import Recipe
 from .compare import open_last
+from .faithfulness import faithfulness
 
 BEYOND = "beyond.json"
 MOST = 500  # held-out images that are looked at, evenly spaced
@@ -208,11 +209,22 @@ def _heads(run: Recipe) -> dict[str, float | None]:
     return {name: sum(values) / len(values) if values else None for name, values in pairs.items()}
 
 
+def _faithfulness(run: Recipe) -> dict[str, float]:
+    """Return deletion, insertion and randomised by map, of a hundred images; see `groupmixformer.bench.faithfulness`."""
+    looker = _Looker(run)
+    parts = [looker.normalised(pixels) for pixels in looker.pixels[:: max(1, len(looker.pixels) // 100)].split(BATCH)]
+    torch.manual_seed(0)  # of the random weights
+    found = [faithfulness(looker.predictor.model, looker.predictor.probabilities, part) for part in parts]
+    shares = [len(part) / sum(map(len, parts)) for part in parts]
+    return {name: sum(share * one[name] for share, one in zip(shares, found, strict=True)) for name in found[0]}
+
+
 MEASURES: dict[str, Callable[[Recipe], Mapping[str, float | None]]] = {
     "robustness": _robustness,
     "shift": _shift,
     "resolution": _resolution,
     "heads": _heads,
+    "faithfulness": _faithfulness,
 }
 
 
