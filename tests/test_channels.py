@@ -25,7 +25,7 @@ from groupmixformer.models.checkpoint import load_model, save_checkpoint
 from groupmixformer.run import Run
 from groupmixformer.tasks.backbone import open_backbone
 from groupmixformer.tasks.classification.training import create_classifier
-from groupmixformer.training.recipe import RecipeError, read_recipe
+from groupmixformer.training.recipe import Recipe, RecipeError
 
 RNG = np.random.default_rng(0)
 FIVE = RNG.integers(0, 65536, (20, 30, 5)).astype(np.uint16)  # (H, W, C)
@@ -149,7 +149,9 @@ def test_what_is_no_image_of_numbers_is_refused_by_name(tmp_path, monkeypatch):
     refused("20 x 30 x 5 numbers, expected at most 0.0021 million")
     monkeypatch.undo()
     path = saved(tmp_path / "five.tif", tifffile.imwrite, FIVE, photometric="minisblack", planarconfig="contig")
-    refused("has 5 channels, expected 3", Channels(3))
+    refused("has 5 channels, expected 3", Channels(3))  # as tifffile tells
+    saved(path, tifffile.imwrite, FIVE[..., :3].repeat(2, axis=2).astype(np.uint8), photometric="rgb")
+    refused("has 6 channels, expected 3 at most, and alpha", Channels(3))  # as Pillow does, which would leave out three
     path.write_bytes(path.read_bytes()[:200])
     refused("not a readable image")
     with pytest.raises(ValueError, match="at most"):  # an upload, whose size its head tells
@@ -186,18 +188,19 @@ def test_statistics_are_those_of_numpy(tmp_path, capsys):
 
 
 def test_fields_of_channels_are_checked_together():
-    for options, words in (
-        (["--in-chans", "4", "--mean", "[1, 2, 3]", "--std", "[1, 1, 1]"], "for 4 channels"),
-        (["--mean", "[0, 0, 0]"], "expected a number of each for 3"),
-        (["--in-chans", "2", "--mean", "[0, 0]", "--std", "[1, 0]"], "std above 0"),
-        (["--in-chans", "4", "--display-channels", "[0, 4, 1]"], "from 0 to 3"),
-        (["--in-chans", "4", "--display-channels", "[0, 1]"], "one channel or three"),
+    for fields, words in (
+        ({"in_chans": 4, "mean": [1, 2, 3], "std": [1, 1, 1]}, "for 4 channels"),
+        ({"mean": [0, 0, 0]}, "expected a number of each for 3"),
+        ({"in_chans": 2, "mean": [0, 0], "std": [1, 0]}, "std above 0"),
+        ({"in_chans": 4, "display_channels": [0, 4, 1]}, "from 0 to 3"),
+        ({"in_chans": 4, "display_channels": [0, 1]}, "one channel or three"),
+        ({"in_chans": 0}, "in_chans is 0, expected an integer from 1 to 4096"),
     ):
         with pytest.raises(RecipeError, match=words):
-            read_recipe("folder", ["--data", "x", *options])
+            Recipe(data="x", **fields)
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_first_layer_is_adapted_as_timm_does(tmp_path, randomise, count):
     sizes = {"embed_dims": (20, 30, 40, 50), "depths": (1, 1, 1, 1), "mlp_ratios": (1, 1, 1, 1)}
     save_checkpoint(randomise(GroupMixFormer(num_classes=2, **sizes)), tmp_path, ["a", "b"])
@@ -206,9 +209,7 @@ def test_a_first_layer_is_adapted_as_timm_does(tmp_path, randomise, count):
     expected = timm.create_model(
         "groupmixformer_mobile", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=count, num_classes=2, **sizes
     ).state_dict()
-    options = ["--data", "x", "--checkpoint", str(tmp_path), "--in-chans", str(count)]
-    recipe = read_recipe("folder", options)
-    made = create_classifier(recipe, ["a", "b"])
+    made = create_classifier(Recipe("x", checkpoint=str(tmp_path), in_chans=count), ["a", "b"])
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     stem = expected["stem.conv1.weight"]
@@ -219,14 +220,11 @@ def test_a_first_layer_is_adapted_as_timm_does(tmp_path, randomise, count):
     # One for as many channels is taken as it is, and another is refused.
     made.pretrained_cfg = source.pretrained_cfg
     save_checkpoint(made, tmp_path / "own", ["a", "b"])
-    again = create_classifier(
-        read_recipe("folder", ["--data", "x", "--checkpoint", str(tmp_path / "own"), *options[4:]]), ["a", "b"]
-    )
+    own = str(tmp_path / "own")
+    again = create_classifier(Recipe("x", checkpoint=own, in_chans=count), ["a", "b"])
     assert torch.equal(again.state_dict()["stem.conv1.weight"], stem)
     with pytest.raises(ValueError, match=f"is made for {count} channels, and cannot be adapted to in_chans 5"):
-        create_classifier(
-            read_recipe("folder", ["--data", "x", "--checkpoint", str(tmp_path / "own"), "--in-chans", "5"]), ["a", "b"]
-        )
+        create_classifier(Recipe("x", checkpoint=own, in_chans=5), ["a", "b"])
 
 
 def gmf(*argv):
@@ -305,7 +303,8 @@ def test_a_class_that_the_fourth_channel_alone_tells_is_learnt_and_used(tmp_path
 
 
 @pytest.mark.slow
-def test_a_groupmixformer_of_four_channels_is_explained_and_exported(tmp_path, randomise):
+@pytest.mark.parametrize("form", ["pt2", pytest.param("onnx", marks=pytest.mark.exhaustive)])
+def test_a_groupmixformer_of_four_channels_is_explained_and_exported(tmp_path, randomise, form):
     sizes = {"embed_dims": (20, 30), "depths": (1, 1), "mlp_ratios": (1, 1)}
     model = randomise(GroupMixFormer(num_classes=2, in_chans=4, **sizes))
     statistics = {"input_size": (4, 64, 64), "mean": [0.4] * 4, "std": [0.2] * 4, "display_channels": [3, 0, 1]}
@@ -314,7 +313,7 @@ def test_a_groupmixformer_of_four_channels_is_explained_and_exported(tmp_path, r
     explained = run.explain(image, [(20, 30)], device="cpu")
     arrays = np.load(io.BytesIO(explained.files["-explained.npz"]))
     assert arrays["image"].shape == (64, 64, 3) and 60 < arrays["image"].mean() < 200
-    written = run.export("onnx", tmp_path / "run.onnx")
+    written = run.export(form, tmp_path / f"run.{form}")
     assert json.loads(written["metadata"]["input_size"]) == [4, 64, 64] and "RGB" not in written["metadata"]["layout"]
     assert max(written["errors"].values()) < 1e-4
     with pytest.raises(ValueError, match="got 4 channels"):

@@ -228,9 +228,10 @@ class Channels:
                 samples, extra = tags.get(ExifTags.Base.SamplesPerPixel, 1), tags.get(EXTRA_SAMPLES, ())
                 pages = getattr(image, "n_frames", 1) if samples == 1 else 1
                 alpha = 0 not in np.ravel(extra)
-                if self.count in (0, 3):
-                    several = samples == 4 and not alpha and image.mode != "CMYK"
-                    return bool(samples > 4 or (self.count == 0 and (several or pages > 1)))
+                if self.count == 3:
+                    return False
+                if self.count == 0:
+                    return bool(samples > 4 or (samples == 4 and not alpha and image.mode != "CMYK") or pages > 1)
                 return samples > 1 or (pages > 1 and self.count > 1) or is_deep(image) or image.mode not in ("1", "L")
         except ValueError:  # Pillow knows no such TIFF
             return path.is_file() and (self.count not in (0, 3) or find_spec("tifffile") is not None)

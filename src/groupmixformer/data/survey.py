@@ -64,7 +64,7 @@ def look_at(path: Path) -> Look:
         size, _ = ANY.sizes(path)
         if path.suffix.lower() in (*ARRAY_SUFFIXES, *TIFF_SUFFIXES) and isinstance(image := ANY.read(path), ChannelImage):
             form, count = path.suffix[1:].upper(), channels_of(image)
-            kind = f"{count} channel{'s' * (count != 1)}, {image.pixels.dtype}"
+            kind = f"{count}-channel {image.pixels.dtype}"
         else:
             with Image.open(path) as opened:
                 kind, form, count = CHANNELS.get(opened.mode, opened.mode), str(opened.format), 3
