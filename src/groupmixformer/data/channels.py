@@ -194,7 +194,10 @@ class Channels:
             raise ValueError(f"{name}: holds {pixels.dtype}, expected numbers: bool, whole or floating-point")
         image = ChannelImage(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), self.display)
         self.check(image, name)
-        check_size(image.size)
+        try:
+            check_size(image.size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         if pixels.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 wrong = ~np.isfinite(pixels.astype(np.float32)).reshape(-1, pixels.shape[2])
@@ -205,10 +208,10 @@ class Channels:
 
     def _last(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         """Return an array with its channels as the last axis."""
+        if array.ndim not in (2, 3) or not array.size:
+            raise ValueError(f"{name}: has the shape {array.shape}, expected (H, W), (H, W, C) or (C, H, W)")
         if array.ndim == 2:
             return array[..., None]
-        if array.ndim != 3 or not array.size:
-            raise ValueError(f"{name}: has the shape {array.shape}, expected (H, W), (H, W, C) or (C, H, W)")
         ends = (array.shape[0], array.shape[2])
         fits = [end == (self.count or min(ends)) for end in ends]
         first = self.first if self.first is not None else fits[0]
