@@ -142,7 +142,7 @@ def test_the_recipe_of_an_old_run_is_read_whole(task):
     assert run.task == recipe.task == task
     old = yaml.safe_load((DATA / task / "recipe.yaml").read_text())
     since = {"val_share", "folds", "fold", "threads", "balance", "distill", "adapter", "loggers", "loss", "elastic"}
-    since |= {"in_chans", "mean", "std", "display_channels", "channels_first", "detector.queries"}
+    since |= {"in_chans", "mean", "std", "display_channels", "channels_first", "detector.queries", "segmenter.queries"}
     kept = [name for name, _ in flat(fields_of(recipe)) if not {name, name.partition(".")[0]} & since]
     assert len(kept) == len(list(flat(old)))
     assert (recipe.grad_accum_steps, recipe.max_unreadable, recipe.max_skipped_steps) == (2, 0.01, 5)

@@ -105,6 +105,21 @@ def take_any_size(features: nn.Module) -> nn.Module:
     return features
 
 
+class Features(nn.Module):
+    """The maps of a backbone, of the given strides."""
+
+    def __init__(self, backbone: Backbone, strides: Sequence[int], **options: Any) -> None:
+        super().__init__()
+        options = {**backbone.options(**options), "out_indices": backbone.indices(strides)}
+        self.body: Any = take_any_size(timm.create_model(backbone.name, **options))
+        self.permuted = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # as Swin's are
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """From images (B, C, H, W) to maps (B, C, h, w), the finest first."""
+        features: list[Tensor] = self.body(images)
+        return [feature.permute(0, 3, 1, 2) for feature in features] if self.permuted else features
+
+
 class BackboneModel(nn.Module):
     """A network whose first part is a backbone of timm; `features` gives it.
 

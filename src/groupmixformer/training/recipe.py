@@ -268,16 +268,17 @@ class DetectorSettings(_Checked):
 
 @dataclass
 class SegmenterSettings(_Checked):
-    """A decoder of segmentation_models_pytorch over a backbone of timm, and what is done to its images.
+    """A decoder of segmentation_models_pytorch, or Mask2Former, over a backbone of timm, and what is done to its images.
 
     Args:
-        decoder: upernet, fpn, or another of segmentation_models_pytorch by its name.
-        channels: Width of upernet and fpn; none for the library's.
+        decoder: upernet, fpn, or another of segmentation_models_pytorch by its name, or mask2former.
+        channels: Width of upernet, fpn and mask2former; none for the library's.
         aux_loss_weight: Weight of the loss of a second head on the features of stride 16, for training only; 0 for no head.
         scale: Range of the shorter side of a training image in parts of image_size, before a square of that size is cut out.
         hflip: Probability of a horizontal flip.
         photometric: Change brightness, contrast, saturation and hue at random.
         freeze_bn: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
+        queries: Regions that mask2former looks for.
     """
 
     decoder: str = "upernet"
@@ -287,6 +288,7 @@ class SegmenterSettings(_Checked):
     hflip: float = 0.5
     photometric: bool = True
     freeze_bn: bool = False
+    queries: int = 100
 
 
 @dataclass

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -19,22 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from ...files import Fields
 from ...run_folder import CONFIG, RunFolder
-from ..backbone import Backbone, BackboneModel, load_network, take_any_size
-
-
-class Features(nn.Module):
-    """The maps of a backbone, of the given strides."""
-
-    def __init__(self, backbone: Backbone, strides: Sequence[int], **options: Any) -> None:
-        super().__init__()
-        options = {**backbone.options(**options), "out_indices": backbone.indices(strides)}
-        self.body: Any = take_any_size(timm.create_model(backbone.name, **options))
-        self.permuted = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # as Swin's are
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """From images (B, C, H, W) to maps (B, C, h, w), the finest first."""
-        features: list[Tensor] = self.body(images)
-        return [feature.permute(0, 3, 1, 2) for feature in features] if self.permuted else features
+from ..backbone import Backbone, BackboneModel, Features, load_network
 
 
 class Pyramid(Features):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_convert
 
-from ..backbone import Backbone
-from .model import Features
+from ..backbone import Backbone, Features
 
 STRIDES = (8, 16, 32)
 LOSSES = ("loss_vfl", "loss_bbox", "loss_giou")  # each of all layers of the decoder, the encoder's proposals and denoising

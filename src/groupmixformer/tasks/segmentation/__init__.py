@@ -71,6 +71,8 @@ labels = segment(model, model.prepare(image), (image.height, image.width)).argma
         from .model import load_segmenter
 
         segmenter, stored = load_segmenter(run)
+        if segmenter.by_queries:
+            raise ValueError(f"{run.source}: Mask2Former cannot be exported yet: export a segmenter with upernet or fpn")
         pools = any(getattr(module, "output_size", 1) not in (1, (1, 1)) for module in segmenter.modules())
         if format == "openvino" or (format == "onnx" and pools):  # UPerNet averages over grids of fixed size
             what = "a decoder that pools to a grid, such as UPerNet's" if format == "onnx" else "a segmenter"

@@ -1,4 +1,4 @@
-"""Semantic segmentation: decoders of segmentation_models_pytorch over a backbone of timm."""
+"""Semantic segmentation: decoders of segmentation_models_pytorch, and Mask2Former, over a backbone of timm."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -44,19 +44,22 @@ class Segmenter(BackboneModel):
     Args:
         backbone: With features of strides 4 to 32.
         num_classes: Number of classes.
-        decoder: upernet (Xiao et al., 2018), fpn (Kirillov et al., 2019) or another of segmentation_models_pytorch.
-        channels: Width of upernet and fpn; none for the library's.
-        auxiliary: Whether there is a second head.
+        decoder: upernet (Xiao et al., 2018), fpn (Kirillov et al., 2019) or another of segmentation_models_pytorch, or
+            mask2former (Cheng et al., 2022), as transformers has it.
+        channels: Width of upernet, fpn and mask2former; none for the library's.
+        auxiliary: Whether there is a second head; mask2former has losses of its own.
         image_size: Shorter side to which `prepare` resizes images.
         mean: Of the pixels, by channel.
         std: Their standard deviation.
+        queries: Regions that mask2former looks for.
         options: Weights of the backbone, and its stochastic depth.
 
     Raises:
+        ModuleNotFoundError: If transformers is missing, for mask2former.
         ValueError: If there is no such decoder, or the backbone does not fit it.
     """
 
-    class_layers = ("segmentation_head.", "auxiliary.4.")
+    class_layers = ("segmentation_head.", "auxiliary.4.", "class_predictor", "criterion.")
 
     def __init__(
         self,
@@ -68,12 +71,19 @@ class Segmenter(BackboneModel):
         auxiliary: bool = True,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        queries: int = 100,
         **options: Any,
     ) -> None:
         super().__init__(backbone)
         self.num_classes, self.image_size = num_classes, image_size
         self.mean, self.std = list(mean), list(std)
-        known = list(smp.MODEL_ARCHITECTURES_MAPPING)
+        self.by_queries, self.auxiliary = decoder == "mask2former", None
+        if self.by_queries:
+            from .mask2former import Mask2Former  # transformers takes seconds to import
+
+            self.network: Any = Mask2Former(backbone, num_classes, channels or 256, queries, **options)
+            return
+        known = [*smp.MODEL_ARCHITECTURES_MAPPING, "mask2former"]
         if decoder not in known:
             near = get_close_matches(decoder, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"no decoder {decoder}, expected one of {', '.join(known)}: the nearest is {near}")
@@ -83,7 +93,7 @@ class Segmenter(BackboneModel):
         del made["features_only"]  # the library says that itself
         width = _width(decoder, channels)
         try:
-            self.network: Any = smp.create_model(
+            self.network = smp.create_model(
                 decoder,
                 f"tu-{backbone.name}",
                 encoder_weights=weights,
@@ -104,22 +114,35 @@ class Segmenter(BackboneModel):
     @property
     def features(self) -> Any:
         """The features of timm's model."""
-        return self.network.encoder.model
+        return self.network.encoder.body if self.by_queries else self.network.encoder.model
 
     def prepare(self, image: AnyImage) -> Tensor:
         """From an image to a tensor (C, h, w), its shorter side resized, normalised."""
         return prepare_image(image, self.image_size, self.mean, self.std)
 
     def forward(self, images: Tensor) -> Any:
-        """Return the logits, in training with those of the second head, if there is one."""
+        """Return the logits, in training with those of the second head, if there is one.
+
+        Of mask2former they are the logarithm of each class's score, so that a softmax gives its share.
+        """
         height, width = images.shape[-2:]
-        padded = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+        padded = _filled(images)
         if self.auxiliary is None or not self.training:
             return self.network(padded)[..., :height, :width]
         features = self.network.encoder(padded)
         logits = self.network.segmentation_head(self.network.decoder(features))
         second = F.interpolate(self.auxiliary(features[4]), padded.shape[-2:], mode="bilinear")
         return logits[..., :height, :width], second[..., :height, :width]
+
+    def loss_by_queries(self, images: Tensor, labels: Tensor, ignore: int) -> Tensor:
+        """Return mask2former's loss of images (B, C, H, W) with labels (B, H, W), of which `ignore` has no class."""
+        loss: Tensor = self.network.loss(_filled(images), _filled(labels, ignore), ignore)
+        return loss
+
+
+def _filled(maps: Tensor, value: float = 0) -> Tensor:
+    """Fill up the sides of maps (..., H, W) to multiples of `STRIDE`."""
+    return F.pad(maps, (0, -maps.shape[-1] % STRIDE, 0, -maps.shape[-2] % STRIDE), value=value)
 
 
 def prepare_image(image: AnyImage, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -53,6 +53,7 @@ class SegmentationModule(Task):
             "decoder": settings.decoder,
             "channels": settings.channels,
             "auxiliary": settings.aux_loss_weight > 0,
+            **({"queries": settings.queries} if settings.decoder == "mask2former" else {}),
             "image_size": recipe.image_size,
             **colors,
         }
@@ -72,9 +73,16 @@ class SegmentationModule(Task):
         self.val_images = SumMetric()
 
     def training_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of images (B, C, H, W), labels (B, H, W) and problems: cross entropy of the pixels."""
+        """Return the loss of a batch of images (B, C, H, W), labels (B, H, W) and problems: cross entropy of the pixels.
+
+        Of mask2former it is its own.
+        """
         images, labels, problems = batch
         self.note_unreadable(problems)
+        if self.recipe.segmenter.decoder == "mask2former":
+            loss: Tensor = self.model.loss_by_queries(images, labels, IGNORE)
+            self.log_loss(loss, len(images))
+            return loss
         outputs = self.model(images)
         main, *second = outputs if isinstance(outputs, tuple) else (outputs,)
         counted = (labels != IGNORE).sum().clamp(min=1)  # a batch may hold nothing to learn from
