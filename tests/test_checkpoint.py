@@ -335,32 +335,37 @@ def test_folder_of_another_network(tmp_path):
 
 
 @pytest.fixture
-def adapted(tmp_path, small):
+def tiny(randomise):
+    return randomise(GroupMixFormer(embed_dims=(10,), depths=(1,), mlp_ratios=(1,), num_classes=6)).eval()
+
+
+@pytest.fixture
+def adapted(tmp_path, tiny):
     """Writes the run of a classifier for other classes than its base, which lies beside it, and returns what it should be."""
     base, run = tmp_path / "base", tmp_path / "run"
-    save_checkpoint(small, base, list("abcdef"), {"mean": (0.5, 0.4, 0.3)})
+    save_checkpoint(tiny, base, list("abcdef"), {"mean": (0.5, 0.4, 0.3)})
     stored = {"source": str(base), "checksum": checksum(load_checkpoint(base).state_dict())}
 
     def write(kind):
-        small.reset_classifier(4)
-        add_adapters(small, {"kind": kind, "rank": 2, "alpha": None, "targets": ["qkv"], "base": stored})
-        for name in sorted(trained_names(small)):
-            torch.nn.init.normal_(small.get_parameter(name), std=0.2)
-        small.pretrained_cfg = {**load_checkpoint(base).pretrained_cfg, "problem_type": "multi_label_classification"}
-        save_checkpoint(small.eval(), run, list("stuv"), {"crop_pct": 0.9})
+        tiny.reset_classifier(4)
+        add_adapters(tiny, {"kind": kind, "rank": 2, "alpha": None, "targets": ["qkv"], "base": stored})
+        for name in sorted(trained_names(tiny)):
+            torch.nn.init.normal_(tiny.get_parameter(name), std=0.2)
+        tiny.pretrained_cfg = {**load_checkpoint(base).pretrained_cfg, "problem_type": "multi_label_classification"}
+        save_checkpoint(tiny.eval(), run, list("stuv"), {"crop_pct": 0.9})
         config = json.loads((run / "config.json").read_text())
         assert config["adapter"]["base"] == {**stored, "path": "../base"}
-        assert safetensors.torch.load_file(run / "model.safetensors").keys() == trained_names(small)
+        assert safetensors.torch.load_file(run / "model.safetensors").keys() == trained_names(tiny)
         return run, config
 
     return write
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "linear_probe"])
-def test_folder_of_adapters_and_its_base(adapted, small, kind):
+def test_folder_of_adapters_and_its_base(adapted, tiny, kind):
     run, config = adapted(kind)
     loaded = load_checkpoint(run)
-    assert_same_model(loaded, small)
+    assert_same_model(loaded, tiny)
     assert getattr(loaded, "adapter", {}).keys() == ({"kind", "rank", "alpha", "targets"} if kind == "adaptformer" else set())
     cfg = loaded.pretrained_cfg
     assert (cfg["label_names"], cfg["crop_pct"], tuple(cfg["mean"])) == (list("stuv"), 0.9, (0.5, 0.4, 0.3))
@@ -371,16 +376,16 @@ def test_folder_of_adapters_and_its_base(adapted, small, kind):
     assert "label_names" not in cfg and cfg["problem_type"] == "single_label_classification"
     del config["adapter"]["base"]["path"]
     (run / "config.json").write_text(json.dumps(config))
-    assert_same_model(load_checkpoint(run), small)
+    assert_same_model(load_checkpoint(run), tiny)
     run.with_name("base").rename(run.with_name("other"))
     assert_fails(run, rf"its base .*base \(checksum \w+\) is not at {run.with_name('base')}: put it there", FileNotFoundError)
 
 
-def test_folder_of_lora_is_merged_into_its_base(adapted, small):
+def test_folder_of_lora_is_merged_into_its_base(adapted, tiny):
     run, config = adapted("linear_probe")
     tensors = safetensors.torch.load_file(run / "model.safetensors")
-    for name in [name for name in small.state_dict() if name.endswith("qkv.weight")]:
-        weight = small.get_parameter(name)
+    for name in [name for name in tiny.state_dict() if name.endswith("qkv.weight")]:
+        weight = tiny.get_parameter(name)
         up, down = torch.randn(len(weight), 2), torch.randn(2, weight.shape[1])
         layer = name.removesuffix("weight")
         tensors |= {f"{layer}lora_A.default.weight": down, f"{layer}lora_B.default.weight": up}
@@ -388,7 +393,7 @@ def test_folder_of_lora_is_merged_into_its_base(adapted, small):
     safetensors.torch.save_file(tensors, run / "model.safetensors")
     config["adapter"]["kind"] = "lora"
     (run / "config.json").write_text(json.dumps(config))
-    assert_same_model(load_checkpoint(run), small)
+    assert_same_model(load_checkpoint(run), tiny)
 
 
 def test_wrong_adapters(adapted):
