@@ -235,7 +235,8 @@ def attempt_two_processes(rng):
             time.sleep(0.01)
         victim = process.pid
         if process.poll() is None:
-            victim = sorted(both)[rng.integers(len(both))]
+            running = sorted(filter(alive, both))  # what a library started has ended
+            victim = running[rng.integers(len(running))]
             os.kill(victim, signal.SIGKILL)
         elif process.returncode == 0:
             break
