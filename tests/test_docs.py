@@ -21,11 +21,10 @@ from groupmixformer.models.groupmixformer import checkpoint_filter_fn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXHAUSTIVE = {"detect.md", "learning.md", "onnxruntime.md", "segment.md", "torchvision.md"}
+EXHAUSTIVE = {"data.md", "detect.md", "learning.md", "onnxruntime.md", "segment.md", "torchvision.md"}
 SLOW = EXHAUSTIVE | {
     "checkpoints.md",
     "compare.md",
-    "data.md",
     "evaluate.md",
     "explain.md",
     "export.md",
