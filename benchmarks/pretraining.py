@@ -2,16 +2,16 @@
 
     python benchmarks/pretraining.py --data ../shared/data/imagenette160 --method simmim --out runs/pretraining
 
-For each seed: pre-training on all images of train/, whose folders it does not know; then the recipe finetune on --labels images
-of each class, others for each seed, from that checkpoint and from random weights, everything else equal. Top-1 of the last
-epoch on val/.
-Given again, it continues: finished runs are read, begun ones resumed. CPU times are of what was done in this call.
+Pre-training on all images of train/, whose folders it does not know; then, for each seed, the recipe finetune on --labels
+images of each class, others for each seed, from that checkpoint and from random weights, everything else equal. Top-1 of the
+last epoch on val/. Given again, it continues: finished runs are read, begun ones resumed.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from datetime import date
@@ -42,53 +42,42 @@ def few_labels(data, folder, labels, seed):
 
 
 def train(words, out):
-    """Train a run unless it is there; return its rows of metrics, the command, and the processor time."""
-    command, seconds = ["train", *words, "--out", str(out)], time.process_time()
+    """Train a run unless it is there; return its command, the processor time, and losses and accuracies by epoch."""
+    command, spent = ["train", *words, "--out", str(out)], out / "cpu_seconds.txt"  # those of earlier calls included
     if not (out / REPORT).is_file():
-        with contextlib.redirect_stdout(sys.stderr):
-            code = main([*command, "--auto-resume"])
+        before, begun = float(spent.read_text()) if spent.exists() else 0.0, time.process_time()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                code = main([*command, "--auto-resume"])
+        finally:
+            spent.write_text(f"{before + time.process_time() - begun:.1f}")
         if code:
             sys.exit(code)
-    return read_metrics(out), f"gmf {' '.join(command)}", round(time.process_time() - seconds, 1)
+    metrics = [{name: v for name, v in row.items() if name == "loss" or name.startswith("val_")} for row in read_metrics(out)]
+    return {"command": shlex.join(["gmf", *command]), "cpu_seconds": float(spent.read_text()), "metrics": metrics}
 
 
 def run(options):
-    place = Path(options.out)
+    place, rows = Path(options.out), []
     pretrain = ["pretrain", "--data", options.data, *COMMON, "--batch-size", "32", "--epochs", str(options.pretrain_epochs)]
-    pretrain += [
-        "--pretrain.method",
-        options.method,
-        "--pretrain.mask-patch",
-        "16",
-        "--pretrain.local-crops",
-        "0",
-        "--pretrain.momentum",
-        "0.99",
-    ]
-    pretrain += ["--pretrain.outputs", "1024", "--schedule.warmup-epochs", "1"]
-    rows = []
+    pretrain += ["--pretrain.method", options.method, "--pretrain.mask-patch", "16", "--pretrain.local-crops", "0"]
+    pretrain += ["--pretrain.outputs", "1024", "--pretrain.momentum", "0.99", "--schedule.warmup-epochs", "1"]
+    start = place / f"{options.method}-0"
+    begun = train([*pretrain, "--model-options", NETWORK, "--seed", "0"], start)
+    starts = {options.method: ["--checkpoint", str(start)], "random": ["--checkpoint", "null", "--model-options", NETWORK]}
     for seed in options.seeds:
         few = few_labels(Path(options.data), place / f"labels-{options.labels}-{seed}", options.labels, seed)
-        before, after = place / f"{options.method}-{seed}", ["--patience", "null", "--batch-size", "20", "--seed", str(seed)]
-        _, first, spent = train([*pretrain, "--model-options", NETWORK, "--seed", str(seed)], before)
-        after += ["--data", str(few), *COMMON, "--epochs", str(options.epochs)]
-        starts = {options.method: ["--checkpoint", str(before)], "random": ["--checkpoint", "null", "--model-options", NETWORK]}
-        row = {"seed": seed, "pretraining": {"command": first, "cpu_seconds": spent}}
-        for name, start in starts.items():
-            found, command, spent = train(["finetune", *start, *after], place / f"{name}-{options.labels}-{seed}-tuned")
-            top1 = [epoch["val_top1"] for epoch in found]
-            row[name] = {"top1": top1[-1], "best": max(top1), "command": command, "cpu_seconds": spent}
+        tune = ["--patience", "null", "--batch-size", "20", "--seed", str(seed), "--data", str(few), *COMMON]
+        tune += ["--epochs", str(options.epochs)]
+        row = {"seed": seed}
+        for name, weights in starts.items():
+            found = train(["finetune", *weights, *tune], place / f"{name}-{options.labels}-{seed}-tuned")
+            row[name] = {"top1": found["metrics"][-1]["val_top1"], **found}
         rows.append(row)
         print(json.dumps({name: row[name]["top1"] for name in starts} | {"seed": seed}), file=sys.stderr, flush=True)
         means = {name: float(np.mean([row[name]["top1"] for row in rows])) for name in starts}
-        result = {
-            "date": str(date.today()),
-            "torch": torch.__version__,
-            "labels": options.labels,
-            "mean_top1": means,
-            "runs": rows,
-        }
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        about = {"date": str(date.today()), "torch": torch.__version__, "labels": options.labels, "mean_top1": means}
+        Path(options.json).write_text(json.dumps(about | {"pretraining": begun, "runs": rows}, indent=1) + "\n")
     print(json.dumps(means))
 
 
