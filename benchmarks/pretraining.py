@@ -1,14 +1,15 @@
 """Fine-tuning with few labels from a checkpoint that was pre-trained without any, beside random weights, in equal steps.
 
-    python benchmarks/pretraining.py --data ../shared/data/imagenette160 --method simmim --out runs/pretraining
+    python benchmarks/pretraining.py --data ../shared/data/imagenette160 --methods simmim dino --out runs/pretraining
 
-Pre-training on all images of train/, whose folders it does not know; then, for each seed, the recipe finetune on --labels
-images of each class, others for each seed, from that checkpoint and from random weights, everything else equal. Top-1 of the
-last epoch on val/. Given again, it continues: finished runs are read, begun ones resumed.
+Pre-training on all images of train/, whose folders it does not know; then, for each length and seed, the recipe finetune on
+--labels images of each class, others for each seed, from these checkpoints and from random weights, everything else equal.
+Top-1 of the last epoch on val/. Given again, it continues: finished runs are read, begun ones resumed.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from groupmixformer.run_folder import REPORT, read_metrics
 
 NETWORK = "{embed_dims: [20, 40, 80, 80], depths: [1, 1, 2, 1], mlp_ratios: [4, 4, 4, 4]}"
 COMMON = ["--image-size", "64", "--workers", "0", "--threads", "1", "--device", "cpu", "--loggers", "[]"]
+EPOCHS = {"simmim": 16, "dino": 10}  # of pre-training
 
 
 def few_labels(data, folder, labels, seed):
@@ -58,36 +60,33 @@ def train(words, out):
 
 
 def run(options):
-    place, rows = Path(options.out), []
-    pretrain = ["pretrain", "--data", options.data, *COMMON, "--batch-size", "32", "--epochs", str(options.pretrain_epochs)]
-    pretrain += ["--pretrain.method", options.method, "--pretrain.mask-patch", "16", "--pretrain.local-crops", "0"]
-    pretrain += ["--pretrain.outputs", "1024", "--pretrain.momentum", "0.99", "--schedule.warmup-epochs", "1"]
-    start = place / f"{options.method}-0"
-    begun = train([*pretrain, "--model-options", NETWORK, "--seed", "0"], start)
-    starts = {options.method: ["--checkpoint", str(start)], "random": ["--checkpoint", "null", "--model-options", NETWORK]}
-    for seed in options.seeds:
+    place, rows, begun = Path(options.out), [], {}
+    starts = {"random": ["--checkpoint", "null", "--model-options", NETWORK]}
+    for method in options.methods:
+        words = ["pretrain", "--data", options.data, *COMMON, "--batch-size", "32", "--epochs", str(EPOCHS[method])]
+        words += ["--pretrain.method", method, "--pretrain.mask-patch", "16", "--pretrain.local-crops", "0"]
+        words += ["--pretrain.outputs", "1024", "--pretrain.momentum", "0.99", "--schedule.warmup-epochs", "1"]
+        begun[method] = train([*words, "--model-options", NETWORK, "--seed", "0"], place / f"{method}-0")
+        starts[method] = ["--checkpoint", str(place / f"{method}-0")]
+    for epochs, seed, name in itertools.product(options.epochs, options.seeds, starts):
         few = few_labels(Path(options.data), place / f"labels-{options.labels}-{seed}", options.labels, seed)
-        tune = ["--patience", "null", "--batch-size", "20", "--seed", str(seed), "--data", str(few), *COMMON]
-        tune += ["--epochs", str(options.epochs)]
-        row = {"seed": seed}
-        for name, weights in starts.items():
-            found = train(["finetune", *weights, *tune], place / f"{name}-{options.labels}-{seed}-tuned")
-            row[name] = {"top1": found["metrics"][-1]["val_top1"], **found}
-        rows.append(row)
-        print(json.dumps({name: row[name]["top1"] for name in starts} | {"seed": seed}), file=sys.stderr, flush=True)
-        means = {name: float(np.mean([row[name]["top1"] for row in rows])) for name in starts}
-        about = {"date": str(date.today()), "torch": torch.__version__, "labels": options.labels, "mean_top1": means}
+        words = ["finetune", *starts[name], "--patience", "null", "--batch-size", "20", "--seed", str(seed), "--data", str(few)]
+        found = train([*words, *COMMON, "--epochs", str(epochs)], place / f"{name}-{options.labels}-{seed}-{epochs}")
+        rows.append({"start": name, "epochs": epochs, "seed": seed, "top1": found["metrics"][-1]["val_top1"], **found})
+        print(*(rows[-1][key] for key in ("start", "epochs", "seed", "top1")), file=sys.stderr, flush=True)
+        about = {"date": str(date.today()), "torch": torch.__version__, "labels": options.labels}
         Path(options.json).write_text(json.dumps(about | {"pretraining": begun, "runs": rows}, indent=1) + "\n")
-    print(json.dumps(means))
+    for epochs, name in itertools.product(options.epochs, starts):
+        found = [100 * row["top1"] for row in rows if (row["start"], row["epochs"]) == (name, epochs)]
+        print(f"{epochs:3} epochs from {name:7} {np.mean(found):.1f} % ({', '.join(f'{one:.1f}' for one in found)})")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--method", choices=("simmim", "dino"), default="simmim")
+    parser.add_argument("--methods", choices=tuple(EPOCHS), nargs="+", default=list(EPOCHS))
     parser.add_argument("--labels", type=int, default=20, help="of each class")
-    parser.add_argument("--pretrain-epochs", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[5, 20], help="of fine-tuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default="runs/pretraining")
     parser.add_argument("--json", default="pretraining.json")
