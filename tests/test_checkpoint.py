@@ -379,6 +379,9 @@ def test_folder_of_adapters_and_its_base(adapted, tiny, kind):
     assert_same_model(load_checkpoint(run), tiny)
     run.with_name("base").rename(run.with_name("other"))
     assert_fails(run, rf"its base .*base \(checksum \w+\) is not at {run.with_name('base')}: put it there", FileNotFoundError)
+    config["adapter"]["base"] |= {"source": "x\ny", "path": "../r\n"}  # names that a terminal would take for two lines
+    (run / "config.json").write_text(json.dumps(config))
+    assert_fails(run, r"its base x\\ny \(checksum \w+\) is not at .*/\.\./r\\n: put it there", FileNotFoundError)
 
 
 def test_folder_of_lora_is_merged_into_its_base(adapted, tiny):
@@ -403,7 +406,7 @@ def test_wrong_adapters(adapted):
         ({"kind": "lora"}, "its tensors are not those of lora and a classifier"),
         ({"kind": "linear_probe"}, "its tensors are not those of linear_probe and a classifier"),
         ({"rank": 3}, "cannot be loaded: .*size mismatch"),
-        ({"checksum": "1"}, "its base .*base has the checksum .*, expected 1: it is another model"),
+        ({"checksum": "1\n"}, r"its base .*base has the checksum .*, expected 1\\n: it is another model"),
         ({"path": "."}, "its base .*run needs a base itself"),
     ]
     for change, message in refusals:

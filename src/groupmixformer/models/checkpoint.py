@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from ..files import atomic_write, to_json
+from ..files import atomic_write, printable, to_json
 from ..released import find_weights
 from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from ..weights import checksum, write_tensors
@@ -193,23 +193,24 @@ def _load_adapted(run: RunFolder) -> Any:
     if (base := adapter.get("base")) is None:
         raise ValueError(f"{run.path / CONFIG}: adapter has no base, which only a GroupMixFormer with adaptformer does without")
     places = [*([run.path / base["path"]] if "path" in base else []), base["source"]]
+    wanted, expected = printable(base["source"]), printable(base["checksum"])
     for place in places:
         try:
             source = RunFolder(place)
             if "base" in source.config.get("adapter", {}):
-                raise ValueError(f"{run.path}: its base {place} needs a base itself")
+                raise ValueError(f"{run.path}: its base {printable(str(place))} needs a base itself")
             model = load_model(source)
         except FileNotFoundError:
             continue
         break
     else:
         raise FileNotFoundError(
-            f"{run.path}: its base {base['source']} (checksum {base['checksum']}) is not at {places[0]}: put it there, or name "
-            f"its place as source under adapter, base in {run.path / CONFIG}"
+            f"{run.path}: its base {wanted} (checksum {expected}) is not at {printable(str(places[0]))}: put it there, or "
+            f"name its place as source under adapter, base in {run.path / CONFIG}"
         )
     if (found := checksum(model.state_dict())) != base["checksum"]:
         raise ValueError(
-            f"{run.path}: its base {place} has the checksum {found}, expected {base['checksum']}: it is another model"
+            f"{run.path}: its base {printable(str(place))} has the checksum {found}, expected {expected}: it is another model"
         )
     tensors = run.read_weights()
     try:
