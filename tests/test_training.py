@@ -199,7 +199,8 @@ def test_randaugment_never_fails(photos, policy):
 
 def test_posterize_without_bits_gives_black(photos):
     transform = classification_transform(Augmentation(auto_augment="rand-m10-n1"), CONFIG)
-    (operations,) = [step.ops for step in transform.transforms if hasattr(step, "ops")]
+    of_colours, _, _ = transform.args
+    (operations,) = [step.ops for step in of_colours.transforms if hasattr(step, "ops")]
     (posterize,) = [operation for operation in operations if operation.name == "Posterize"]
     white = Image.new("RGB", (4, 3), "white")
     posterize.prob = 1.0
@@ -665,10 +666,13 @@ def test_the_published_recipe_makes_what_it_says():
         "input_size": (3, 224, 224),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "display_channels": None,
+        "channels_first": None,
     }
-    erasing = task.loaders.train.transform.transforms[-1]
+    of_colours, _, _ = task.loaders.train.transform.args
+    erasing = of_colours.transforms[-1]
     assert (type(erasing).__name__, erasing.probability, erasing.mode) == ("RandomErasing", 0.25, "pixel")
     test = "\n".join(str(step) for step in task.loaders.held_out.transform.transforms)
     assert "Resize(size=256, interpolation=bicubic" in test

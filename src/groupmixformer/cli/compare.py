@@ -46,7 +46,9 @@ def compare(
     epochs: Works[Positive | None] = None,
     seeds: Works[Positive] = 3,
     match: Works[Literal["none", "macs", "parameters"]] = "none",
-    also: Works[Sequence[Literal["robustness", "shift", "resolution", "heads", "faithfulness"]]] = (),
+    also: Annotated[
+        Works[Sequence[Literal["robustness", "shift", "resolution", "heads", "faithfulness"]]], Option(metavar="MEASURE")
+    ] = (),
     jobs: Works[Positive] = 1,
     cluster: Annotated[Works[Sequence[str]], Option(metavar="NAME=VALUE")] = (),
     out: Writes[Folder] = Path("runs/compare"),
@@ -66,8 +68,8 @@ def compare(
         epochs: of each run; the recipe's by default
         seeds: runs of each model
         match: scale the width and the MLPs of the others to the first model's multiply-accumulates or parameters
-        also: of the trained models: top-1 under corruptions at 5 levels, share of shifted images that keep their class, top-1
-            at other sizes, similarity of heads, faithfulness of the maps by group size
+        also: of the trained models: robustness (top-1 under corruptions at 5 levels), shift (share of shifted images that keep
+            their class), resolution (top-1 at other sizes), heads (how alike they are), faithfulness (of maps by group size)
         jobs: runs at a time
         cluster: run the jobs by submitit, with its settings: cluster=slurm slurm_partition=gpu timeout_min=600
         out: folder of the comparison
