@@ -37,8 +37,8 @@ class PretrainingReporter(Predictor):
         return load_model(run), run.config
 
     def predict(self, image: AnyImage, name: str = "") -> Predicted:
-        """Not for a backbone without classes: see `PretrainingTask.predictor`."""
-        raise NotImplementedError
+        """Raise ValueError: a backbone without classes has nothing to predict, as `PretrainingTask.predictor` says."""
+        raise ValueError(f"{self.folder}: holds a pre-trained backbone, which has no classes to predict")
 
     def open_data(self, data: str, splitter: Any = None) -> UnlabelledImages:
         """Open the held-out images of the run's own data, and the training images."""
