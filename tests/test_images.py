@@ -130,6 +130,15 @@ def test_an_orientation_is_found_wherever_programs_write_it(tmp_path):
         assert image_sizes(path) == ((48, 32), (32, 48)), path.name
 
 
+def test_of_two_orientations_the_last_counts_everywhere(tmp_path):
+    image, exif = lying(6)
+    block, nothing = exif.tobytes()[6:], Image.Exif().tobytes()[6:]
+    for name, first, last, size in (("a.png", nothing, block, (48, 32)), ("b.png", block, nothing, (32, 48))):
+        (tmp_path / name).write_bytes(png(image, (b"eXIf", first), after=[(b"eXIf", last)]))
+        assert read_image(tmp_path / name).size == size
+        assert image_sizes(tmp_path / name) == (size, (32, 48))
+
+
 def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
     image = quarters()
     block = lying(6)[1].tobytes()

@@ -495,6 +495,12 @@ def test_no_field_of_config_is_taken_for_what_it_is_not(tmp_path, task):
             [3, 40000, 40000],
             r"pretrained_cfg: input_size is \[3, 40000, 40000\], .*from 1 to 4096",
         ),
+        (
+            "classification",
+            ["pretrained_cfg", "input_size"],
+            [3, 31, 32],
+            r"input_size is \[3, 31, 32\], expected height and .* 32",
+        ),
         ("classification", ["pretrained_cfg", "crop_pct"], 0, "crop_pct is 0, expected a finite number from 0.01 to 2"),
         ("classification", ["pretrained_cfg", "std"], [1, 0, 1], r"std is \[1, 0, 1\]"),
         ("classification", ["pretrained_cfg", "mean"], [float("nan")] * 3, r"mean is \[NaN"),

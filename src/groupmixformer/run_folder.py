@@ -112,6 +112,8 @@ def _check_config(config: Fields) -> None:
     checks["crop_mode"] = lambda name: cfg.choice(name, CROP_MODES)
     checks["interpolation"] = lambda name: cfg.choice(name, INTERPOLATIONS)
     _check(cfg, checks)
+    if ours and min(cfg.values.get("input_size", (3, 32, 32))[1:]) < 32:
+        raise ValueError(f"{cfg.where}: input_size is {cfg.values['input_size']}, expected height and width of at least 32")
     _check_colors(cfg, cfg.values.get("input_size", (3,))[0])
 
 

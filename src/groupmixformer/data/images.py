@@ -351,13 +351,16 @@ def image_sizes(path: Path) -> tuple[Size, Size]:
         stored = image.size
         if tags := getattr(image, "tag_v2", None):  # of a TIFF, whose size Pillow gives upright
             stored = int(tags[ExifTags.Base.ImageWidth]), int(tags[ExifTags.Base.ImageLength])
-        unturned = image.format == "PNG" and not _png_is_oriented(path)  # saves decoding the pixels that EXIF may follow
-        on_its_side = not unturned and orientation_of(image) >= 5
+        notes = _orientations_of_png(path) if image.format == "PNG" else 1  # none saves decoding the pixels that one may follow
+        if notes > 1:
+            image.load()  # Pillow goes by the last
+        on_its_side = notes > 0 and orientation_of(image) >= 5
         return (stored[::-1] if on_its_side else stored), stored
 
 
-def _png_is_oriented(path: Path) -> bool:
-    """Whether a PNG holds EXIF or XMP, before or after its pixels."""
+def _orientations_of_png(path: Path) -> int:
+    """Return how often a PNG holds EXIF or XMP, before or after its pixels."""
+    found = 0
     keywords = tuple(name.encode() for name in ORIENTED_BY[1:3])
     with path.open("rb") as file:
         file.seek(8)  # behind the signature
@@ -365,6 +368,6 @@ def _png_is_oriented(path: Path) -> bool:
             length, kind = struct.unpack(">I4s", head)
             text = file.read(min(length, 21))
             if kind == b"eXIf" or text.startswith(keywords):
-                return True
+                found += 1
             file.seek(length - len(text) + 4, 1)  # and the checksum
-    return False
+    return found
