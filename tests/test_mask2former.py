@@ -2,15 +2,18 @@
 
 import json
 
+import httpx
 import pytest
 import torch
 from test_segmentation import gmf, options, refusal
 from test_semantic import write_scenes
+from test_serve import PNG, serving
 
 from groupmixformer.models.fuse import fuse
 from groupmixformer.tasks.backbone import Backbone
 from groupmixformer.tasks.segmentation.data import IGNORE
 from groupmixformer.tasks.segmentation.model import Segmenter, load_segmenter, segment
+from groupmixformer.tasks.segmentation.predict import SegmentationPredictor
 
 pytestmark = pytest.mark.slow  # it takes seconds to import transformers
 
@@ -86,6 +89,11 @@ def test_a_run_is_trained_evaluated_and_used(tmp_path, capsys):
     assert measured["mIoU"] == pytest.approx(result["mIoU"])
     gmf(capsys, "predict", run, data / "images" / "val", "--out", tmp_path / "found")
     assert list((tmp_path / "found").rglob("*.png"))
+    content = next((data / "images" / "val").iterdir()).read_bytes()
+    with serving(SegmentationPredictor(run, torch.device("cpu")), "segmentation") as address:
+        assert httpx.post(f"{address}/predict", content=content, headers=PNG).status_code == 200
+    explained = gmf(capsys, "explain", run, data / "images" / "val", "--out", tmp_path / "explained", "--json").out
+    assert json.loads(explained)["images"]
     line = refusal(capsys, "export", run, "--format", "pt2", "--out", tmp_path / "x.pt2")
     assert line == f"gmf: error: {run}: Mask2Former cannot be exported yet: export a segmenter with upernet or fpn"
     model, _ = load_segmenter(run)

@@ -4,14 +4,17 @@ import io
 import json
 import sys
 
+import httpx
 import pytest
 import torch
 from shapes import write_shapes
 from test_detection import batch, error, gmf, task
+from test_serve import PNG, serving
 from torchvision.ops import box_convert, box_iou
 
 from groupmixformer.cli.main import main
 from groupmixformer.tasks.detection.data import to_tensor
+from groupmixformer.tasks.detection.predict import DetectionPredictor
 from groupmixformer.tasks.detection.rt_detr import LOSSES
 
 pytestmark = pytest.mark.slow  # it takes seconds to import transformers
@@ -68,6 +71,9 @@ def test_a_run_is_evaluated_used_and_explained(trained, shapes, tmp_path, capsys
     image = shapes / "images" / "val-0.png"
     explained = gmf(capsys, "explain", run, image, "--out", tmp_path / "explained", "--json").out
     assert json.loads(explained)
+    with serving(DetectionPredictor(run, torch.device("cpu"), score_threshold=0.01), "detection") as address:
+        answer = httpx.post(f"{address}/predict", content=image.read_bytes(), headers=PNG).json()
+    assert answer["objects"] and {"class", "score", "box"} <= set(answer["objects"][0])
 
 
 def test_what_can_be_learnt_is_found_in_the_pixels_of_the_image(shapes):

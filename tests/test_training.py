@@ -668,8 +668,6 @@ def test_the_published_recipe_makes_what_it_says():
         "interpolation": "bicubic",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
-        "display_channels": None,
-        "channels_first": None,
     }
     of_colours, _, _ = task.loaders.train.transform.args
     erasing = of_colours.transforms[-1]

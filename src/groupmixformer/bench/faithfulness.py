@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional import spearman_corrcoef
 from torchvision.transforms.v2 import functional as images
 
 from ..models.attention_maps import attend, class_relevance, has_attention_maps, stages_of, suited_stage
@@ -64,13 +65,6 @@ def curve(probabilities: Probabilities, pixels: Tensor, importance: Tensor, clas
     return torch.trapezoid(torch.stack(found), dim=0) / STEPS
 
 
-def rank_correlation(first: Tensor, other: Tensor) -> float:
-    """Return Spearman's correlation of two maps (B, ...), the mean over the images."""
-    ranks = torch.stack([x.flatten(1).argsort(dim=1).argsort(dim=1).double() for x in (first, other)])
-    ranks = ranks - ranks.mean(dim=2, keepdim=True)
-    return float((ranks[0] * ranks[1]).sum(1).div(ranks.norm(dim=2).prod(dim=0)).mean())
-
-
 def with_random_weights(model: nn.Module) -> nn.Module:
     """Return a copy whose weights are as before training (the check of Adebayo et al., 2018, arXiv 1810.03292)."""
     fresh = copy.deepcopy(model)
@@ -112,7 +106,7 @@ def faithfulness(model: Any, probabilities: Probabilities, pixels: Tensor) -> di
             others = taken_from(with_random_weights(model), pixels.to(device), stage).cpu()
         for place, k in enumerate(SIZES):
             maps[str(k)] = ours[:, place]
-            found[f"randomised_{k}"] = rank_correlation(ours[:, place], others[:, place])
+            found[f"randomised_{k}"] = float(spearman_corrcoef(*(x[:, place].flatten(1).T for x in (ours, others))).mean())
     for name, importance in maps.items():
         for kind, remove in (("deletion", True), ("insertion", False)):
             found[f"{kind}_{name}"] = curve(probabilities, pixels, importance, classes, remove).mean().item()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -134,8 +133,10 @@ def statistics(paths: Sequence[Path], channels: Channels) -> dict[str, Any]:
     Raises:
         ValueError: If none can be read, or they differ in their channels.
     """
+    from sklearn.preprocessing import StandardScaler  # takes a second to import
+
     skipped: list[str] = []
-    images = pixels = 0
+    images, scaler = 0, StandardScaler()
     for path in paths:
         try:
             image = channels.read(path)
@@ -143,22 +144,16 @@ def statistics(paths: Sequence[Path], channels: Channels) -> dict[str, Any]:
             skipped.append(str(error))
             continue
         values = (image.tensor if isinstance(image, ChannelImage) else pil_to_tensor(image) / 255).flatten(1).double()
-        if not images:
-            mean, squares = torch.zeros(2, len(values), dtype=torch.float64)
-        if len(values) != len(mean):
+        if images and len(values) != scaler.n_features_in_:
             raise ValueError(
-                f"{path}: has {len(values)} channels, and those before {len(mean)}: name one number with --in-chans"
+                f"{path}: has {len(values)} channels, and those before {scaler.n_features_in_}: name one number with --in-chans"
             )
-        own, number = values.mean(dim=1), values.shape[1]
-        pixels += number
-        apart = own - mean
-        squares += (values - own[:, None]).square().sum(dim=1) + apart.square() * (pixels - number) * number / pixels
-        mean += apart * number / pixels
+        scaler.partial_fit(values.T.numpy())
         images += 1
     if not images:
         raise ValueError(f"none of {len(paths)} images can be read{f': {skipped[0]}' if skipped else ''}")
-    found = {"mean": mean.tolist(), "std": (squares / pixels).sqrt().tolist()}
-    return {"in_chans": len(mean), "images": images, "pixels": pixels, **found, "skipped": skipped}
+    mean, std, pixels = scaler.mean_.tolist(), np.sqrt(scaler.var_).tolist(), int(scaler.n_samples_seen_)
+    return {"in_chans": len(mean), "images": images, "pixels": pixels, "mean": mean, "std": std, "skipped": skipped}
 
 
 def duplicates(parts: Mapping[str, Sequence[Look]]) -> list[dict[str, Any]]:

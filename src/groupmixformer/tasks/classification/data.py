@@ -26,7 +26,7 @@ from ...data.sources import HuggingFace, WebDataset
 from ...data.split import TRAIN, VAL, Splitter
 from ...data.streaming import Stream, open_source
 from ...visual.drawing import to_image
-from ..backbone import pixel_statistics
+from ..backbone import pixel_statistics, shown_channels
 
 if TYPE_CHECKING:
     from ...training.recipe import Augmentation, Recipe  # needs jsonargparse, which prediction does without
@@ -397,8 +397,7 @@ def training_config(recipe: "Recipe", model: Any) -> dict[str, Any]:
     """Input of `model` trained by `recipe`, by timm's names: input_size, mean, std, interpolation, crop_pct."""
     config = {"interpolation": model.pretrained_cfg["interpolation"], **pixel_statistics(recipe, model.pretrained_cfg)}
     config["input_size"] = (recipe.in_chans, recipe.image_size, recipe.image_size)
-    shown = {"display_channels": recipe.display_channels or None, "channels_first": recipe.channels_first}
-    return {**config, "crop_pct": recipe.crop_pct, **shown}
+    return {**config, "crop_pct": recipe.crop_pct, **shown_channels(recipe)}
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

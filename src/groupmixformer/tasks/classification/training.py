@@ -338,4 +338,4 @@ class LabelModule(ClassificationModule):
     def save(self, model: Any, folder: Path) -> None:
         """Write a model with what its answers are."""
         about = {"problem_type": MULTI_LABEL, "best_threshold": self.best_threshold}
-        save_checkpoint(model, folder, self.class_names, self.config | about)
+        save_checkpoint(model, folder, self.class_names, dict.fromkeys(LABEL_FIELDS) | self.config | about)

@@ -66,8 +66,10 @@ class Mask2Former(nn.Module):
         )
         verbosity = library.logging.get_verbosity()
         library.logging.set_verbosity_error()  # it would say that only Swin is supported
-        self.segmenter: Any = library.Mask2FormerForUniversalSegmentation(config)
-        library.logging.set_verbosity(verbosity)
+        try:
+            self.segmenter: Any = library.Mask2FormerForUniversalSegmentation(config)
+        finally:
+            library.logging.set_verbosity(verbosity)
         self.segmenter.model.pixel_level_module.encoder = encoder
 
     @property
