@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -10,26 +11,27 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from test_cli import error, output
 from test_groupmixformer import STAGES
 from timm.data import create_transform
 from torch import nn
 
-from groupmixformer import GroupMixFormer
+from groupmixformer import GroupMixFormer, Run
 from groupmixformer.deploy.export import FORMATS, TOLERANCE, Exported, export
 from groupmixformer.deploy.export_detector import unlike
 from groupmixformer.deploy.preprocessing import WithPreprocessing, compare
 from groupmixformer.models.checkpoint import save_checkpoint
-from groupmixformer.run_folder import save_network
+from groupmixformer.run_folder import RunFolder, save_network
 from groupmixformer.tasks.backbone import Backbone
 from groupmixformer.tasks.detection.model import Detector
 from groupmixformer.tasks.segmentation.model import Segmenter
 
+DOCS = Path(__file__).parents[1] / "docs"
 SHALLOW = {"embed_dims": [20], "depths": [1], "mlp_ratios": [2], "num_classes": 3}  # quick to export
 NAMES = ["rose", "lily & co", "Löwenzahn"]
 COLORS = {"mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.5]}
-KEYS = ("classes", "mean", "std", "input_size", "layout", "outputs", "version")
+KEYS = ("classes", "mean", "std", "input_size", "crop_pct", "crop_mode", "interpolation", "layout", "outputs", "version")
 OTHER_SHAPES = ((1, 3, 32, 32), (5, 3, 33, 70), (1, 3, 65, 200))
 
 
@@ -145,13 +147,29 @@ def test_the_command(model, run, tmp_path, capsys, format):
     metadata = read_metadata(format, path)
     assert json.loads(metadata["classes"]) == NAMES
     assert {key: json.loads(metadata[key]) for key in COLORS} == COLORS
-    assert json.loads(metadata["input_size"]) == [3, 64, 64]
+    assert [json.loads(metadata[key]) for key in ("input_size", "crop_pct", "interpolation")] == [[3, 64, 64], 0.875, "bicubic"]
     assert "(batch, channels, height, width)" in metadata["layout"]
     assert metadata["version"]
     folder = str(Path(export.__code__.co_filename).parent).encode()
     assert not any(folder in content for content in contents(path)), "names the machine's source files"
     if result["errors"]:
         assert_same_function(format, path, Exported(model), [(1, 3, 64, 64)] if FORMATS[format].fixed else OTHER_SHAPES)
+
+
+@pytest.mark.parametrize("page", ["export.md", "onnxruntime.md"])
+def test_the_clients_of_the_docs_prepare_images_as_gmf_predict_does(run, tmp_path, page):
+    """A client that squeezes the whole image to the size answers with another class for one image in ten."""
+    predictor = Run.open(run).predictor("cpu")
+    more = Run.open(run).definition.exportable(RunFolder(run), "onnx").settings["more"]
+    about = {key: json.dumps(value) for key, value in {**COLORS, "input_size": [3, 64, 64], **more}.items()}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 151, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    block = re.search(r"^def prepare.*?return.*?$", (DOCS / page).read_text(), re.M | re.S)[0]
+    names = {"np": np, "json": json, "Image": Image, "ImageOps": ImageOps, "height": 64, "width": 64}
+    names |= {key: json.loads(value) for key, value in about.items()}
+    exec(block, names)
+    given = names["prepare"](tmp_path / "image.png", *[about] * (page == "export.md"))
+    assert np.abs(given - predictor.prepare(image).numpy()).max() < 1e-5
 
 
 def contents(path):

@@ -117,9 +117,11 @@ class ClassificationTask(TaskSpec):
         from .predict import class_names, data_config
 
         model: Any = load_checkpoint(run)
-        settings = {key: value for key, value in data_config(model).items() if key in ("input_size", "mean", "std")}
+        config = data_config(model)
+        settings = {key: config[key] for key in ("input_size", "mean", "std")}
+        settings["more"] = {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation")}
         if model.pretrained_cfg.get("problem_type") == MULTI_LABEL and not features:
-            settings["more"] = {key: model.pretrained_cfg[key] for key in LABEL_FIELDS if key in model.pretrained_cfg}
+            settings["more"] |= {key: model.pretrained_cfg[key] for key in LABEL_FIELDS if key in model.pretrained_cfg}
         if features:
             settings["names"] = [f"stride{2 ** (stage + 2)}" for stage in range(len(model.stages))]
         channels = Channels.stored(model.pretrained_cfg, settings["input_size"][0])
