@@ -436,9 +436,11 @@ def test_every_format_is_read_and_names_are_no_markup(made):
     assert [float(x) for x in pair["by_seed"].split()] == pytest.approx([0.2, 0.4])
 
     page = Page(files["index.html"])
-    assert "b" not in page.tags and page.tags.count("img") == 3  # without measured times
+    assert "b" not in page.tags and page.tags.count("svg") == 3  # without measured times
+    assert "<details><summary>Recipe" in files["index.html"] and "1.05" not in page.texts  # of one epoch
+    assert "img" not in page.tags and files["index.html"].count("var(--ink)") > 20  # in the colours of a dark page too
     assert ODD in page.texts and "85.00" in page.texts
-    assert "http:" not in files["index.html"] and "https:" not in files["index.html"]
+    assert not re.search("https?:", re.sub('xmlns(:xlink)?="[^"]*"', "", files["index.html"]))
 
     table = [line for line in files["table.md"].splitlines() if line.startswith("|")]
     assert len(table) == 4 and {len(re.split(r"(?<!\\)\|", line)) for line in table} == {15}
@@ -448,6 +450,23 @@ def test_every_format_is_read_and_names_are_no_markup(made):
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
     assert len(body) == 2 and all(len(re.split(r"(?<!\\)&", line)) == 13 for line in body)
     assert not re.search(r"(?<!\\)[_$#%^~]", "".join(body)) and r"\textbackslash{}textbf\{\}" in body[0]
+
+
+def test_models_that_learnt_nothing_are_named(made, capsys, monkeypatch):
+    """One class for all ten images: whoever always answers it is always right."""
+    monkeypatch.setattr(comparing, "read_plan", lambda _: made)
+    assert main(["compare", "--show", str(made.folder)]) == 0
+    told = "no model is better than always answering the largest class, which is right for 100.00%"
+    assert told in capsys.readouterr().err and told in (made.folder / "index.html").read_text()
+    for run in made.all_runs[1::2]:  # a second class, which one model finds
+        lines = [f"{i},{int(i < 5)},{int(i < 6)},0.5\n" for i in range(10)]
+        (Path(run.out) / PREDICTIONS).write_text("position,true,predicted,confidence\n" + "".join(lines))
+    for run in made.all_runs[::2]:
+        lines = [f"{i},{int(i < 5)},0,0.5\n" for i in range(10)]
+        (Path(run.out) / PREDICTIONS).write_text("position,true,predicted,confidence\n" + "".join(lines))
+        (Path(run.out) / OUTCOME).write_text((Path(run.out) / OUTCOME).read_text().replace('"top1": 0.6', '"top1": 0.5'))
+    assert main(["compare", "--show", str(made.folder)]) == 0
+    assert "first: not better than always answering the largest class, which is right for 50.00%" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_leaves_the_others(made, monkeypatch, capsys):

@@ -274,10 +274,10 @@ def train_and_evaluate(run: Recipe) -> None:
         (temporary / OUTCOME).write_text(to_json(measured, indent=2))
 
 
-def read_predictions(run: Recipe) -> list[tuple[int, bool]]:
-    """Return the position of each held-out image of a run that is done, and whether it was classified rightly."""
+def read_predictions(run: Recipe) -> list[tuple[int, str, str]]:
+    """Return the position of each held-out image of a run that is done, its class, and that which was found."""
     with (Path(run.out) / PREDICTIONS).open(newline="") as file:
-        return [(int(row["position"]), row["true"] == row["predicted"]) for row in csv.DictReader(file)]
+        return [(int(row["position"]), row["true"], row["predicted"]) for row in csv.DictReader(file)]
 
 
 @dataclass(frozen=True)

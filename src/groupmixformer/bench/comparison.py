@@ -2,7 +2,9 @@
 
 import html
 import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from timm.utils.misc import natural_key
 
 from ..files import printable, read_json, read_text, short, to_json, write_file, write_rows
 from ..run_folder import RECIPE, read_metrics
-from ..visual.figures import drawn
-from ..visual.page import html_page, html_table, image
+from ..visual.charts import new_axes
+from ..visual.figures import BLUE, COLORS, tip
+from ..visual.page import Block, Chart, Table, html_head, html_page, html_section
 from .beyond import read_beyond
 from .compare import OUTCOME, SPEED, Candidate, Plan, is_done, read_predictions
 
@@ -71,7 +74,9 @@ def pareto(costs: Sequence[float | None], values: Sequence[float | None]) -> lis
 
 def _right(plan: Plan, model: Candidate) -> dict[int, dict[int, bool]]:
     """Return by the seed of each run that is done, and the position of the image, whether it was classified rightly."""
-    return {run.seed: dict(read_predictions(run)) for run in plan.runs(model) if is_done(run)}
+    return {
+        run.seed: {i: true == found for i, true, found in read_predictions(run)} for run in plan.runs(model) if is_done(run)
+    }
 
 
 def _difference(first: dict[int, dict[int, bool]], other: dict[int, dict[int, bool]], name: str) -> dict[str, Any]:
@@ -141,8 +146,16 @@ def compare(plan: Plan) -> dict[str, Any]:
         for model in plan.models
     }
     recipe = plan.recipe
-    settings = {"data": recipe.data, "image_size": recipe.image_size, "epochs": recipe.epochs, "batch_size": recipe.batch_size}
+    settings: dict[str, Any] = {
+        "data": recipe.data,
+        "image_size": recipe.image_size,
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+    }
     settings |= {"match": plan.match, "seeds": plan.seeds}
+    if done := next((run for run in plan.all_runs if is_done(run)), None):
+        classes = Counter(true for _, true, _ in read_predictions(done))
+        settings["largest_class"] = max(classes.values()) / classes.total()
     settings |= {name: speed[name] for name in ("machine", "clock", "versions", "date") if name in speed}
     return {"settings": settings, "models": rows, "pairs": pairs, "curves": curves}
 
@@ -233,43 +246,54 @@ def latex_table(result: dict[str, Any]) -> str:
 
 
 def _curves(result: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(4, 8, xlabel="epoch", ylabel="held-out top-1 (%)")
     for i, (name, runs) in enumerate(result["curves"].items()):
         if runs:
             values = 100 * np.array([run[: min(map(len, runs))] for run in runs])
-            epochs, style = range(1, values.shape[1] + 1), ("-", "--", ":", "-.")[i // 10 % 4]
-            axes.plot(epochs, values.mean(0), color=f"C{i % 10}", linestyle=style, label=short(name))
-            axes.fill_between(epochs, values.min(0), values.max(0), alpha=0.1, color=f"C{i % 10}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", ylabel="held-out top-1 (%), mean of the seeds; band: least to greatest")
-    figure.legend(loc="outside right upper", fontsize=7)
+            epochs, color = range(1, values.shape[1] + 1), COLORS[i % len(COLORS)]
+            style, marker = ("-", "--", ":", "-.")[i // len(COLORS) % 4], "o" if len(epochs) == 1 else None
+            (line,) = axes.plot(epochs, values.mean(0), color=color, linestyle=style, marker=marker, label=short(name))
+            tip(line, f"{short(name)}: {values.mean(0)[-1]:.2f} %")
+            axes.fill_between(epochs, values.min(0), values.max(0), alpha=0.1, color=color, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(loc="outside right upper", fontsize=8, framealpha=0)
     return figure
 
 
 def _scatter(result: dict[str, Any], label: str, name: str, unit: float) -> Figure:
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(xlabel=label, ylabel="held-out top-1 (%)")
     shown = [(row[name] / unit, row) for row in result["models"] if row[name] and row["top1"] is not None]
+    middle = (min(cost for cost, _ in shown) + max(cost for cost, _ in shown)) / 2
     for cost, row in shown:
-        sd = 100 * row["top1_sd"] if row["top1_sd"] is not None else None
-        axes.errorbar(cost, 100 * row["top1"], sd, fmt="o", capsize=3, color="C0" if row[f"pareto_{name}"] else "0.6")
-        axes.annotate(short(row["model"]), (cost, 100 * row["top1"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        top1, sd = 100 * row["top1"], 100 * (row["top1_sd"] or 0)
+        color = BLUE if row[f"pareto_{name}"] else "grey"
+        tip(axes.errorbar(cost, top1, sd or None, fmt="o", capsize=3, color=color)[0], f"{short(row['model'])}: {top1:.2f} %")
+        inwards = {"xytext": (-6, 3), "ha": "right"} if cost > middle else {"xytext": (6, 3)}
+        axes.annotate(short(row["model"], 24), (cost, top1), textcoords="offset points", fontsize=8, **inwards)
     best = sorted((cost, 100 * row["top1"]) for cost, row in shown if row[f"pareto_{name}"])
-    axes.plot(*zip(*best, strict=True), color="C0", linewidth=1, label="Pareto front")
-    axes.set(xlabel=label, ylabel="held-out top-1 (%); bar: standard deviation")
-    axes.legend()
+    axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1)
     return figure
 
 
-def _figures(result: dict[str, Any]) -> dict[str, Figure]:
+def _charts(result: dict[str, Any]) -> dict[str, list[Block]]:
     if not any(row["n"] for row in result["models"]):
         return {}
-    figures = {"Learning curves": _curves(result)}
-    for name, (title, label, unit) in COSTS.items():
-        if name != result["settings"]["match"] and any(row[name] for row in result["models"]):
-            figures[f"Accuracy against {title}"] = _scatter(result, label, name, unit)
-    return figures
+    charts: list[Block] = [
+        Chart(name, f"Top-1 against {title}", partial(_scatter, result, label, name, unit))
+        for name, (title, label, unit) in COSTS.items()
+        if name != result["settings"]["match"] and any(row[name] and row["n"] for row in result["models"])
+    ]
+    curves = Chart("curves", "Mean of the seeds; band: least to greatest", partial(_curves, result), wide=True)
+    front = "Blue: no other model is both cheaper and better. Bars: standard deviation over the seeds."
+    return {"Learning curves": [curves], "Accuracy and cost": [front, *charts]}
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Say which models have learnt nothing that could be compared."""
+    share = result["settings"].get("largest_class", 0)
+    names = [row["model"] for row in result["models"] if row["top1"] is not None and row["top1"] <= share]
+    which = "no model is" if len(names) == len(result["models"]) > 0 else f"{', '.join(names)}: not"
+    return [f"{which} better than always answering the largest class, which is right for {share:.2%}"] if names else []
 
 
 NOTES = """Each model is compared with the first by the same seeds, data and order of samples. The interval and p are of a
@@ -292,19 +316,19 @@ def write_comparison(plan: Plan, result: dict[str, Any]) -> list[Path]:
         for pair in result["pairs"]
     ]
     models = [[row["model"], row["text"], row["matched"] or "-"] for row in result["models"]]
-    head, rows = cells(result)
     title = f"Comparison: {printable(plan.folder.resolve().name)}"
+    sections: dict[str, list[Block]] = {
+        "": [Table(*cells(result)), " ".join(notes.split())],
+        **_charts(result),
+        "Differences by seed, in points of top-1": [
+            Table(["model", *(f"seed {plan.recipe.seed + i}" for i in range(plan.seeds))], seeds)
+        ],
+        "Models": [Table(["model", "asked for", "scaled to match"], models)],
+    }
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(headline(result))}</p>",
-        html_table(head, rows),
-        f"<p>{html.escape(notes)}</p>",
-        *(image(title, drawn(figure)) for title, figure in _figures(result).items()),
-        "<h2>Differences by seed, in points of top-1</h2>",
-        html_table(["model", *(f"seed {plan.recipe.seed + i}" for i in range(plan.seeds))], seeds),
-        "<h2>Models</h2>",
-        html_table(["model", "asked for", "scaled to match"], models),
-        f"<h2>Recipe</h2><pre>{html.escape(read_text(plan.folder / RECIPE))}</pre>",
+        html_head(headline(result), title, {}, remarks(result)),
+        *(html_section(name, blocks) for name, blocks in sections.items()),
+        f"<details><summary>Recipe</summary><pre>{html.escape(read_text(plan.folder / RECIPE))}</pre></details>",
     ]
     flat = [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in result["models"]]
     pairs = [{**pair, "by_seed": " ".join(map(str, pair["by_seed"]))} for pair in result["pairs"]]

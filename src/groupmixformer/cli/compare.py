@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .common import GIVEN, Folder, Json, Option, Positive, Reads, UsageError, Works, Writes, command, progress, show
+from .common import GIVEN, Folder, Json, Option, Positive, Reads, UsageError, Works, Writes, command, note, progress, show
 from .train import resolve_recipe
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def _train(plan: "Plan", jobs: int, cluster: dict[str, Any] | None) -> dict[str,
     """Make the runs and tell how far they are; return the reasons of those that failed."""
     from tqdm import tqdm
 
-    from ..bench.compare import train_all
+    from ..bench.compare import is_done, train_all
 
     alone = jobs == 1 and cluster is None  # then Lightning shows the bar of a run
     bar, runs, failed = None, -1, dict[str, str]()
@@ -31,7 +31,9 @@ def _train(plan: "Plan", jobs: int, cluster: dict[str, Any] | None) -> dict[str,
         elif state.runs != runs:
             left = "" if state.seconds_left is None else f", about {state.seconds_left / 60:.0f} min left"
             done = f"{state.runs} of {state.all_runs} runs and {state.epochs} of {state.all_epochs} epochs done"
-            print(f"gmf compare: {done}{left}", file=sys.stderr, flush=True)
+            coming = next((run.out for run in plan.all_runs if not is_done(run) and run.out not in failed), "")
+            then = f", next {coming}" if alone and coming else ""
+            print(f"gmf compare: {done}{left}{then}", file=sys.stderr, flush=True)
         runs = state.runs
     if bar:
         bar.close()
@@ -78,7 +80,7 @@ def compare(
     from ..bench.beyond import measure_beyond
     from ..bench.compare import is_done, make_plan, measure_speed, parse_settings, read_plan, read_spec
     from ..bench.comparison import compare as put_together
-    from ..bench.comparison import headline, text_table, write_comparison
+    from ..bench.comparison import headline, remarks, text_table, write_comparison
 
     words = [models] if isinstance(models, str) else list(models)  # the first of `fields` where no model is named
     failed: dict[str, str] = {}
@@ -118,6 +120,8 @@ def compare(
     result = put_together(plan)
     files = write_comparison(plan, result)
     result |= {"failed": failed, "files": [str(path) for path in files]}
+    for line in remarks(result):
+        note(line)
     show(result, json, f"{headline(result)}\n\n{text_table(result)}\n\npage  {files[0]}")
     if failed:
         raise ValueError(f"{len(failed)} of {len(plan.all_runs)} runs failed: {next(iter(failed.values()))}: give it again")

@@ -72,7 +72,7 @@ def line_chart(
     chosen = sorted({round(i) for i in np.linspace(0, len(x) - 1, min(len(x), 100))})  # or long runs would make large pages
     places = [x[i] for i in chosen]
     if labels.get("xlabel") == "epoch":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     limits = [*axes.get_xlim(), *axes.get_ylim()]
     edges = [limits[0], *((a + b) / 2 for a, b in pairwise(places)), limits[1]]
     for index, left, right in zip(chosen, edges, edges[1:], strict=False):

@@ -52,7 +52,6 @@ svg * { stroke-linejoin: round; font-family: system-ui, sans-serif !important; }
 .tip:hover > .column { fill: currentColor !important; opacity: .12 !important; }
 #tip { position: fixed; z-index: 1; pointer-events: none; max-width: 18rem; padding: .25rem .5rem; border-radius: .375rem;
   background: var(--ink); color: var(--paper); font-size: .85rem; white-space: pre-line; overflow-wrap: anywhere; }
-main > img { max-width: 100%; }
 .gallery { display: grid; grid-template-columns: repeat(8, 1fr); gap: .75rem; margin: .75rem 0; }
 .gallery.large { grid-template-columns: 1fr 1fr; }
 @media (max-width: 40rem) { .gallery { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
@@ -63,7 +62,7 @@ main > img { max-width: 100%; }
 .gallery .wrong img { border-color: var(--orange); }
 .gallery figcaption { overflow-wrap: anywhere; }
 .gallery .wrong figcaption { color: var(--ink); }
-.scroll { overflow: auto; max-height: 32rem; }
+.scroll { overflow: auto; max-height: 32rem; margin-bottom: .75rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .25rem 1rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; font-weight: normal; min-width: 6rem; max-width: 20rem; overflow-wrap: break-word; }
@@ -136,12 +135,6 @@ Block = Chart | Gallery | Table | str  # a text is a paragraph
 
 def _text(value: Any) -> str:
     return html.escape(printable(str(value)))
-
-
-def image(title: str, png: bytes) -> str:
-    """Return a figure under its title, inside the page."""
-    encoded = base64.b64encode(png).decode()
-    return f'<h2>{_text(title)}</h2>\n<img alt="{_text(title)}" src="data:image/png;base64,{encoded}">'
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
