@@ -221,7 +221,11 @@ def test_objects_lie_in_their_image():
 
 @pytest.mark.parametrize(
     ("models", "words"),
-    [(["mobil"], "no model mobil, expected"), (["mobile", "groupmixformer_mobile"], "expected each model once")],
+    [
+        (["mobil"], "no model mobil, expected"),
+        (["."], r"got the path \., expected a name of timm"),
+        (["mobile", "groupmixformer_mobile"], "expected each model once"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused(models, words):
     with pytest.raises(ValueError, match=words):

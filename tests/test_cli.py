@@ -64,7 +64,10 @@ def test_models_lists_the_variants(capsys):
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["modles"], "did you mean models?"),
+        (["modles"], "unknown command modles: did you mean models?"),
+        (["bench", "mobile", "--image-size", "64", "64", "64"], "--size 64 64 64: expected a height and a width"),
+        (["export", "x", "--format", "tensorrt", "--out", "y"], "litert: did you mean onnx?"),
+        (["export", "x", "--format", "torchscript", "--out", "y"], "litert: did you mean pt2?"),
         (["models", "--jsn"], "did you mean --json?"),
         (["predict", "x", "y.png", "--topp", "3"], "did you mean --top?"),
         (["train", "digit"], "nearest: digits"),

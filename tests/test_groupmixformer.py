@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, fuse
+from groupmixformer.models.mixers.group_mix import GroupMix
 
 # Dims, depths and ratios that differ between neighbours, so that a mixed-up index shows.
 STAGES = {"embed_dims": (10, 20, 40, 30), "depths": (1, 2, 2, 1), "mlp_ratios": (2, 1, 1.5, 3)}
@@ -258,6 +259,11 @@ def test_tokens_are_a_map(randomise):
     for wrong in (x.transpose(1, 2), x[:, 1:], x.reshape(2, 5, 7, 64)):
         with pytest.raises(ValueError, match=r"expected the tokens of a map of 5 x 7, \(batch, 35, 64\)"):
             attention(wrong, (5, 7))
+    with pytest.raises(ValueError, match=r"tokens \(batch, number, 64\) need their map's \(height, width\) as second argument"):
+        attention(x)
+    other = randomise(GroupMix(64, heads=4, kernel_sizes=(3, 5, 9), aggregator="avg")).double().eval()
+    expected = other(x.transpose(1, 2).reshape(2, 64, 5, 7)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(other(x, (5, 7)), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [False, True])

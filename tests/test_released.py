@@ -97,6 +97,8 @@ def test_where_to_download_is_said(folder, capsys, tmp_path):
         timm.create_model("groupmixformer_small", pretrained=True)
     assert main(["convert", "small", "--out", str(tmp_path / "out")]) == 1
     assert VARIANTS["small"].page in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"seem never to have been public .* links those of mobile"):
+        timm.create_model("groupmixformer_large", pretrained=True)
 
 
 def test_damaged_weights_are_refused(folder):

@@ -78,8 +78,11 @@ def find_weights(variant: str) -> Path:
     if len(found) > 1:
         raise ValueError(f"{folder}: {', '.join(path.name for path in found)} are all named as {variant}: leave one there")
     if not found:
-        raise FileNotFoundError(
-            f"no weights of {variant} in {folder}: download them with a browser from {VARIANTS[variant].page} (linked by "
-            f"{REPOSITORY}) and put them there as groupmixformer_{variant}.pth, or set {ENVIRONMENT} to their folder"
-        )
+        where = f"download them with a browser from {VARIANTS[variant].page} (linked by {REPOSITORY}) and"
+        if variant.startswith("large"):
+            where = (
+                f"they seem never to have been public ({REPOSITORY} links those of mobile in their place): if you have them,"
+            )
+        told = f"{where} put them there as groupmixformer_{variant}.pth, or set {ENVIRONMENT} to their folder"
+        raise FileNotFoundError(f"no weights of {variant} in {folder}: {told}")
     return found[0]

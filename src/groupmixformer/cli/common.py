@@ -184,7 +184,10 @@ OLD_NAMES = {
     "rounds": "repeats",
     "dtype": "precision",
     "variant": "model",
+    "image-size": "size",  # where there is no such option
 }
+# What is named otherwise in other tools, and is hinted at: TensorRT reads ONNX, and of TorchScript torch.export is the heir.
+OTHER_VALUES = {"torchscript": "pt2", "tensorrt": "onnx", "engine": "onnx", "tflite": "litert", "mlmodel": "coreml"}
 
 
 class Notes(logging.Handler):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from .. import __version__
 from ..files import printable
-from .common import COMMANDS, GIVEN, GROUPS, OLD_NAMES, Command, Notes, Option, UsageError, requirements_of_extras
+from .common import COMMANDS, GIVEN, GROUPS, OLD_NAMES, OTHER_VALUES, Command, Notes, Option, UsageError, requirements_of_extras
 from .train import train_help
 
 # Importing registers the commands, in the order of the help.
@@ -43,12 +43,14 @@ class Parser(argparse.ArgumentParser):
         elif given := re.search(r"argument (\S+): invalid choice: '([^']*)'", message):
             action = next(a for a in self._actions if given[1] in (*a.option_strings, a.metavar, a.dest))
             choices = [str(choice) for choice in action.choices or ()]
-            known = "" if isinstance(action, argparse._SubParsersAction) else f", expected {', '.join(choices)}"
-            message = f"unknown value {given[2]}{known}{self._hint(given[2], choices)}"
+            of_commands = isinstance(action, argparse._SubParsersAction)
+            known = f"command {given[2]}" if of_commands else f"value {given[2]}, expected {', '.join(choices)}"
+            message = f"unknown {known}{self._hint(given[2], choices)}"
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def _hint(self, word: str, known: Iterable[str]) -> str:
-        near = get_close_matches(word.replace("_", "-"), known, n=1, cutoff=0.5)
+        other = {OTHER_VALUES.get(word)} & {*known}
+        near = [*other] or get_close_matches(word.replace("_", "-"), known, n=1, cutoff=0.5)
         return f": did you mean {near[0]}?" if near else f": see {self.prog} --help"
 
 

@@ -144,6 +144,9 @@ def model_name(variant: str) -> str:
     for name in (f"groupmixformer_{variant}", variant):
         if timm.is_model(name):
             return name
+    if Path(variant).exists():
+        what = "a name of timm.list_models(), such as mobile: gmf eval measures a run, --checkpoint starts from one"
+        raise ValueError(f"got the path {variant}, expected {what}")
     near = get_close_matches(variant, timm.list_models(), n=1, cutoff=0.0)[0]
     raise ValueError(f"no model {variant}, expected a name of timm.list_models(): the nearest is {near}")
 

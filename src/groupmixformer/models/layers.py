@@ -40,7 +40,8 @@ def check_map(x: Tensor, dim: int) -> None:
         ValueError: If it has another rank or width.
     """
     if x.dim() != 4 or x.shape[1] != dim:
-        raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width)")
+        tokens = f"; tokens (batch, number, {dim}) need their map's (height, width) as second argument" if x.dim() == 3 else ""
+        raise ValueError(f"got an input of shape {list(x.shape)}, expected a feature map (batch, {dim}, height, width){tokens}")
 
 
 def tokens_as_map(x: Tensor, dim: int, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...ops.attention import attend
 from ..groupmixformer import ConvRelativePosition, NonAttention
-from ..layers import BatchNorm2d, Depthwise, Hardswish, check_map
+from ..layers import BatchNorm2d, Depthwise, Hardswish, check_map, tokens_as_map
 from .base import Mixer
 
 SHARED = 4  # segments that attend
@@ -132,8 +132,10 @@ class GroupMix(Mixer):
         """Read the channels as heads: (B, hE, H, W) -> (B, h, N, E)."""
         return x.flatten(2).unflatten(1, [self.n_heads, x.shape[1] // self.n_heads]).transpose(2, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, D, H, W)."""
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return (B, D, H, W); with `size`, the height and width of a map, tokens (B, N, D) of tokens."""
+        if size is not None:
+            x = tokens_as_map(x, self.dim, size)
         check_map(x, self.dim)
         B, _, H, W = x.shape
         qkv = self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, 3D, H, W)
@@ -152,4 +154,5 @@ class GroupMix(Mixer):
         if self.non_attention is not None:
             last = [part[:, attending:] for part in parts]
             mixed = torch.cat([mixed, self.non_attention(torch.cat(last, dim=1))], dim=1)
-        return self.proj(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        mixed = self.proj(mixed.permute(0, 2, 3, 1))
+        return mixed.permute(0, 3, 1, 2) if size is None else mixed.flatten(1, 2)
