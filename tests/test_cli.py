@@ -173,6 +173,7 @@ def test_version(capsys):
 
 def test_doctor_knows_extras_by_the_metadata(capsys, monkeypatch):
     needs = {"fast": ["torch>=2", "no-such-library>=3"], "new": ["timm>=999"], "whole": ["numpy"]}
+    needs["dev"] = [f"absent{i}" for i in range(40)]
     made = {extra: [Requirement(need) for need in lines] for extra, lines in needs.items()}
     monkeypatch.setattr("groupmixformer.cli.bench.requirements_of_extras", lambda: made)
     result = json.loads(output(capsys, "doctor", "--json").out)
@@ -180,6 +181,7 @@ def test_doctor_knows_extras_by_the_metadata(capsys, monkeypatch):
     assert result["versions"]["no-such-library"] is None
     assert result["devices"][0] == "cpu"
     assert result["cpu"]["threads"] == torch.get_num_threads()
+    assert len(result["extras"].pop("dev")["missing"]) == 40
     assert result["extras"] == {
         "fast": {"complete": False, "missing": ["no-such-library>=3"], "install": "pip install 'groupmixformer[fast]'"},
         "new": {
@@ -190,6 +192,7 @@ def test_doctor_knows_extras_by_the_metadata(capsys, monkeypatch):
         "whole": {"complete": True, "missing": [], "install": None},
     }
     text = output(capsys, "doctor").out
+    assert "missing absent0, absent1, 38 more: pip install 'groupmixformer[dev]'\n" in text
     assert "missing no-such-library>=3: pip install 'groupmixformer[fast]'\n" in text
     assert re.search(r"^  whole +complete$", text, re.M)
 

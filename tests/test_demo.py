@@ -550,6 +550,19 @@ def test_the_command_draws_only_what_was_uploaded(started, run, image, tmp_path)
 
 
 @pytest.mark.slow
+def test_runs_of_the_same_data_show_each_example_once(classes, tmp_path):
+    from fastapi.testclient import TestClient
+
+    for name, color in (("a", "red"), ("b", "red"), ("c", "blue")):
+        Image.new("RGB", (40, 40), color).save(tmp_path / f"{name}.png")
+    app = application(Page({"trees": classes}), [str(tmp_path / f"{name}.png") for name in "abc"])
+    with TestClient(app) as client:
+        parts = client.get("/config").json()["components"]
+    (samples,) = [part["props"]["samples"] for part in parts if part["type"] == "dataset"]
+    assert len(samples) == 2
+
+
+@pytest.mark.slow
 def test_nothing_but_the_page_is_served(classes):
     from fastapi.testclient import TestClient
 

@@ -453,6 +453,7 @@ def test_a_figure_has_a_row_for_each_query_and_stage(folder):
     assert [len(axis.patches) for axis in axes[:6]] == [1, 0, 0, 0, 0, 1]
     for axis in axes[1:5]:
         np.testing.assert_array_equal(axis.images[1].get_array(), values)
+        assert not axis.lines[0].get_clip_on(), "half of the mark of a query at an edge is missing"
         assert axis.images[1].get_cmap().name == "viridis" and axis.images[1].get_clim() == (0, 1)
     alone = overlay_figure([Row(image, relevance=values)], "image")
     assert [axis.get_title() for axis in alone.axes] == ["image", "relevance", ""]

@@ -21,7 +21,7 @@ from groupmixformer.tasks.classification.predict import ClassificationResult
 from groupmixformer.tasks.classification.report import write_report
 from groupmixformer.tasks.detection.metrics import detection_confusion, detection_curves
 from groupmixformer.tasks.predictor import no_better_than_one_class
-from groupmixformer.visual.charts import line_chart, matrix_chart
+from groupmixformer.visual.charts import bar_chart, line_chart, matrix_chart
 from groupmixformer.visual.drawing import SAFE, draw_objects, ink_on, palette, place_labels
 from groupmixformer.visual.figures import inline_svg
 
@@ -99,6 +99,21 @@ def page(tmp_path_factory):
     names = ["<script>alert(1)</script>", "$x", "c&d", "four"]
     folder = tmp_path_factory.mktemp("report") / "run"
     return folder, *reported(folder, names, true, predicted), true, predicted
+
+
+def test_no_number_of_a_bar_chart_is_cut_off():
+    names = ["n01440764", "n02102040"]
+    for most in (0.02, 0.07, 0.2, 0.25, 0.333, 0.5, 1):
+        figure = bar_chart(names, [most, most / 2], names, most, xlabel="share (%)")
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_tightbbox().x1 <= figure.bbox.x1, most
+
+
+def test_images_that_are_right_are_of_all_classes(tmp_path):
+    true = [0] * 14 + [1] * 14
+    text, _ = reported(tmp_path / "run", ["first", "second"], true, true)
+    right = text.partition("Held-out images it gets right")[2]
+    assert [right.count(f'alt="✓ {name} (') for name in ("first", "second")] == [8, 8]
 
 
 def test_the_page_is_whole_and_asks_for_nothing(page):

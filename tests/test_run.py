@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,9 @@ def test_what_is_no_run(tmp_path):
         Run.open(tmp_path / "gone")
     (tmp_path / "config.json").write_text('{"task": "detecton"}')
     with pytest.raises(ValueError, match=r"no task detecton, expected one of .*: the nearest is detection$"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'config.json'))}: not JSON"):  # named once
         Run.open(tmp_path)
     with pytest.raises(ValueError, match=r"got an array of float64 of shape \(4, 4\), expected uint8"):
         groupmixformer.run.open_image(np.zeros((4, 4)))

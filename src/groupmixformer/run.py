@@ -88,9 +88,9 @@ class Run:
         folder = RunFolder(path, allow_nonfinite)
         if not folder.path.exists():
             raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
-        run = cls(folder)
+        run, task = cls(folder), folder.task
         try:
-            find_task(run.task)
+            find_task(task)
         except ValueError as error:
             raise ValueError(f"{folder.path / CONFIG}: {error}") from error
         return run

@@ -196,7 +196,7 @@ def doctor(*, json: Json = False) -> None:
         "extras    " if extras else "extras    not known: groupmixformer is not installed as a package",
     ]
     for extra, state in extras.items():
-        lines.append(
-            f"  {extra:14}" + (f"missing {', '.join(state['missing'])}: {state['install']}" if state["missing"] else "complete")
-        )
+        missing = state["missing"]
+        few = [*missing[:2], *([f"{len(missing) - 2} more"] if len(missing) > 2 else [])]
+        lines.append(f"  {extra:14}" + (f"missing {', '.join(few)}: {state['install']}" if missing else "complete"))
     show(result, json, "\n".join(line.rstrip() for line in lines))

@@ -45,7 +45,8 @@ POSTS = tuple(f"{API}/{name}" for name in ("queue/join", "run/", "cancel", "rese
 
 ABOUT = """# GroupMixFormer
 Drop an image or choose an example to see what the model finds in it. Click a point of the image to see what the token there
-attends to: single tokens, and groups of tokens of three sizes."""
+attends to: single tokens, and groups of tokens of three sizes.
+Where there is an orange frame, the model sees what is inside."""
 ATTENDS = """## What the point attends to
 Each map shows how strongly it attends to every position, yellow the most, in the last block of a stage."""
 CSS = """
@@ -305,7 +306,7 @@ def application(page: Page, examples: Sequence[str] = ()) -> FastAPI:
                 run = gr.Dropdown(names, value=names[0], label="Run", visible=len(names) > 1, elem_id="run")
                 suffixes = sorted(UPLOAD_SUFFIXES)
                 file = gr.File(label="Image", file_types=suffixes, height=140, elem_id="file")
-                paths = [str(Path(path).resolve()) for path in examples]
+                paths = [*{Path(path).read_bytes(): str(Path(path).resolve()) for path in examples}.values()]  # each once
                 if paths:
                     thumbnails = gr.Image(type="filepath", render=False)
                     samples = gr.Dataset(

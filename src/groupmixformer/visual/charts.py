@@ -94,6 +94,7 @@ def bar_chart(
     for bar, text in zip(bars, told, strict=True):
         tip(bar, text)
     axes.set_yticks(range(len(names)), [short(name, 24) for name in names])
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # a number that hangs on the width changes it again: the last was cut off
     axes.grid(False, axis="y")
     axes.set(xlim=(0, 100 * most), ylim=(len(names) - 0.4, -0.6))
     return figure

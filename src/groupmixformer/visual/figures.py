@@ -81,7 +81,8 @@ def overlay_figure(rows: Sequence[Row], title: str, relevance: str = "relevance"
                 spine.set_visible(False)
         if row.point is not None:
             for axis in line[: 1 + 4 * groups]:
-                axis.plot(row.point[1], row.point[0], marker="x", color=ORANGE, markersize=7, markeredgewidth=1.8)
+                look = {"marker": "x", "color": ORANGE, "markersize": 7, "markeredgewidth": 1.8}
+                axis.plot(row.point[1], row.point[0], clip_on=False, zorder=5, **look)  # at an edge, too
         if row.box is not None:
             left, top, right, bottom = row.box
             corner = (left - 0.5, top - 0.5)  # pixel 0 begins at -0.5

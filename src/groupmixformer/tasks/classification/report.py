@@ -99,6 +99,11 @@ def _attention(model: GroupMixFormer, images: Sequence[AnyImage], config: dict[s
     return overlay_figure(rows, "query marked")
 
 
+def _spread(indices: Sequence[int], number: int) -> list[int]:
+    """Return so many of them or all, evenly spaced: data sets have class after class."""
+    return [indices[i * len(indices) // number] for i in range(number)] if len(indices) > number else [*indices]
+
+
 def _learnt_from(folder: Path) -> list[str]:
     """Say what a run learnt from besides the labels, and what of a model it trained."""
     recipe, told = yaml.safe_load(read_text(folder / RECIPE)), []
@@ -143,7 +148,7 @@ def write_report(
     metrics, predicted, confidence, true = evaluation.metrics, evaluation.predicted, evaluation.confidence, evaluation.true
     wrong = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:16]
     right = (predicted == true).nonzero().flatten().tolist()
-    right = right[:: max(1, len(right) // 16)][:16]
+    right = _spread(right, 16)
     if not hasattr(images, "read"):  # a stream, which does not give an image by its number
         wrong, right = [], []
     chosen = {i: images.read(int(evaluation.positions[i]))[0] for i in {*wrong, *right}}
@@ -175,7 +180,7 @@ def write_report(
         sections["Held-out images it gets right"] = [Gallery("right", lambda: shown(right))]
     if has_attention_maps(model) and right:
         title = "What the centre of an image attends to, by group size (magnitude of the implied attention)"
-        looked = [chosen[i] for i in right[:4]]
+        looked = [chosen[i] for i in _spread(right, 4)]
         sections["Attention"] = [Chart("attention", title, lambda: _attention(model, looked, config), wide=True)]
     f1 = float(np.mean([row["f1"] for row in rows if row["images"]]))
     tiles = {
@@ -227,7 +232,7 @@ def write_label_report(
     mistakes = (found != true).sum(dim=1)
     wrong = mistakes.argsort(descending=True, stable=True)[: min(16, int((mistakes > 0).sum()))].tolist()
     right = (mistakes == 0).nonzero().flatten().tolist()
-    right = right[:: max(1, len(right) // 16)][:16]
+    right = _spread(right, 16)
     few = np.random.default_rng(0).permutation(len(true))[:8].tolist()  # as they come, right and wrong
     chosen = {i: images.read(positions[i])[0] for i in {*wrong, *right, *few}}
 
