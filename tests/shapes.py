@@ -5,7 +5,9 @@ import json
 import numpy as np
 from PIL import Image
 
-CATEGORIES = [{"id": 7, "name": "disc"}, {"id": 3, "name": "square"}]  # with gaps and in no order: label 1 is square, 2 is disc
+KEYPOINTS = {"keypoints": ["centre", "left", "right"], "skeleton": [[1, 2], [1, 3]]}  # left as it is seen
+# With gaps and in no order: label 1 is square, 2 is disc.
+CATEGORIES = [{"id": 7, "name": "disc", **KEYPOINTS}, {"id": 3, "name": "square", **KEYPOINTS}]
 COLORS = {3: (250, 60, 40), 7: (40, 120, 250)}
 SIZES = [(64, 64), (80, 72), (67, 83), (72, 64)]  # (width, height)
 
@@ -53,6 +55,8 @@ def write_split(root, split, number, seed=0, categories=CATEGORIES, sizes=SIZES)
                 centre = (top + (side - 1) / 2, left + (side - 1) / 2)
                 mask &= (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= (side / 2) ** 2
             pixels[mask > 0] = COLORS[category]
+            middle = top + side // 2
+            keypoints = [left + side // 2, middle, 2, left, middle, 1, left + side - 1, middle, 2]
             objects.append(
                 {
                     "id": len(objects),  # from 0, which pycocotools takes for none
@@ -62,6 +66,8 @@ def write_split(root, split, number, seed=0, categories=CATEGORIES, sizes=SIZES)
                     "area": int(mask.sum()),
                     "iscrowd": 0,
                     "segmentation": polygon(left, top, side, side) if category == 3 else runs(mask),
+                    "keypoints": keypoints,
+                    "num_keypoints": 3,
                 }
             )
         Image.fromarray(pixels).save(root / "images" / images[-1]["file_name"])

@@ -47,6 +47,7 @@ HEADS = [
             *itertools.product(ARCHITECTURES, BACKBONES),
             ("mask_rcnn", "swin_tiny_patch4_window7_224"),
             ("rt_detr", "groupmixformer_mobile"),
+            ("keypoint_rcnn", "groupmixformer_mobile"),
         )
         if pair != ("mask_rcnn", "pvt_v2_b0")
     ),
@@ -134,7 +135,7 @@ def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path,
     assert (len(targets[0]["boxes"]) > 0, len(targets[1]["boxes"])) == (True, 0)
     found = losses(model, images, targets)
     assert all(math.isfinite(loss) for loss in found.values())
-    assert len(found) == {"retinanet": 2, "faster_rcnn": 4, "mask_rcnn": 5, "rt_detr": 3}[architecture]
+    assert len(found) == {"retinanet": 2, "faster_rcnn": 4, "mask_rcnn": 5, "keypoint_rcnn": 5, "rt_detr": 3}[architecture]
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.isfinite().all()} == names
 
     made.save(model.eval(), tmp_path / "run")
@@ -151,8 +152,10 @@ def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path,
         assert equal(output, other)
         count = len(output["scores"])
         shapes_of = {"boxes": (count, 4), "labels": (count,), "scores": (count,), "masks": (count, 1, height, width)}
+        shapes_of |= {"keypoints": (count, 3, 3), "keypoints_scores": (count, 3)}
         assert {n: tuple(v.shape) for n, v in output.items()} == {n: shapes_of[n] for n in output}
-        assert output.keys() == shapes_of.keys() - (set() if architecture == "mask_rcnn" else {"masks"})
+        more = {"mask_rcnn": {"masks"}, "keypoint_rcnn": {"keypoints", "keypoints_scores"}}.get(architecture, set())
+        assert output.keys() == {"boxes", "labels", "scores"} | more
         left, top, right, bottom = output["boxes"].unbind(1)
         assert ((left >= 0) & (left <= right) & (right <= width)).all()
         assert ((top >= 0) & (top <= bottom) & (bottom <= height)).all()
@@ -162,7 +165,7 @@ def test_a_detector_trains_finds_and_is_loaded_as_it_was_saved(shapes, tmp_path,
         assert "masks" not in output or ((output["masks"] >= 0) & (output["masks"] <= 1)).all()
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, pytest.param("rt_detr", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "keypoint_rcnn", pytest.param("rt_detr", marks=pytest.mark.slow)])
 def test_a_batch_without_any_object_has_losses_and_gradients(shapes, architecture):
     made = task(shapes, architecture)
     images, targets = batch(made, 4, 9)

@@ -70,6 +70,7 @@ def _write_scenes(root):
     """Discs on noise, annotated twice: `shapes` in COCO's form, `regions` with a class for every pixel."""
     rng = np.random.default_rng(0)
     classes = [{"id": 0, "name": "ground", "color": [0, 90, 0]}, {"id": 1, "name": "disc", "color": [200, 0, 0]}]
+    disc_category = {"id": 7, "name": "disc", "keypoints": ["left", "right"]}
     (root / "shapes" / "annotations").mkdir(parents=True)
     (root / "shapes" / "images").mkdir()
     for split, number in (("train", 4), ("val", 3)):
@@ -82,12 +83,13 @@ def _write_scenes(root):
             images.append({"id": i + 1, "file_name": f"{split}{i}.png", "width": 80, "height": 70})
             corners = [[x - radius, y - radius, x + radius, y - radius, x + radius, y + radius, x - radius, y + radius]]
             box = [x - radius, y - radius, 2 * radius, 2 * radius]
-            annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 7, "bbox": box, "segmentation": corners})
+            shape = {"bbox": box, "segmentation": corners, "keypoints": [x - radius, y, 2, x + radius, y, 2]}
+            annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 7, **shape})
             for kind, content in (("images", pixels), ("masks", disc.astype(np.uint8))):
                 (root / "regions" / kind / split).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(content).save(root / "regions" / kind / split / f"{i}.png")
             Image.fromarray(pixels).save(root / "shapes" / "images" / f"{split}{i}.png")
-        content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "disc"}]}
+        content = {"images": images, "annotations": annotations, "categories": [disc_category]}
         (root / "shapes" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     (root / "regions" / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": 255}))
 

@@ -477,7 +477,7 @@ def test_a_file_without_a_check(run, tmp_path, capsys, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("architecture", ["retinanet", "mask_rcnn", "keypoint_rcnn"])
 def test_detectors(architecture, randomise, tmp_path, capsys):
     backbone = Backbone("groupmixformer_mobile", {"embed_dims": [20] * 4, "depths": [1] * 4, "mlp_ratios": [2] * 4})
     network = {
@@ -487,6 +487,7 @@ def test_detectors(architecture, randomise, tmp_path, capsys):
         "max_size": 96,
         "fpn_channels": 16,
         "max_detections": 20,
+        "keypoints": 5,
     }
     detector = randomise(Detector(backbone, **network)).eval()
     config = {"task": "detection", "class_names": NAMES, "category_ids": [1, 2, 3]}

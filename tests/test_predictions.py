@@ -17,7 +17,7 @@ from groupmixformer.run_folder import save_network
 from groupmixformer.tasks.backbone import Backbone
 from groupmixformer.tasks.detection.data import CocoImages
 from groupmixformer.tasks.detection.model import Detector
-from groupmixformer.tasks.detection.write import Drawn, write
+from groupmixformer.tasks.detection.write import Classes, Drawn, write
 
 NAMES = ["red & blue", "größer", "<b>"]
 PLACES = {"coco": "images", "yolo": "images", "voc": "JPEGImages"}
@@ -72,7 +72,7 @@ def test_boxes_are_read_back_as_they_were_written(shared, tmp_path, name):
         drawn.append(Drawn(image["file_name"], (image["width"], image["height"]), objects))
         (tmp_path / PLACES[name]).mkdir(exist_ok=True)
         shutil.copy(original.folder / image["file_name"], tmp_path / PLACES[name])
-    write(name, tmp_path, drawn, dict(zip(original.category_ids, original.class_names, strict=True)))
+    write(name, tmp_path, drawn, Classes(dict(zip(original.category_ids, original.class_names, strict=True))))
     again = boxes_of(CocoImages(tmp_path, "val", masks=False, or_whole=True))
     assert list(again) == [image.name for image in drawn]
     for image in drawn:
@@ -128,7 +128,7 @@ def test_masks_are_read_back_from_coco_and_as_polygons_from_yolo(tmp_path):
         },
     ]
     for name in ("coco", "yolo"):
-        write(name, tmp_path / name, [Drawn("1.png", (80, 60), objects)], {1: "disc"})
+        write(name, tmp_path / name, [Drawn("1.png", (80, 60), objects)], Classes({1: "disc"}))
         (tmp_path / name / "images").mkdir()
         Image.new("RGB", (80, 60)).save(tmp_path / name / "images" / "1.png")
         images = CocoImages(tmp_path / name, "val", masks=True, or_whole=True)
@@ -140,8 +140,8 @@ def test_masks_are_read_back_from_coco_and_as_polygons_from_yolo(tmp_path):
 def test_images_that_would_share_a_file_of_labels_are_refused(tmp_path):
     images = [Drawn("1.png", (8, 8), []), Drawn("1.jpg", (8, 8), [])]
     with pytest.raises(ValueError, match="2 images are named 1, expected one for each file of labels: write --format coco"):
-        write("yolo", tmp_path, images, {1: "disc"})
-    assert len(json.loads(write("coco", tmp_path, images, {1: "disc"}).read_text())["images"]) == 2
+        write("yolo", tmp_path, images, Classes({1: "disc"}))
+    assert len(json.loads(write("coco", tmp_path, images, Classes({1: "disc"})).read_text())["images"]) == 2
 
 
 def read_csv(path):

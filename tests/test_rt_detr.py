@@ -102,7 +102,7 @@ def test_what_can_be_learnt_is_found_in_the_pixels_of_the_image(shapes):
 def test_what_does_not_fit_is_said_in_a_line(trained, shapes, tmp_path, capsys):
     run, _ = trained
     line = error(capsys, "export", run, "--format", "onnx", "--out", tmp_path / "x.onnx")
-    assert line == f"gmf: error: {run}: RT-DETR cannot be exported yet: export a RetinaNet, Faster R-CNN or Mask R-CNN"
+    assert line == f"gmf: error: {run}: RT-DETR cannot be exported yet: export a detector of torchvision"
     line = error(capsys, *words(shapes, tmp_path / "wide", "--detector.fpn-channels", "30"))
     assert line == "gmf: error: got fpn_channels=30, expected a multiple of 8: RT-DETR has 8 heads"
     line = error(capsys, *words(shapes, tmp_path / "many", "--detector.queries", "300", "--epochs", "1"))

@@ -1,5 +1,6 @@
 """The objects of a data set of any format, checked: what makes no sense is refused, or left out and named."""
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from os.path import normpath
 from pathlib import Path
@@ -121,6 +122,44 @@ def _finite(numbers: Any) -> bool:
     return all(isinstance(n, int | float) and not isinstance(n, bool) and -1e9 < n < 1e9 for n in numbers)
 
 
+def _read_keypoints(categories: Sequence[Fields]) -> tuple[list[str], list[list[int]], list[int] | None]:
+    """Return the names of the keypoints, which all categories share, their skeleton, and those that they become in a mirror.
+
+    Raises:
+        ValueError: If a category has none or others, or what is said of them is damaged.
+    """
+    first, *others = categories
+    if "keypoints" not in first:
+        raise ValueError(f"{first.where}: has no keypoints, expected the list of their names, or kpt_shape in YOLO's data.yaml")
+    names = first.texts("keypoints")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{first.where}: keypoints is {names}, expected one name or more, each once")
+    for other in others:
+        if (found := other.values.get("keypoints")) != names:
+            raise ValueError(f"{other.where}: keypoints is {found}, expected those of the first category, {names}")
+    pairs = first.items("skeleton", default=[])
+    numbers = [n for pair in pairs for n in (pair if isinstance(pair, list) and len(pair) == 2 else [0])]
+    if not all(type(n) is int and 1 <= n <= len(names) for n in numbers):
+        raise ValueError(f"{first.where}: skeleton is {pairs}, expected pairs of numbers from 1 to {len(names)}")
+    flip = first.integers("flip_idx", len(names), 0, len(names) - 1, default=None)
+    if flip and any(flip[other] != place for place, other in enumerate(flip)):
+        raise ValueError(f"{first.where}: flip_idx is {flip}, expected pairs that name each other")
+    return names, [[start - 1, end - 1] for start, end in pairs], flip or _mirrored(names)
+
+
+def _mirrored(names: Sequence[str]) -> list[int] | None:
+    """Return the number of the keypoint that each becomes in a mirror, by left and right (l and r) in the names.
+
+    None if the names do not tell: they are numbers, or one has no counterpart on the other side.
+    """
+    sides = {"left": "right", "right": "left", "l": "r", "r": "l"}
+    places = {name.lower(): place for place, name in enumerate(names)}
+    turned = [re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", lambda side: sides[side[0]], name) for name in places]
+    if len(places) < len(names) or all(name.isdecimal() for name in names) or not set(turned) <= set(places):
+        return None
+    return [places[other] for other in turned]
+
+
 class Annotations:
     """The images of a part of a data set with their objects.
 
@@ -129,6 +168,7 @@ class Annotations:
         part: Of the data set.
         masks: Whether objects need masks.
         channels: How images are read.
+        keypoints: Whether the categories need keypoints, the same for all of them.
 
     Attributes:
         source: What an error about all of it names.
@@ -136,7 +176,11 @@ class Annotations:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
         category_ids: Their ids, in the same order.
         images: Records of those that can be used, with id, file_name, width and height, by their ids.
-        objects: Of each of these, with id, image_id, category_id, label, bbox, area, iscrowd, and segmentation for masks.
+        objects: Of each of these, with id, image_id, category_id, label, bbox, area, iscrowd, segmentation for masks, and for
+            keypoints one list of x, y and visibility of each (0: not annotated), keypoints, and num_keypoints with one.
+        keypoint_names: Of the keypoints, if asked for.
+        skeleton: Pairs of their numbers, from 0 on, between which a line is drawn.
+        mirrored: The number of the keypoint that each becomes in a mirror; none where that is not known.
         skipped: A line for each image that is left out: missing, unreadable, or of another size than annotated.
         dropped: A line for each object that is left out: without area, outside of the image, of no category.
         notes: Further lines.
@@ -145,13 +189,14 @@ class Annotations:
         ValueError: If the annotations cannot be used.
     """
 
-    def __init__(self, found: Recognised, part: str, masks: bool, channels: Channels = ANY) -> None:
-        read = read_objects(found, part)
+    def __init__(self, found: Recognised, part: str, masks: bool, channels: Channels = ANY, keypoints: bool = False) -> None:
+        read = read_objects(found, part, keypoints)
         self.source, self.folder, self.masks = read.source, read.folder, masks
         categories, records = _Ids(read.categories, "categories", read.source), _Ids(read.images, "images", read.source)
         self.category_ids = sorted(categories.records)
         names = (categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
         self.class_names = [str(name) for name in names]
+        self.keypoint_names, self.skeleton, self.mirrored = _read_keypoints(read.categories) if keypoints else ([], [], None)
         images = _read_images(records)
 
         def problem(image: Mapping[str, Any]) -> str:
@@ -200,6 +245,9 @@ class Annotations:
                 annotation |= {"id": number, "image_id": image_id, "area": box[2] * box[3] if area is None else area}
                 if self.masks:
                     annotation["segmentation"] = record.values["segmentation"]
+                if self.keypoint_names:
+                    annotation["keypoints"] = places = self._keypoints(record)
+                    annotation["num_keypoints"] = sum(seen > 0 for seen in places[2::3])
                 found[image_id].append(annotation)
         if self.dropped:
             self.notes.append(f"{len(self.dropped)} objects left out: {'; '.join(self.dropped[:5])}")
@@ -214,12 +262,24 @@ class Annotations:
             raise ValueError(f"box {box} is less than a pixel wide or high{swapped}")
         if min(x + w, width) - max(x, 0) < 1 or min(y + h, height) - max(y, 0) < 1:
             raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
+        if self.keypoint_names:
+            self._keypoints(record)
         if self.masks:
             segmentation = record.values.get("segmentation")
             if isinstance(segmentation, dict):
                 as_rle(segmentation, height, width)
             else:
                 _polygons(segmentation)  # not drawn yet: they are many
+
+    def _keypoints(self, record: Fields) -> list[float]:
+        """Return x, y and visibility of each keypoint; an object may have none of them annotated."""
+        length = 3 * len(self.keypoint_names)
+        places = record.values.get("keypoints", [0] * length)
+        if not isinstance(places, list) or not _finite(places) or len(places) != length:
+            raise ValueError(f"keypoints: expected {length} numbers, x, y and visibility of each")
+        if not set(places[2::3]) <= {0, 1, 2}:
+            raise ValueError("keypoints: a visibility is not 0 (not annotated), 1 (hidden) or 2 (visible)")
+        return [float(value) for value in places]
 
     def _check_boxes(self, boxes: NDArray[np.float64]) -> None:
         """Refuse boxes (N, 4) that are corners in place of sizes, by the sizes of their images (N, 2) in the last columns."""

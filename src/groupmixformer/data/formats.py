@@ -40,9 +40,9 @@ class Recognised:
         title: The format in words.
         tasks: Those that it serves, by their names in recipes.
         parts: What is read for each part, by its name: train, val, test or another; `WHOLE` alone where it is not split. Of
-            COCO, CVAT, labels: the file of annotations. Of YOLO: folders of images, or a list of them. Of Pascal VOC and
-            labelme: the folder of annotations, and for Pascal VOC perhaps a list of names. Of masks: the folders of images and
-            of masks. Of classes: the folder of their folders.
+            COCO, CVAT, labels: the file of annotations; for COCO perhaps that of keypoints too. Of YOLO: folders of images, or
+            a list of them. Of Pascal VOC and labelme: the folder of annotations, and for Pascal VOC perhaps a list of names. Of
+            masks: the folders of images and of masks. Of classes: the folder of their folders.
     """
 
     path: Path
@@ -171,25 +171,31 @@ def _labels(path: Path) -> Parts:
 
 
 def _coco(path: Path) -> Parts:
-    """Annotations/instances_train.json and the like; train/_annotations.coco.json as Roboflow writes; one JSON file."""
+    """Annotations/instances_train.json or person_keypoints_train.json; Roboflow's train/_annotations.coco.json; a JSON file."""
 
     def is_coco(file: Path) -> bool:
         return peek(file, r'"(images|annotations)"\s*:\s*\[')
 
     if path.is_file():
         return {WHOLE: (path,)} if path.suffix.lower() == ".json" and is_coco(path) else {}
-    parts: Parts = {}
+    kinds: dict[str, dict[bool, Path]] = {}  # of each part the first file without keypoints, and the first with them
     files = [file for place in (path / "annotations", path) for file in sorted(islice(_files(place, ".json"), 1000))]
-    names = {file: re.fullmatch(r"(instances_)?(.+?)(\d{4})?", file.stem) for file in files}
+    names = {file: re.fullmatch(r"(instances_|.*keypoints_)?(.+?)(\d{4})?", file.stem) for file in files}
     for file, name in names.items():
         assert name
         if name[1] or part_of(name[2]) in PARTS:
-            parts.setdefault(part_of(name[2]), (file,))
+            kinds.setdefault(part_of(name[2]), {}).setdefault(has_keypoints(file), file)
+    parts = {part: tuple(file for _, file in sorted(of_kind.items())) for part, of_kind in kinds.items()}
     if not parts:
         parts = _in_parts(path, lambda p: tuple(f for f in [p / "_annotations.coco.json"] if f.is_file()))
     if not parts:
         parts = {file.stem: (file,) for file in files[:20] if is_coco(file)}
     return {WHOLE: next(iter(parts.values()))} if len(parts) == 1 and not set(parts) & set(PARTS) else parts
+
+
+def has_keypoints(file: Path) -> bool:
+    """Whether a file is named as COCO's annotations of keypoints are, which lie beside those of instances."""
+    return "keypoints_" in file.stem
 
 
 def read_yolo(path: Path) -> tuple[dict[str, Any], Path] | None:

@@ -7,9 +7,10 @@ corners and labels without an image.
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..files import Fields, read_json, read_text
 from .channels import ANY
-from .formats import WHOLE, Recognised, part_of, read_yolo
+from .formats import WHOLE, Recognised, has_keypoints, part_of, read_yolo
 from .images import list_images
 from .samples import in_threads
 
@@ -35,8 +36,10 @@ class Objects:
         source: What an error about all of it names.
         folder: To which the names of the images are relative.
         images: Records with id, file_name, width and height.
-        categories: Records with id and name.
-        annotations: Records with image_id, category_id, bbox and perhaps segmentation; id numbers those of an image.
+        categories: Records with id and name; where there are keypoints, with keypoints, their names, and perhaps with skeleton,
+            pairs of their numbers from 1 on, and flip_idx, the number from 0 on of the one that each becomes in a mirror.
+        annotations: Records with image_id, category_id, bbox and perhaps segmentation and keypoints; id numbers those of an
+            image.
         skipped: A line for each image or file that cannot be used.
         notes: Further lines.
     """
@@ -84,13 +87,22 @@ def from_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return from_box(*map(int, box)) | {"segmentation": {"size": list(mask.shape), "counts": counts}}
 
 
-def read_objects(found: Recognised, part: str) -> Objects:
+def read_objects(found: Recognised, part: str, keypoints: bool = False) -> Objects:
     """Read a part of a data set whose format has boxes or polygons.
+
+    Args:
+        found: Where it is.
+        part: Its name.
+        keypoints: Whether COCO's file of keypoints is read, where it lies beside that of instances.
 
     Raises:
         ValueError: If a file is damaged; says the file, the record and the field.
         OSError: If one cannot be read.
     """
+    if found.format == "coco":
+        files = found.parts[part]
+        file = next((file for file in files if has_keypoints(file) == keypoints), files[0])
+        found = replace(found, parts={part: (file,)})
     return READERS[found.format](found, part)
 
 
@@ -100,7 +112,7 @@ def _coco(found: Recognised, part: str) -> Objects:
     images, categories, annotations = (content.objects(kind) for kind in ("images", "categories", "annotations"))
     objects = Objects(file, Path(), images, categories, annotations)
     root = found.path if found.path.is_dir() else file.parent.parent if file.parent.name == "annotations" else file.parent
-    split = file.stem.removeprefix("instances_")
+    split = re.sub("^(instances_|.*keypoints_)", "", file.stem)
     places = [root / "images" / split, root / split, root / "images", root, file.parent, root / "data"]
     objects.folder = _first_with([image.values.get("file_name") for image in images], places) or places[2]
     if file.name == "_annotations.coco.json":  # Roboflow's first category stands for all the others
@@ -155,21 +167,28 @@ def _yolo(found: Recognised, part: str) -> Objects:
         objects.skipped = [f"{text}: has no image" for text in texts if text not in known and text.name != "classes.txt"]
     objects.folder = _in_one_folder(images)
     names = _yolo_names(content, source, found.path)
-    keypoints = math.prod(Fields(content, str(source)).integers("kpt_shape", 2, 1, default=[0]))
+    number, values = Fields(content, str(source)).integers("kpt_shape", 2, 1, default=(0, 2))
+    if values not in (2, 3):
+        raise ValueError(f"{source}: kpt_shape is {[number, values]}, expected 2 or 3 values of each keypoint")
     read: list[tuple[Path, Path, Size, list[tuple[str, list[float]]]]] = []
     sizes = in_threads(lambda image: _size(0, 0, image), images)
     for image, label, size in zip(images, labels, sizes, strict=True):
         if isinstance(size, str):
             objects.skipped.append(size)
         else:
-            read.append((image, label, size, list(_yolo_lines(label, keypoints)) if label.is_file() else []))
+            read.append((image, label, size, list(_yolo_lines(label, number, values)) if label.is_file() else []))
     if not names:
         most = max((int(numbers[0]) for *_, lines in read for _, numbers in lines), default=0)
         names = [str(number) for number in range(most + 1)]
         objects.notes.append("no names of the classes, in names of data.yaml or in classes.txt: numbers are taken")
     ids = list(objects.name_categories(names).values())
+    if number:
+        _name_yolo_keypoints(Fields(content, str(source)), number, objects.categories)
     for image, label, size, lines in read:
-        shapes = [(where, _yolo_class(numbers[0], ids, where), _yolo_shape(numbers[1:], size)) for where, numbers in lines]
+        shapes = [
+            (where, _yolo_class(numbers[0], ids, where), _yolo_shape(numbers[1:], size, number, values))
+            for where, numbers in lines
+        ]
         objects.add(str(label), str(image.relative_to(objects.folder)), size, shapes)
     return objects
 
@@ -215,22 +234,31 @@ def _yolo_names(content: Mapping[str, Any], source: Path, path: Path) -> list[st
     return [str(name) for name in names]
 
 
-def _yolo_lines(file: Path, keypoints: int) -> Iterator[tuple[str, list[float]]]:
-    """Yield the place of each line with its numbers: class and box, or class and polygon."""
+def _name_yolo_keypoints(content: Fields, number: int, categories: Sequence[Fields]) -> None:
+    """Give the categories the names of their keypoints, or numbers, and those that they become in a mirror."""
+    names, flip = content.values.get("kpt_names") or {}, content.integers("flip_idx", number, 0, number - 1, default=None)
+    for place, category in enumerate(categories):
+        listed = names.get(place) if isinstance(names, dict) else names
+        category.values["keypoints"] = listed or [str(one) for one in range(number)]
+        category.values["flip_idx"] = flip
+
+
+def _yolo_lines(file: Path, keypoints: int, values: int) -> Iterator[tuple[str, list[float]]]:
+    """Yield the place of each line with its numbers: class and box, perhaps with keypoints, or class and polygon."""
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         words, where = line.split(), f"{file}: line {number}"
-        if keypoints and len(words) == 5 + keypoints:
-            words = words[:5]
         if not words:
             continue
-        if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
+        with_keypoints = keypoints > 0 and len(words) == 5 + keypoints * values
+        if not with_keypoints and len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
             polygon = "or class and the points of a polygon, three or more"
             raise ValueError(f"{where}: has {len(words)} values, expected 5, class, x, y, width and height, {polygon}")
         try:
             numbers = [float(word) for word in words]
         except ValueError:
             raise ValueError(f"{where}: is {line[:60]!r}, expected numbers") from None
-        if outside := [n for n in numbers[1:] if not -ROUNDING <= n <= 1 + ROUNDING]:
+        shares = numbers[1:5] + _places(numbers[5:], values) if with_keypoints else numbers[1:]
+        if outside := [n for n in shares if not -ROUNDING <= n <= 1 + ROUNDING]:
             raise ValueError(f"{where}: holds {outside[0]:g}, expected shares of the image's width and height, from 0 to 1")
         yield where, numbers
 
@@ -241,12 +269,25 @@ def _yolo_class(number: float, ids: Sequence[int], where: str) -> int:
     return ids[int(number)]
 
 
-def _yolo_shape(numbers: Sequence[float], size: Size) -> dict[str, Any]:
-    pixels = [number * size[i % 2] for i, number in enumerate(numbers)]
+def _places(numbers: Sequence[float], values: int) -> list[float]:
+    """Return x and y of keypoints, (x, y, ...) one after another."""
+    return [number for at in range(0, len(numbers), values) for number in numbers[at : at + 2]]
+
+
+def _yolo_shape(numbers: Sequence[float], size: Size, keypoints: int, values: int) -> dict[str, Any]:
+    with_keypoints = keypoints > 0 and len(numbers) == 4 + keypoints * values
+    pixels = [number * size[i % 2] for i, number in enumerate(numbers[:4] if with_keypoints else numbers)]
     if len(pixels) > 4:
         return from_polygons([pixels])
     x, y, width, height = pixels
-    return {"bbox": [x - width / 2, y - height / 2, width, height]}
+    shape: dict[str, Any] = {"bbox": [x - width / 2, y - height / 2, width, height]}
+    if with_keypoints:
+        shape["keypoints"] = []
+        for at in range(4, len(numbers), values):
+            place = numbers[at : at + 2]
+            seen = numbers[at + 2] if values > 2 else 2.0 * any(place)  # without a value, one in the corner is not there
+            shape["keypoints"] += [place[0] * size[0], place[1] * size[1], seen]
+    return shape
 
 
 # Pascal VOC and CVAT

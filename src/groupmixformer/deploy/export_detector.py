@@ -33,15 +33,19 @@ def _resize(transform: Any, image: Tensor, target: None) -> tuple[Tensor, None]:
 
 
 class ExportedDetector(nn.Module):
-    """What a file holds: an image (C, height, width), colours in 0 to 1, to boxes, labels, scores and, of Mask R-CNN, masks."""
+    """What a file holds: an image (C, height, width), colours in 0 to 1, to boxes, labels, scores, and masks or keypoints."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
         self.names = ["boxes", "labels", "scores", *(["masks"] if self.network.masks else [])]
+        self.names += ["keypoints", "keypoints_scores"] if self.network.keypoints else []
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return (N, 4) as x1, y1, x2, y2 in pixels, (N) from 1 on, (N), and (N, 1, height, width) of probabilities."""
+        """Return (N, 4) as x1, y1, x2, y2 in pixels, (N) from 1 on, (N), and masks (N, 1, height, width) of probabilities.
+
+        Or keypoints (N, K, 3), as x, y and 1, and the heights (N, K) of their heat maps.
+        """
         found = self.network([image])[0]
         return tuple(found[name] for name in self.names)
 
@@ -50,7 +54,8 @@ def unlike(got: Sequence[Tensor], expected: Sequence[Tensor], least: float, most
     """Compare two lists of objects, each object with the nearest of its class in the other list.
 
     Args:
-        got: Boxes (N, 4), labels (N), scores (N) and maybe masks (N, 1, H, W) that one program found.
+        got: Boxes (N, 4), labels (N), scores (N), and maybe masks (N, 1, H, W) or keypoints (N, K, 3) with their scores (N, K)
+            that one program found.
         expected: Those of another (M, ...).
         least: Score from which on both list objects; one that is hardly above it may be missing.
         most: Length of a full list, where one that is hardly above the last may be missing too.
@@ -66,7 +71,9 @@ def unlike(got: Sequence[Tensor], expected: Sequence[Tensor], least: float, most
             same = theirs[1] == ours[1][i]
             apart = (theirs[0][same] - ours[0][i]).abs().amax(dim=1) / side
             apart = apart.maximum((theirs[2][same] - ours[2][i]).abs())
-            if len(ours) > 3:
+            if len(ours) == 5:
+                apart = apart.maximum((theirs[3][same] - ours[3][i]).abs().flatten(1).amax(dim=1) / side)
+            elif len(ours) == 4:
                 apart = apart.maximum(((theirs[3][same] >= 0.5) != (ours[3][i] >= 0.5)).flatten(1).float().mean(dim=1))
             differences.append(apart.nan_to_num(torch.inf).min().item() if len(apart) else torch.inf)
     return torch.tensor(differences)

@@ -47,6 +47,7 @@ class FoundObject(BaseModel):
     score: float
     box: list[float] = Field(description="left, top, right and bottom in pixels")
     mask: dict[str, Any] | None = Field(None, description="COCO's run lengths, from Mask R-CNN")
+    keypoints: dict[str, list[float]] | None = Field(None, description="x, y and height of the heat map, from Keypoint R-CNN")
 
 
 class Found(BaseModel):

@@ -237,8 +237,8 @@ class DetectorSettings(_Checked):
     """A detector of torchvision, or RT-DETR of transformers, over a backbone of timm, and what is done to its images.
 
     Args:
-        architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages), mask_rcnn (boxes and masks) or rt_detr
-            (boxes, without anchors).
+        architecture: retinanet (boxes, one stage), faster_rcnn (boxes, two stages), mask_rcnn (and masks), keypoint_rcnn (and
+            keypoints) or rt_detr (boxes, without anchors).
         sizes: Shorter sides of training images besides image_size, in pixels; one of all is drawn for each image.
         max_size: Limit of the longer side, in pixels.
         fpn_channels: Channels of the feature pyramid and of the heads, or of RT-DETR's encoder and decoder; 256 in the papers.
@@ -252,7 +252,7 @@ class DetectorSettings(_Checked):
         freeze_bn: Keep the statistics of the backbone's BatchNorm as they are in the checkpoint: for small batches.
     """
 
-    architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn", "rt_detr"] = "mask_rcnn"
+    architecture: Literal["retinanet", "faster_rcnn", "mask_rcnn", "keypoint_rcnn", "rt_detr"] = "mask_rcnn"
     sizes: list[int] = field(default_factory=list)
     max_size: int = 1333
     fpn_channels: int = 256

@@ -1,4 +1,4 @@
-"""Boxes, masks and segments drawn on a copy of the image."""
+"""Boxes, masks, keypoints and segments drawn on a copy of the image."""
 
 import colorsys
 import itertools
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_keypoints, draw_segmentation_masks
 
 from ..data.channels import stretched
 from ..files import short
@@ -91,14 +91,17 @@ def to_image(pixels: Tensor, mean: Sequence[float] = (0, 0, 0), std: Sequence[fl
     return F.to_pil_image((pixels * scale + shift).clamp(0, 1))
 
 
-def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
-    """Draw boxes and masks with names and scores.
+def draw_objects(
+    image: Image.Image, objects: Mapping[str, Tensor], names: Sequence[str], skeleton: Sequence[Sequence[int]] = ()
+) -> Image.Image:
+    """Draw boxes, masks and keypoints with names and scores.
 
     Args:
         image: RGB.
-        objects: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on; maybe scores (N), and masks (N, H, W) of
-            booleans.
+        objects: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on; maybe scores (N), masks (N, H, W) of booleans,
+            and keypoints (N, K, 3) as x, y and 0 for those that are not there.
         names: Of the classes.
+        skeleton: Pairs of keypoints, by number, between which a line is drawn.
 
     Returns:
         A copy, enlarged if the image is small. No label covers another: among many boxes, some have none.
@@ -114,6 +117,12 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
         masks = F.resize(objects["masks"].to(torch.uint8), list(canvas.shape[-2:]), F.InterpolationMode.NEAREST).bool()
         masks &= masks.cumsum(dim=0) == 1  # torchvision paints overlaps black: the first mask, with the best score, wins
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
+    width = max(2, round(min(canvas.shape[-2:]) / 240))
+    if "keypoints" in objects:
+        for places, color in zip(objects["keypoints"].flip(0), colors[::-1], strict=True):  # the best are drawn over the others
+            lines: Any = [tuple(pair) for pair in skeleton] or None
+            seen, points = places[None, :, 2] > 0, places[None, :, :2] * factor
+            canvas = draw_keypoints(canvas, points, lines, color, 2 * width, width, seen)
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
     file, texts = _write(
         [
@@ -123,7 +132,7 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Tensor], names: Seque
     )
     page = F.to_pil_image(canvas)
     pen, side = ImageDraw.Draw(page), min(page.size)
-    width, size = max(2, round(side / 240)), max(12, round(side / 36))
+    size = max(12, round(side / 36))
     font = ImageFont.truetype(file, size)
     padding, height = size // 4, round(1.4 * size)
     boxes = (objects["boxes"] * factor).tolist()

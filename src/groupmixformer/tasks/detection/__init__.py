@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation."""
+"""Detection of objects, their masks and their keypoints."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # which brings jsonargparse
 
 
 class DetectionTask(TaskSpec):
-    """Object detection and instance segmentation with torchvision's detectors, and detection with RT-DETR."""
+    """Detection of objects, masks and keypoints with torchvision's detectors, and of objects with RT-DETR."""
 
     name = "detection"
     example_recipe = "bccd"
@@ -29,6 +29,7 @@ class DetectionTask(TaskSpec):
     hub_name = "object-detection"
     hub_metrics = {  # noqa: RUF012 - never changed
         "val_mask_AP": ("mean_average_precision", "mask AP (COCO, IoU 0.50 to 0.95)"),
+        "val_keypoint_AP": ("mean_average_precision", "keypoint AP (COCO, OKS 0.50 to 0.95)"),
         "val_box_AP": ("mean_average_precision", "box AP (COCO, IoU 0.50 to 0.95)"),
     }
     predictor_options = ("score_threshold", "tile")
@@ -54,7 +55,7 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 """
 
     def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
-        """Open objects of any format: with masks, where all have one."""
+        """Open objects of any format: with masks where all have one, with keypoints where a recipe asks for them."""
         from .data import CocoImages, detection_transform
 
         transform: Any = None
@@ -62,6 +63,8 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
             transform = detection_transform(*(getattr(recipe.detector, name) for name in ("hflip", "vflip", "color_jitter")))
         seed = recipe.seed if recipe else 0
         reading: dict[str, Any] = {"channels": recipe.channels if recipe else ANY}
+        if recipe and recipe.detector.architecture == "keypoint_rcnn":
+            return CocoImages(data, part, False, transform, seed, **reading, keypoints=True)
         try:
             images = CocoImages(data, part, True, transform, seed, **reading)
         except ValueError:  # which is told if it is not for want of masks
@@ -77,7 +80,7 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
             raise ValueError(f"{run.source}: {format} cannot carry a detector: export it with --format onnx")
         detector, stored = load_detector(run)
         if detector.architecture == "rt_detr":
-            raise ValueError(f"{run.source}: RT-DETR cannot be exported yet: export a RetinaNet, Faster R-CNN or Mask R-CNN")
+            raise ValueError(f"{run.source}: RT-DETR cannot be exported yet: export a detector of torchvision")
         channels = Channels.stored(stored, detector.backbone.in_chans)
         return Exportable(detector, stored["class_names"], gives_objects=True, channels=channels)
 
@@ -98,14 +101,15 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
         self, format: str, out: Path, images: Sequence[tuple[str, tuple[int, int], Predicted]], run: RunFolder
     ) -> Path:
         """Write objects of at least the least score as a data set."""
-        from .write import Drawn, write
+        from .write import Classes, Drawn, write
 
         base = os.path.commonpath([Path(path).absolute().parent for path, *_ in images])
         listed = [  # both lists begin with the best
             Drawn(os.path.relpath(Path(path).absolute(), base), size, found.results[: len(found.result["objects"])])
             for path, size, found in images
         ]
-        return write(format, out, listed, dict(zip(run.config["category_ids"], run.config["class_names"], strict=True)))
+        classes = dict(zip(run.config["category_ids"], run.config["class_names"], strict=True))
+        return write(format, out, listed, Classes(classes, run.config.get("keypoints", ()), run.config.get("skeleton", ())))
 
     def bench_network(self, name: str, size: tuple[int, int]) -> nn.Module:
         """Return Mask R-CNN."""

@@ -26,14 +26,15 @@ class CocoImages(Samples):
     """The images of one split with their objects.
 
     Training samples are (image (C, H, W) in 0 to 1, target, problem); the target holds boxes (N, 4) as x1, y1, x2, y2 in
-    pixels, labels (N) from 1 on, and masks (N, H, W) if asked for. Crowds are left out of training, as is usual, and objects
-    that make no sense out of everything; images without objects stay. Evaluation samples are (image, id of the image,
-    problem); a blank has none.
+    pixels, labels (N) from 1 on, and if asked for masks (N, H, W), and keypoints (N, K, 3) as x, y and visibility (0: not
+    annotated). Crowds are left out of training, as is usual, and objects that make no sense out of everything; images without
+    objects stay. Evaluation samples are (image, id of the image, problem); a blank has none.
 
     Args:
         folder: Holds annotations and images, in any format of `groupmixformer.data.formats` that has objects.
         split: train, val or another.
         masks: Whether objects need masks.
+        keypoints: Whether they need keypoints.
         transform: From (image, target) to the two augmented; none for evaluation.
         seed: Of the augmentation.
         or_whole: Whether a data set that is not split is taken whole.
@@ -43,6 +44,7 @@ class CocoImages(Samples):
     Attributes:
         class_names: Names of the categories, in the order of their ids; label k is the (k - 1)th.
         category_ids: Their ids, in the same order.
+        keypoint_names: Of the keypoints; skeleton and mirrored are as in `Annotations`.
         skipped: A line for each image that is left out: missing, unreadable, or of another size than annotated.
         dropped: A line for each object that is left out: without area, outside of the image, of no category.
         ground_truth: COCO's annotations of what is left, for the evaluation.
@@ -63,13 +65,15 @@ class CocoImages(Samples):
         or_whole: bool = False,
         splitter: Splitter | None = None,
         channels: Channels | None = None,
+        keypoints: bool = False,
     ) -> None:
         found = recognise(folder, "detection")
         self.channels = channels or Channels()
         part = found.undivided() if splitter else found.part(split, or_whole)
-        read = Annotations(found, part, masks, self.channels)
+        read = Annotations(found, part, masks, self.channels, keypoints)
         self.annotations, self.folder = read.source, read.folder
         self.class_names, self.category_ids = read.class_names, read.category_ids
+        self.keypoint_names, self.skeleton, self.mirrored = read.keypoint_names, read.skeleton, read.mirrored
         self.skipped, self.dropped, self.notes = read.skipped, read.dropped, read.notes
         self.notes += [TAKEN_WHOLE] if part == WHOLE != split and not splitter else []
         self.masks, self.transform, self.seed = masks, transform, seed
@@ -94,7 +98,7 @@ class CocoImages(Samples):
             self.ground_truth = {
                 "images": list(usable.values()),
                 "annotations": [annotation for row in objects.values() for annotation in row],
-                "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)],
+                "categories": self._categories(),
             }
         # As bytes: a worker that counts references to millions of objects would copy the memory that it shares.
         self._records = [json.dumps({**image, "objects": objects[key]}).encode() for key, image in usable.items()]
@@ -106,7 +110,11 @@ class CocoImages(Samples):
         for place, category in zip(places, self.category_ids, strict=True):
             ids[place] = category
         self.category_ids = ids
-        self.ground_truth["categories"] = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+        self.ground_truth["categories"] = self._categories()
+
+    def _categories(self) -> list[dict[str, Any]]:
+        keypoints = {"keypoints": self.keypoint_names} if self.keypoint_names else {}
+        return [{"id": i, "name": n, **keypoints} for i, n in zip(self.category_ids, self.class_names, strict=True)]
 
     def count_classes(self) -> tuple[Sequence[int], str, list[str]]:
         """Return the number of objects of each class, without crowds."""
@@ -130,7 +138,7 @@ class CocoImages(Samples):
 
     def _drawn(self, image: Image.Image, target: Mapping[str, Tensor]) -> Image.Image:
         masks = {"masks": target["masks"].bool()} if "masks" in target else {}
-        return draw_objects(image, {**target, **masks}, self.class_names)
+        return draw_objects(image, {**target, **masks}, self.class_names, self.skeleton)
 
     def read(self, index: int) -> tuple[AnyImage, dict[str, Any]]:
         """Return an image and its annotations.
@@ -142,7 +150,7 @@ class CocoImages(Samples):
         return self.channels.read(self.folder / record["file_name"]), record
 
     def target(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return boxes (N, 4), labels (N) and, if asked for, masks (N, H, W) of an image, without crowds."""
+        """Return boxes (N, 4), labels (N) and, if asked for, masks (N, H, W) and keypoints (N, K, 3), without crowds."""
         height, width = record["height"], record["width"]
         annotated = [annotation for annotation in record["objects"] if not annotation["iscrowd"]]
         boxes = torch.tensor([annotation["bbox"] for annotation in annotated], dtype=torch.float32).reshape(-1, 4)
@@ -157,13 +165,28 @@ class CocoImages(Samples):
             encoded = [as_rle(annotation["segmentation"], height, width) for annotation in annotated]
             masks = rle.decode(encoded) if encoded else np.zeros((height, width, 0), dtype=np.uint8)  # (H, W, N)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))))
+        if self.keypoint_names:
+            places = torch.tensor([annotation["keypoints"] for annotation in annotated], dtype=torch.float32)
+            target["keypoints"] = places.reshape(-1, len(self.keypoint_names), 3)
         return target
 
     def for_training(self, content: tuple[AnyImage, dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Augment an image and its objects together."""
         assert self.transform is not None
         image, record = content
-        return self.transform(image, self.target(record))
+        target = self.target(record)
+        if self.mirrored is None:
+            return self.transform(image, target)
+        # Flips move keypoints, and turn left ones into right ones: three points tell whether the image is a mirror image.
+        size = (record["height"], record["width"])
+        places, target["visible"] = target["keypoints"].split([2, 1], dim=2)
+        target["keypoints"] = tv_tensors.KeyPoints(places, canvas_size=size)
+        target["frame"] = tv_tensors.KeyPoints([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], canvas_size=size)
+        image, target = self.transform(image, target)
+        origin, *axes = target.pop("frame")
+        keypoints = torch.cat([target["keypoints"], target.pop("visible")], dim=2)
+        is_mirrored = torch.stack([axis - origin for axis in axes]).det() < 0
+        return image, {**target, "keypoints": keypoints[:, self.mirrored] if is_mirrored else keypoints}
 
     def for_evaluation(self, content: tuple[AnyImage, dict[str, Any]] | None) -> tuple[Tensor, Any]:
         """Give the image and its id."""
@@ -183,8 +206,12 @@ def detection_transform(hflip: float, vflip: float, color_jitter: float) -> Call
     """From an image and its target to the two augmented, colours of images read as colour alone; small objects are left out."""
     recolour = v2.Compose([v2.ToImage(), *([v2.ColorJitter(*[color_jitter] * 3)] if color_jitter else [])])
     steps = [v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip), v2.ToDtype(torch.float32, scale=True)]
-    follow = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1.0), v2.ToPureTensor()])
+    follow = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1.0, labels_getter=_by_object), v2.ToPureTensor()])
     return partial(_augmented, recolour, follow)
+
+
+def _by_object(sample: tuple[Any, Mapping[str, Tensor]]) -> list[Tensor]:
+    return [value for name, value in sample[1].items() if name in ("labels", "keypoints", "visible")]
 
 
 def _augmented(recolour: Any, follow: Any, image: AnyImage, target: Any) -> tuple[Any, Any]:

@@ -1,10 +1,11 @@
-"""COCO's results and its twelve metrics of boxes and masks."""
+"""COCO's results and its metrics of boxes, masks and keypoints."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ COCO_METRICS = (
     "AR_medium",
     "AR_large",
 )
+KEYPOINT_METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
+
+Kind = Literal["bbox", "segm", "keypoints"]
 
 
 def encode(masks: Tensor) -> list[dict[str, Any]]:
@@ -43,7 +47,7 @@ def to_results(detections: Mapping[str, Tensor], image_id: Any, category_ids: Se
 
     Args:
         detections: Boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N) from 1 on, scores (N), and maybe masks (N, 1, H, W) of
-            probabilities.
+            probabilities, or keypoints (N, K, 3) with keypoints_scores (N, K).
         image_id: Of the image.
         category_ids: Id of each label.
     """
@@ -56,6 +60,10 @@ def to_results(detections: Mapping[str, Tensor], image_id: Any, category_ids: Se
     if "masks" in detections:
         for result, mask in zip(results, encode(detections["masks"][:, 0] >= 0.5), strict=True):
             result["segmentation"] = mask
+    if "keypoints" in detections:
+        places = torch.cat([detections["keypoints"][..., :2], detections["keypoints_scores"][..., None]], dim=2)
+        for result, keypoints in zip(results, places.double().flatten(1).tolist(), strict=True):
+            result["keypoints"] = keypoints
     return results
 
 
@@ -71,9 +79,7 @@ def restrict(ground_truth: Mapping[str, Any], ids: Container[Any]) -> dict[str, 
 QUIET = {"print_function": lambda *_: None}
 
 
-def _as_coco(
-    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Literal["bbox", "segm"]
-) -> tuple[COCO, COCO]:
+def _as_coco(ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Kind) -> tuple[COCO, COCO]:
     """Return what is expected and what was found as the library takes it; categories are numbered by label."""
     # The library takes numbers only; those of images decide between equal scores, so they are in the order of the ids.
     images = {key: number for number, key in enumerate(sorted(image["id"] for image in ground_truth["images"]), start=1)}
@@ -90,31 +96,36 @@ def _as_coco(
         },
         **QUIET,
     )
-    # Masks go without their boxes, or the areas of the boxes would be taken for theirs.
-    left_out = "bbox" if kind == "segm" else "segmentation"
-    found = [numbered({key: value for key, value in result.items() if key != left_out}) for result in results]
+    # The library takes the first of these that a result has, and its area.
+    left_out = {"bbox", "segmentation", "keypoints"} - {"segmentation" if kind == "segm" else kind}
+    found = [numbered({key: value for key, value in result.items() if key not in left_out}) for result in results]
     return expected, expected.loadRes(found)
 
 
 def coco_metrics(
-    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Compute COCO's twelve metrics for boxes or masks, in float64, by faster-coco-eval.
+    """Compute COCO's twelve metrics for boxes or masks, or its ten for keypoints, in float64, by faster-coco-eval.
+
+    The similarity of 17 keypoints has the widths of COCO's, that of other numbers 1 / K for each of K, as is usual.
 
     Args:
         ground_truth: COCO's annotations.
         results: COCO's results for its images.
-        kind: bbox or segm.
+        kind: bbox, segm or keypoints.
 
     Returns:
-        `COCO_METRICS` by name, as shares of 1, and for each category class, index and AP. A value is -1 where there is no
-        object to find: COCO's convention. The categories are in the order of the annotations' list.
+        `COCO_METRICS` or `KEYPOINT_METRICS` by name, as shares of 1, and for each category class, index and AP. A value is -1
+        where there is no object to find: COCO's convention. The categories are in the order of the annotations' list.
     """
-    evaluation = COCOeval_faster(*_as_coco(ground_truth, results, kind), kind, **QUIET)
+    names = KEYPOINT_METRICS if kind == "keypoints" else COCO_METRICS
+    number = len(ground_truth["categories"][0].get("keypoints", []))
+    widths = None if number in (0, 17) else [1 / number] * number
+    evaluation = COCOeval_faster(*_as_coco(ground_truth, results, kind), kind, kpt_oks_sigmas=widths, **QUIET)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    metrics = {name: float(value) for name, value in zip(COCO_METRICS, evaluation.stats[: len(COCO_METRICS)], strict=True)}
+    metrics = {name: float(value) for name, value in zip(names, evaluation.stats[: len(names)], strict=True)}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, categories), all sizes, 100 objects
     per_class = []
     for index, category in enumerate(evaluation.params.catIds):
@@ -152,7 +163,7 @@ class Curves:
 
 
 def _matched(
-    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Literal["bbox", "segm"], by_class: bool
+    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Kind, by_class: bool
 ) -> COCOeval_faster:
     """Match what was found with what is expected at an IoU of 0.50, the best score first, within classes or across them."""
     evaluation = COCOeval_faster(*_as_coco(ground_truth, results, kind), kind, extra_calc=True, **QUIET)
@@ -171,9 +182,7 @@ def _is_ignored(evaluation: COCOeval_faster, found: Mapping[str, Any]) -> bool:
     return match is not None and bool(evaluation.cocoGt.anns[match]["iscrowd"])
 
 
-def detection_curves(
-    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
-) -> Curves:
+def detection_curves(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind) -> Curves:
     """Compute F1 over the least score, and precision over recall; the arguments are those of `coco_metrics`."""
     evaluation = _matched(ground_truth, results, kind, by_class=True)
     number = len(ground_truth["categories"])
@@ -198,7 +207,7 @@ def detection_curves(
 
 
 def detection_confusion(
-    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Literal["bbox", "segm"], score: float
+    ground_truth: Mapping[str, Any], results: Iterable[Mapping[str, Any]], kind: Kind, score: float
 ) -> NDArray[np.int64]:
     """Count objects by true class (rows) and found class (columns) (K + 1, K + 1); the last of both is the background.
 

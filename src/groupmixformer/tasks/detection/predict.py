@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class DetectionResult(EvalResult):
 
 
 class DetectionPredictor(Predictor):
-    """A detector: boxes, and masks if it is Mask R-CNN.
+    """A detector: boxes, masks if it is Mask R-CNN, and keypoints if it is Keypoint R-CNN.
 
     Options are ``score_threshold``, the least score of an object that is drawn and listed; and ``tile``, the side in pixels of
     square windows, which overlap by a third, through which a larger image is looked at besides as a whole.
@@ -61,8 +61,9 @@ class DetectionPredictor(Predictor):
         """Return the detector, and the names and ids of its classes."""
         model, config = load_detector(run)
         self.class_names, self.channels = config["class_names"], Channels.stored(config, model.backbone.in_chans)
-        self.kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox", **({"mask": "segm"} if model.masks else {})}
-        self.metric = ("val_mask_AP", "mask AP") if model.masks else ("val_box_AP", "box AP")
+        self.keypoint_names, self.skeleton = config.get("keypoints", []), config.get("skeleton", [])
+        self.kinds = model.kinds
+        self.metric = (f"val_{list(self.kinds)[-1]}_AP", f"{list(self.kinds)[-1]} AP")
         if image_size:
             transform = model.network.transform
             transform.min_size, transform.max_size = (image_size,), max(image_size, transform.max_size)
@@ -75,7 +76,11 @@ class DetectionPredictor(Predictor):
 
     def open_data(self, data: str, split: str = "val", splitter: Splitter | None = None) -> CocoImages:
         """Open a split of a folder with COCO's annotations."""
-        opened = CocoImages(data, split, self.model.masks, or_whole=True, splitter=splitter, channels=self.channels)
+        reading: dict[str, Any] = {"splitter": splitter, "channels": self.channels, "keypoints": self.model.keypoints}
+        opened = CocoImages(data, split, self.model.masks, or_whole=True, **reading)
+        if opened.keypoint_names != self.keypoint_names:
+            got, expected = (", ".join(names) for names in (opened.keypoint_names, self.keypoint_names))
+            raise ValueError(f"{data}: its keypoints are {got}, expected those of the run, {expected}")
         images: CocoImages = self.match_classes(opened, data)
         return images
 
@@ -96,9 +101,10 @@ class DetectionPredictor(Predictor):
                 one = {name: value[kept] for name, value in inside.items()}
                 offset = torch.tensor([left, top])
                 one["boxes"] = one["boxes"] + offset.repeat(2)
+                if "keypoints" in one:
+                    one["keypoints"][..., :2] += offset
                 found.append({**one, "at": offset.expand(len(one["scores"]), 2)})
-        names = ("boxes", "scores", "labels", "at")
-        merged = {name: torch.cat([one[name] for one in found]) for name in names}
+        merged = {name: torch.cat([one[name] for one in found]) for name in found[0] if name != "masks"}
         best = batched_nms(merged["boxes"], merged["scores"], merged["labels"], iou_threshold=0.5)
         merged = {name: value[best] for name, value in merged.items()}
         at = merged.pop("at")
@@ -117,7 +123,7 @@ class DetectionPredictor(Predictor):
         return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in found.items()}
 
     def evaluate(self, images: CocoImages, workers: int = 0, progress: Progress = lambda items, _: items) -> DetectionResult:
-        """Compute COCO's twelve metrics, for boxes and masks."""
+        """Compute COCO's metrics, for boxes, masks and keypoints."""
         results: list[dict[str, Any]] = []
         doubtful, watch = list[str](), Stopwatch()
         seen: set[Any] = set()
@@ -162,11 +168,14 @@ class DetectionPredictor(Predictor):
                 objects["labels"].tolist(), objects["scores"].tolist(), objects["boxes"].tolist(), strict=True
             )
         ]
+        if "keypoints" in found:
+            for row, stored in zip(listed, results, strict=False):
+                places = np.reshape(stored["keypoints"], (-1, 3)).tolist()
+                row["keypoints"] = dict(zip(self.keypoint_names, places, strict=True))
         counts = {n: sum(row["class"] == n for row in listed) for n in self.class_names}
         text = ", ".join(f"{count} {n}" for n, count in counts.items() if count) or "nothing"
-        return Predicted(
-            {"objects": listed}, text, {".png": to_png(draw_objects(in_colour(image), objects, self.class_names))}, results
-        )
+        drawn = draw_objects(in_colour(image), objects, self.class_names, self.skeleton)
+        return Predicted({"objects": listed}, text, {".png": to_png(drawn)}, results)
 
     def answer(self, found: Predicted) -> dict[str, Any]:
         """Return the objects, with their masks in COCO's run lengths."""
@@ -180,18 +189,23 @@ class DetectionPredictor(Predictor):
         }
 
     def to_supervision(self, found: Predicted) -> Any:
-        """Return the objects of at least the least score as supervision's Detections, with the names of their classes."""
+        """Return the objects of at least the least score as supervision's Detections, with the names of their classes.
+
+        Keypoints (N, K, 3) are in their data, as x, y and the height of the heat map.
+        """
         from supervision import Detections
 
         results = found.results[: len(found.result["objects"])]
         boxes = np.array([row["box"] for row in found.result["objects"]], dtype=np.float32).reshape(-1, 4)
         masks = [rle.decode(one["segmentation"]).astype(bool) for one in results if "segmentation" in one]
+        places = [one["keypoints"] for one in results if "keypoints" in one]
+        keypoints = {"keypoints": np.reshape(places, (len(places), -1, 3))} if self.model.keypoints else {}
         return Detections(
             xyxy=boxes,
             mask=np.stack(masks) if masks else None,
             confidence=np.array([one["score"] for one in results], dtype=np.float32),
             class_id=np.array([self.config["category_ids"].index(one["category_id"]) for one in results], dtype=int),
-            data={"class_name": np.array([row["class"] for row in found.result["objects"]], dtype=str)},
+            data={"class_name": np.array([row["class"] for row in found.result["objects"]], dtype=str), **keypoints},
         )
 
     def examples(self, images: Any, indices: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
@@ -205,10 +219,9 @@ class DetectionPredictor(Predictor):
             target = images.target(record)
             if "masks" in target:
                 target["masks"] = target["masks"].bool()
+            annotated = draw_objects(in_colour(image), target, self.class_names, self.skeleton)
             found = self.predict(image, record["file_name"])
-            pairs.append(
-                (draw_objects(in_colour(image), target, self.class_names), Image.open(io.BytesIO(found.files[".png"])))
-            )
+            pairs.append((annotated, Image.open(io.BytesIO(found.files[".png"]))))
         return pairs
 
     def report(self, folder: Path, images: Any, measured: EvalResult) -> Path:

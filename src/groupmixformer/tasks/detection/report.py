@@ -10,7 +10,7 @@ from ...visual.charts import line_chart
 from ...visual.page import Block, Chart, Gallery
 from ..predictor import percent
 from ..report import class_chart, confusion_blocks, finish, pairs_shown, run_charts
-from .metrics import detection_confusion, detection_curves
+from .metrics import Kind, detection_confusion, detection_curves
 
 if TYPE_CHECKING:
     from .predict import DetectionPredictor, DetectionResult
@@ -20,8 +20,9 @@ def write_report(predictor: "DetectionPredictor", folder: Path, images: Any, mea
     """Write report.html; the arguments are those of `Predictor.report`."""
     column, metric = predictor.metric
     name, result, names = column.removeprefix("val_"), measured.result, predictor.class_names
-    kind = predictor.kinds[metric.removesuffix(" AP")]
+    kind: Kind = "segm" if "mask" in predictor.kinds else "bbox"
     curves = detection_curves(measured.ground_truth, measured.results, kind)
+    at = "Of boxes, at" if predictor.model.keypoints else "At"
     best, f1 = curves.best, float(curves.f1[-1].max())
     predictor.options["score_threshold"] = best
     chosen = sorted(np.random.default_rng(0).permutation(len(images))[:6].tolist())
@@ -37,7 +38,7 @@ def write_report(predictor: "DetectionPredictor", folder: Path, images: Any, mea
         "": [Gallery("predictions", lambda: pairs_shown(pairs[:1], *captions), large=True)] if pairs else [],
         "How the training went": run_charts(folder, column, metric),
         "Precision, recall and confidence": [
-            f"At an IoU of 0.50. F1, the harmonic mean of precision and recall, is best for scores from {best:.2f} on, where "
+            f"{at} an IoU of 0.50. F1, the harmonic mean of precision and recall, is best for scores from {best:.2f} on, where "
             f"it is {f1:.2f}: gmf predict --score-threshold {best:.2f} draws these objects.",
             Chart(
                 "precision-recall",

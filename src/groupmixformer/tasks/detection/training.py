@@ -1,4 +1,4 @@
-"""The training steps of object detection and instance segmentation."""
+"""The training steps of the detection of objects, masks and keypoints."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -47,6 +47,7 @@ class DetectionModule(Task):
             "rois_per_image": settings.rois_per_image,
             "max_detections": settings.max_detections,
             **({"queries": settings.queries} if settings.architecture == "rt_detr" else {}),
+            **({"keypoints": len(train.keypoint_names)} if settings.architecture == "keypoint_rcnn" else {}),
             **pixel_statistics(recipe, used_to),
         }
         model = Detector(backbone, sizes=settings.sizes, **self.network, drop_path_rate=recipe.drop_path_rate, weights=weights)
@@ -57,8 +58,9 @@ class DetectionModule(Task):
         super().__init__(recipe, model, loaders, train.class_names, world_size)
         self.note_new(new)
         self.notes += colours_left_out(recipe, train, ["color_jitter"] if settings.color_jitter else [])
+        self.keypoint_names, self.skeleton = train.keypoint_names, train.skeleton
         self.ground_truth = held_out.ground_truth
-        self.monitor = "val_mask_AP" if model.masks else "val_box_AP"
+        self.monitor = f"val_{list(model.kinds)[-1]}_AP"
         self.found: list[tuple[Any, list[dict[str, Any]]]] = []  # of each held-out image
 
     def compile_model(self) -> None:
@@ -100,7 +102,7 @@ class DetectionModule(Task):
             # In the order of the annotations, whatever process an image was on: that decides between equal scores.
             results = [result for image in self.ground_truth["images"] for result in found.get(image["id"], [])]
             ground_truth = restrict(self.ground_truth, found)
-            for kind, name in (("bbox", "box"), *((("segm", "mask"),) if self.evaluated.masks else ())):
+            for name, kind in self.evaluated.kinds.items():
                 measured, _ = coco_metrics(ground_truth, results, kind)
                 metrics |= {f"val_{name}_{metric}": measured[metric] for metric in ("AP", "AP50", "AP75")}
         metrics = self.trainer.strategy.broadcast(metrics)
@@ -110,6 +112,7 @@ class DetectionModule(Task):
         """Write a detector to a folder that `load_detector` reads."""
         network = {"backbone": asdict(model.backbone), **self.network}
         config = {"task": "detection", "class_names": self.class_names, "category_ids": self.category_ids, "network": network}
+        config |= {"keypoints": self.keypoint_names, "skeleton": self.skeleton} if self.keypoint_names else {}
         save_network(model, folder, config | shown_channels(self.recipe))
 
     @classmethod
@@ -121,12 +124,16 @@ class DetectionModule(Task):
         """
         settings = recipe.detector
         transform = detection_transform(settings.hflip, settings.vflip, settings.color_jitter)
-        masks = settings.architecture == "mask_rcnn"
-        reading: dict[str, Any] = {"splitter": recipe.splitter, "channels": recipe.channels}
+        masks, keypoints = settings.architecture == "mask_rcnn", settings.architecture == "keypoint_rcnn"
+        reading: dict[str, Any] = {"splitter": recipe.splitter, "channels": recipe.channels, "keypoints": keypoints}
         train = CocoImages(recipe.data, "train", masks, transform, recipe.seed, **reading)
+        if keypoints and train.mirrored is None and settings.hflip + settings.vflip:
+            train.transform = detection_transform(0, 0, settings.color_jitter)
+            what = "left and right in the names of keypoints, or flip_idx of YOLO, would say which change places"
+            train.notes = [*train.notes, f"images are not flipped: {what}"]
         held_out = CocoImages(recipe.data, "val", masks, **reading)
         pairs = [
-            [f"{name} ({i})" for name, i in zip(images.class_names, images.category_ids, strict=True)]
+            [f"{name} ({i})" for name, i in zip(images.class_names, images.category_ids, strict=True)] + images.keypoint_names
             for images in (train, held_out)
         ]
         if differing := differences(pairs[0], pairs[1], "train", "val"):

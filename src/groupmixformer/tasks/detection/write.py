@@ -21,7 +21,7 @@ class Drawn:
     Attributes:
         name: Of the image, relative to the folder of all.
         size: Its width and height.
-        objects: In COCO's form, with category_id, bbox, score, and perhaps segmentation as run lengths.
+        objects: In COCO's form, with category_id, bbox, score, perhaps segmentation as run lengths, and keypoints.
     """
 
     name: str
@@ -29,18 +29,37 @@ class Drawn:
     objects: Sequence[Mapping[str, Any]]
 
 
-def _coco(out: Path, images: Sequence[Drawn], classes: Mapping[int, str]) -> Path:
+@dataclass(frozen=True)
+class Classes:
+    """What the objects of a data set may be.
+
+    Attributes:
+        names: Of the categories, by their ids.
+        keypoints: Names of the keypoints of each object.
+        skeleton: Pairs of their numbers, from 0 on.
+    """
+
+    names: Mapping[int, str]
+    keypoints: Sequence[str] = ()
+    skeleton: Sequence[Sequence[int]] = ()
+
+
+def _coco(out: Path, images: Sequence[Drawn], classes: Classes) -> Path:
     """Annotations/instances_default.json, for images in images/; scores are kept."""
     listed = [
         {"id": i, "file_name": image.name, "width": image.size[0], "height": image.size[1]} for i, image in enumerate(images, 1)
     ]
     found = [
-        {**one, "image_id": i, "iscrowd": 0, "area": _area(one)} for i, image in enumerate(images, 1) for one in image.objects
+        {**one, "image_id": i, "iscrowd": 0, "area": _area(one), **_visible(one)}
+        for i, image in enumerate(images, 1)
+        for one in image.objects
     ]
+    lines = [[start + 1, end + 1] for start, end in classes.skeleton]
+    keypoints = {"keypoints": list(classes.keypoints), "skeleton": lines} if classes.keypoints else {}
     content = {
         "images": listed,
         "annotations": [{**one, "id": number} for number, one in enumerate(found, 1)],
-        "categories": [{"id": key, "name": name} for key, name in classes.items()],
+        "categories": [{"id": key, "name": name, **keypoints} for key, name in classes.names.items()],
     }
     write_file(out / "annotations" / "instances_default.json", to_json(content))
     return out / "annotations" / "instances_default.json"
@@ -50,18 +69,37 @@ def _area(one: Mapping[str, Any]) -> float:
     return float(rle.area(one["segmentation"])) if "segmentation" in one else one["bbox"][2] * one["bbox"][3]
 
 
-def _yolo(out: Path, images: Sequence[Drawn], classes: Mapping[int, str]) -> Path:
+def _visible(one: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keypoints as they are annotated, all of them visible, in place of their scores."""
+    if "keypoints" not in one:
+        return {}
+    places = np.reshape(one["keypoints"], (-1, 3))
+    places[:, 2] = 2
+    return {"keypoints": places.ravel().tolist(), "num_keypoints": len(places)}
+
+
+def _yolo(out: Path, images: Sequence[Drawn], classes: Classes) -> Path:
     """Labels/ with a text for each image, for images in images/, and data.yaml; polygons where there are masks, no scores."""
-    numbers = {key: number for number, key in enumerate(classes)}
+    numbers = {key: number for number, key in enumerate(classes.names)}
     for image in images:
         lines = []
         for one in image.objects:
             x, y, width, height = one["bbox"]
             pixels = _outline(one) if "segmentation" in one else [x + width / 2, y + height / 2, width, height]
             shares = [min(max(value / image.size[i % 2], 0.0), 1.0) for i, value in enumerate(pixels)]
-            lines.append(" ".join([str(numbers[one["category_id"]]), *(f"{share:.8g}" for share in shares)]))
+            words = [str(numbers[one["category_id"]]), *(f"{share:.8g}" for share in shares)]
+            if "keypoints" in one:
+                places = np.reshape(one["keypoints"], (-1, 3))[:, :2] / image.size
+                words += [f"{min(max(x, 0.0), 1.0):.8g} {min(max(y, 0.0), 1.0):.8g} 2" for x, y in places.tolist()]
+            lines.append(" ".join(words))
         write_file((out / "labels" / image.name).with_suffix(".txt"), "".join(f"{line}\n" for line in lines))
-    content = {"path": ".", "val": "images", "names": dict(enumerate(classes.values()))}
+    names: dict[int, str] = dict(enumerate(classes.names.values()))
+    content: dict[str, Any] = {"path": ".", "val": "images", "names": names}
+    if classes.keypoints:
+        content |= {
+            "kpt_shape": [len(classes.keypoints), 3],
+            "kpt_names": {number: list(classes.keypoints) for number in names},
+        }
     write_file(out / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return out / "data.yaml"
 
@@ -78,7 +116,7 @@ def _outline(one: Mapping[str, Any]) -> list[float]:
     return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
-def _voc(out: Path, images: Sequence[Drawn], classes: Mapping[int, str]) -> Path:
+def _voc(out: Path, images: Sequence[Drawn], classes: Classes) -> Path:
     """Annotations/ with an XML file for each image, for images in JPEGImages/; pixels count from 1, the last one included."""
     for image in images:
         root = ElementTree.Element("annotation")
@@ -86,7 +124,7 @@ def _voc(out: Path, images: Sequence[Drawn], classes: Mapping[int, str]) -> Path
         _add(ElementTree.SubElement(root, "size"), width=image.size[0], height=image.size[1], depth=3)
         for one in image.objects:
             element = ElementTree.SubElement(root, "object")
-            _add(element, name=classes[one["category_id"]], difficult=0, score=round(one["score"], 4))
+            _add(element, name=classes.names[one["category_id"]], difficult=0, score=round(one["score"], 4))
             x, y, width, height = one["bbox"]
             corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
             _add(ElementTree.SubElement(element, "bndbox"), **{name: round(value, 3) for name, value in corners.items()})
@@ -101,7 +139,7 @@ def _add(parent: ElementTree.Element, **values: Any) -> None:
         ElementTree.SubElement(parent, name).text = str(value)
 
 
-def write(format: str, out: Path, images: Sequence[Drawn], classes: Mapping[int, str]) -> Path:
+def write(format: str, out: Path, images: Sequence[Drawn], classes: Classes) -> Path:
     """Write a data set in one of `FORMATS`, and return the file or folder to begin with.
 
     Raises:
@@ -113,4 +151,4 @@ def write(format: str, out: Path, images: Sequence[Drawn], classes: Mapping[int,
     return FORMATS[format](out, images, classes)
 
 
-FORMATS: dict[str, Callable[[Path, Sequence[Drawn], Mapping[int, str]], Path]] = {"coco": _coco, "yolo": _yolo, "voc": _voc}
+FORMATS: dict[str, Callable[[Path, Sequence[Drawn], Classes], Path]] = {"coco": _coco, "yolo": _yolo, "voc": _voc}
