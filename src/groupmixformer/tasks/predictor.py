@@ -333,7 +333,7 @@ class Predictor(ABC):
         if not self.has_names:
             if len(names) != len(self.class_names):
                 counts = f"{data}: has {len(names)} classes and the model {len(self.class_names)} without names"
-                raise ValueError(f"{counts}, expected as many")
+                raise ValueError(f"{counts}, expected as many, or names by which to match: gmf convert --class-names FILE")
             taken = f"the model has no names for its {len(names)} classes: they are taken for those of {data} in its order"
             images.notes = [*images.notes, taken]
         elif names != self.class_names:
