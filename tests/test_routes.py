@@ -160,6 +160,8 @@ def test_docs_are_filled_and_load_nothing_from_elsewhere(client):
         examples = post["responses"]["200"]["content"]["application/json"]["examples"]
         answer = client.post("/predict", content=image(1), headers=PNG).json()
         assert set(examples["classification"]["value"]) == set(answer)
+    (name,) = [one["schema"] for one in post["parameters"] if one["name"] == "name"]
+    assert name["enum"] == ["a b", "things"]
     fields = set(schema["components"]["schemas"]["Health"]["properties"])
     assert fields == set(client.get("/health").json()) == set(schema["components"]["schemas"]["Health"]["example"])
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
@@ -300,7 +300,12 @@ def application(
         return await _predict(serving, request, first, dict(zip(REQUEST_OPTIONS, (top, score_threshold), strict=True)))
 
     @app.post("/predict/{name}", responses=RESPONSES, openapi_extra=BODY, summary="Look at images with the model of a name")
-    async def predict_by(request: Request, name: str, top: Top = None, score_threshold: ScoreThreshold = None) -> JSONResponse:
+    async def predict_by(
+        request: Request,
+        name: Annotated[str, Path(json_schema_extra={"enum": [*serving.models]})],  # which /docs offers
+        top: Top = None,
+        score_threshold: ScoreThreshold = None,
+    ) -> JSONResponse:
         if name not in serving.models:
             raise HTTPException(404, f"got model {short(name)}, expected {' or '.join(serving.models)}")
         options = dict(zip(REQUEST_OPTIONS, (top, score_threshold), strict=True))
