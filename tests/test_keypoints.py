@@ -21,6 +21,7 @@ from test_serve import PNG, serving
 
 from groupmixformer import Run
 from groupmixformer.cli.main import main
+from groupmixformer.tasks.detection import DetectionTask
 from groupmixformer.tasks.detection.data import CocoImages, detection_transform, to_tensor
 from groupmixformer.tasks.detection.metrics import KEYPOINT_METRICS, coco_metrics, to_results
 from groupmixformer.tasks.detection.predict import DetectionPredictor
@@ -270,3 +271,12 @@ def test_what_can_be_learnt_is_found_in_the_pixels_of_the_image(shapes):
     places, expected = found["keypoints"][:number, :, :2], target["keypoints"][..., :2]
     apart = (places[:, None] - expected).norm(dim=3).amax(dim=2)  # (found, annotated)
     assert apart.amin(dim=0).max() < 4
+
+
+def test_a_data_set_is_shown_with_its_keypoints(shapes, tmp_path):
+    samples = DetectionTask().open_part(shapes, "train")
+    assert samples.keypoint_names == KEYPOINTS["keypoints"] and samples.masks
+    without = CocoImages(shapes, "train", False)
+    assert np.any(np.asarray(samples.drawn(2)) != np.asarray(without.drawn(2)))
+    differing = relabelled(shapes, tmp_path, [CATEGORIES[0], {**CATEGORIES[1], "keypoints": ["top"]}])
+    assert DetectionTask().open_part(differing, "train").keypoint_names == []  # which boxes do not need

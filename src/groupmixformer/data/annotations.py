@@ -1,5 +1,6 @@
 """The objects of a data set of any format, checked: what makes no sense is refused, or left out and named."""
 
+import contextlib
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from os.path import normpath
@@ -168,7 +169,7 @@ class Annotations:
         part: Of the data set.
         masks: Whether objects need masks.
         channels: How images are read.
-        keypoints: Whether the categories need keypoints, the same for all of them.
+        keypoints: Whether the categories need keypoints, the same for all of them; none to take them where they are so.
 
     Attributes:
         source: What an error about all of it names.
@@ -189,14 +190,21 @@ class Annotations:
         ValueError: If the annotations cannot be used.
     """
 
-    def __init__(self, found: Recognised, part: str, masks: bool, channels: Channels = ANY, keypoints: bool = False) -> None:
-        read = read_objects(found, part, keypoints)
+    def __init__(
+        self, found: Recognised, part: str, masks: bool, channels: Channels = ANY, keypoints: bool | None = False
+    ) -> None:
+        read = read_objects(found, part, bool(keypoints))
         self.source, self.folder, self.masks = read.source, read.folder, masks
         categories, records = _Ids(read.categories, "categories", read.source), _Ids(read.images, "images", read.source)
         self.category_ids = sorted(categories.records)
         names = (categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
         self.class_names = [str(name) for name in names]
-        self.keypoint_names, self.skeleton, self.mirrored = _read_keypoints(read.categories) if keypoints else ([], [], None)
+        self.keypoint_names: list[str] = []
+        self.skeleton: list[list[int]] = []
+        self.mirrored: list[int] | None = None
+        with contextlib.nullcontext() if keypoints else contextlib.suppress(ValueError):
+            if keypoints is not False:
+                self.keypoint_names, self.skeleton, self.mirrored = _read_keypoints(read.categories)
         images = _read_images(records)
 
         def problem(image: Mapping[str, Any]) -> str:

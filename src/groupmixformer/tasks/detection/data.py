@@ -34,7 +34,7 @@ class CocoImages(Samples):
         folder: Holds annotations and images, in any format of `groupmixformer.data.formats` that has objects.
         split: train, val or another.
         masks: Whether objects need masks.
-        keypoints: Whether they need keypoints.
+        keypoints: Whether they need keypoints; none to take them where they are annotated.
         transform: From (image, target) to the two augmented; none for evaluation.
         seed: Of the augmentation.
         or_whole: Whether a data set that is not split is taken whole.
@@ -65,7 +65,7 @@ class CocoImages(Samples):
         or_whole: bool = False,
         splitter: Splitter | None = None,
         channels: Channels | None = None,
-        keypoints: bool = False,
+        keypoints: bool | None = False,
     ) -> None:
         found = recognise(folder, "detection")
         self.channels = channels or Channels()
@@ -203,21 +203,23 @@ def to_tensor(image: AnyImage) -> Tensor:
 
 
 def detection_transform(hflip: float, vflip: float, color_jitter: float) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """From an image and its target to the two augmented, colours of images read as colour alone; small objects are left out."""
+    """From an image and its target to the two augmented, colours of images read as colour alone; small objects are left out.
+
+    Images with keypoints are flipped only where their target has a frame, by which it is seen that they were.
+    """
     recolour = v2.Compose([v2.ToImage(), *([v2.ColorJitter(*[color_jitter] * 3)] if color_jitter else [])])
-    steps = [v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip), v2.ToDtype(torch.float32, scale=True)]
-    follow = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1.0, labels_getter=_by_object), v2.ToPureTensor()])
-    return partial(_augmented, recolour, follow)
+    flip = v2.Compose([v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip)])
+    steps = [v2.ToDtype(torch.float32, scale=True), v2.SanitizeBoundingBoxes(min_size=1.0, labels_getter=_by_object)]
+    return partial(_augmented, recolour, flip, v2.Compose([*steps, v2.ToPureTensor()]))
 
 
 def _by_object(sample: tuple[Any, Mapping[str, Tensor]]) -> list[Tensor]:
     return [value for name, value in sample[1].items() if name in ("labels", "keypoints", "visible")]
 
 
-def _augmented(recolour: Any, follow: Any, image: AnyImage, target: Any) -> tuple[Any, Any]:
-    if isinstance(image, ChannelImage):
-        return follow(tv_tensors.Image(image.tensor), target)
-    return follow(*recolour(image, target))
+def _augmented(recolour: Any, flip: Any, follow: Any, image: AnyImage, target: Any) -> tuple[Any, Any]:
+    seen = (tv_tensors.Image(image.tensor), target) if isinstance(image, ChannelImage) else recolour(image, target)
+    return follow(*(seen if "keypoints" in target and "frame" not in target else flip(*seen)))
 
 
 def collate_detection(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Tensor], list[Any], list[str]]:

@@ -128,7 +128,6 @@ class DetectionModule(Task):
         reading: dict[str, Any] = {"splitter": recipe.splitter, "channels": recipe.channels, "keypoints": keypoints}
         train = CocoImages(recipe.data, "train", masks, transform, recipe.seed, **reading)
         if keypoints and train.mirrored is None and settings.hflip + settings.vflip:
-            train.transform = detection_transform(0, 0, settings.color_jitter)
             what = "left and right in the names of keypoints, or flip_idx of YOLO, would say which change places"
             train.notes = [*train.notes, f"images are not flipped: {what}"]
         held_out = CocoImages(recipe.data, "val", masks, **reading)
