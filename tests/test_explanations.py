@@ -275,7 +275,8 @@ def test_other_backbones_have_relevance_or_one_line(folder, tmp_path, capsys):
     for name in ("test_resnet", "test_vit"):
         save_checkpoint(timm.create_model(name, num_classes=3), tmp_path / name, NAMES, config)
     photo = folder / "wide.png"
-    result = output(capsys, "explain", tmp_path / "test_resnet", photo, "--out", tmp_path, "--json")
+    result = output(capsys, "explain", tmp_path / "test_resnet", photo, "--query", "9,40", "--out", tmp_path, "--json")
+    assert "test_resnet: has no Group-Mix Attention to show at --query: figures show what speaks for the answer" in result.err
     (image,) = json.loads(result.out)["images"]
     assert (image["stages"], image["relevance_stage"]) == ([], 3)
     stored = arrays(image["arrays"])

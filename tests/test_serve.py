@@ -384,7 +384,10 @@ def test_the_command_says_where_it_listens_and_what_is_wrong(run, capsys):
     assert line.startswith(f"gmf: error: cannot listen on 127.0.0.1 port {port}: ") and line.count("\n") == 1
     assert main(["serve", str(run), "--host", "nowhere.invalid", "--port", "0"]) == 1
     assert main(["serve", str(run), "--sliding-window"]) == 2
-    assert main(["serve", "nothing-here", "--port", "0"]) == 1
+    for origin in ("lab.example", "https://lab.example/", "https://lab.example/page"):  # none of which a browser sends
+        assert main(["serve", "x", "--cors-origin", origin]) == 2
+        assert f"got {origin}, expected scheme and name without a path" in capsys.readouterr().err
+    assert main(["serve", "nothing-here", "--port", "0", "--cors-origin", "https://lab.example:8443", "*"]) == 1
     assert "nothing-here" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,6 +126,12 @@ def _pixel(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):  # as browsers send it: any other never matches
+        raise ArgumentTypeError(f"got {text}, expected scheme and name without a path, such as https://lab.example, or '*'")
+    return text
+
+
 # Titles in the help, in their order.
 GROUPS = ("what it reads", "how it works", "how it looks at images", "what it writes")
 Reads = Annotated[T, Option(group=GROUPS[0])]
@@ -137,6 +144,7 @@ NonNegative = Annotated[int, Option(_number(0), "N")]
 Side = Annotated[int, Option(_number(32), "N")]
 Share = Annotated[float, Option(_share, "X")]
 Scales = Annotated[tuple[float, ...], Option(_scales, "X,X...")]
+Origin = Annotated[str, Option(_origin, "ORIGIN")]
 Pixel = Annotated[tuple[int, int], Option(_pixel, "Y,X")]
 # A shell expands ~ only at the beginning of a word, and not in --out=~/runs.
 PathText = Annotated[str, Option(os.path.expanduser)]

@@ -30,6 +30,7 @@ from .common import (
     Looks,
     NonNegative,
     Option,
+    Origin,
     PathText,
     Pixel,
     Port,
@@ -343,6 +344,8 @@ def explain(
         run, {"wanted_class": wanted_class, "wanted_object": wanted_object}, allow_nonfinite=allow_nonfinite
     )
     explainer = opened.explainer(device, image_size, **options)
+    if explainer.backbone is None:
+        note(f"{run}: has no Group-Mix Attention to show{' at --query' * bool(query)}: figures show what speaks for the answer")
 
     def look(image: "AnyImage", path: str) -> "Predicted":
         try:
@@ -383,7 +386,7 @@ def serve(
     max_per_client: Works[Positive] = 32,
     allowed_hosts: AllowedHosts = (),
     api_key_file: Works[File | None] = None,
-    cors_origin: Annotated[Works[Sequence[str]], Option(metavar="ORIGIN")] = (),
+    cors_origin: Works[Sequence[Origin]] = (),
     reload: Works[bool] = True,
     image_size: ImageSize = None,
     sliding_window: SlidingWindow = False,
