@@ -344,8 +344,6 @@ def explain(
         run, {"wanted_class": wanted_class, "wanted_object": wanted_object}, allow_nonfinite=allow_nonfinite
     )
     explainer = opened.explainer(device, image_size, **options)
-    if explainer.backbone is None:
-        note(f"{run}: has no Group-Mix Attention to show{' at --query' * bool(query)}: figures show what speaks for the answer")
 
     def look(image: "AnyImage", path: str) -> "Predicted":
         try:
@@ -354,6 +352,8 @@ def explain(
             raise ValueError(f"{path}: {error}") from error
 
     seen = _each("explain", images, out, look, explainer.channels)
+    if explainer.backbone is None:
+        note(f"{run}: has no Group-Mix Attention to show{' at --query' * bool(query)}: figures show what speaks for the answer")
     for row in seen.rows:
         row["figure"], row["arrays"] = row.pop("files")
     result = {"run": run, "task": opened.task, "images": seen.rows, "skipped": seen.skipped}
