@@ -158,7 +158,7 @@ def test_the_command(model, run, tmp_path, capsys, format):
 
 @pytest.mark.parametrize("page", ["export.md", "onnxruntime.md"])
 def test_the_clients_of_the_docs_prepare_images_as_gmf_predict_does(run, tmp_path, page):
-    """A client that squeezes the whole image to the size answers with another class for one image in ten."""
+    """A client that squeezes the whole image to the size may answer with another class."""
     predictor = Run.open(run).predictor("cpu")
     more = Run.open(run).definition.exportable(RunFolder(run), "onnx").settings["more"]
     about = {key: json.dumps(value) for key, value in {**COLORS, "input_size": [3, 64, 64], **more}.items()}
