@@ -296,7 +296,7 @@ def test_a_wrong_file_is_removed_and_an_earlier_one_kept(run, tmp_path, capsys, 
     for earlier in (False, True):
         if earlier:
             path.write_text("earlier")
-        said = output(capsys, "export", run, "--format", "pt2", "--out", path, code=1)
+        said = output(capsys, "export", run, "--out", path, code=1)
         *progress, last = said.err.splitlines()
         assert last.startswith("gmf: error: ") and message in last
         assert all(line.startswith("gmf export: ") for line in progress)
@@ -325,6 +325,7 @@ def test_nan_is_no_agreement(about, tmp_path, monkeypatch, model):
     [
         (["--format", "onxx", "--out", "x.onnx"], "did you mean onnx?", 2),
         (["--format", "onnx"], "required: --out", 2),
+        (["--out", "x.engine"], "expected a name that ends in .mlpackage, .onnx, .pt2, .pte, .tflite, .xml, or --format", 2),
         (["--format", "onnx", "--out", "x.pt2"], "expected a name that ends in .onnx", 2),
         (["--format", "openvino", "--out", "x.onnx"], "expected a name that ends in .xml", 2),
         (["--format", "pt2", "--half", "--out", "x.pt2"], "--half is for --format onnx, got pt2", 2),

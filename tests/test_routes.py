@@ -65,6 +65,8 @@ def test_answers_have_ids_and_versions(client):
     assert answer.headers["x-model-version"] == "a%20b@0123abcd"
     assert answer.headers["x-package-version"] == groupmixformer.__version__
     assert client.post("/predict/things", content=b"x", headers=PNG).headers["x-model-version"] == "things@ffff"
+    start = client.get("/", follow_redirects=False)
+    assert (start.status_code, start.headers["location"]) == (307, "docs")
     health = client.get("/health", headers={"X-Request-ID": "no good"})
     assert re.fullmatch("[0-9a-f]{32}", health.headers["x-request-id"])
     assert "x-model-version" not in health.headers  # there are two

@@ -44,7 +44,7 @@ def export(
     allow_nonfinite: AllowNonfinite = False,
     data: Reads[PathText | None] = None,
     calibrate: Annotated[Reads[PathText | None], Option(metavar="DIR")] = None,
-    format: Annotated[Writes[Format], Option(metavar="FORMAT")],
+    format: Annotated[Writes[Format | None], Option(metavar="FORMAT")] = None,
     out: Annotated[Writes[PathText], Option(metavar="FILE")],
     features: Writes[bool] = False,
     with_preprocessing: Writes[bool] = False,
@@ -58,7 +58,8 @@ def export(
     Args:
         data: to measure int8 on: data set, or a folder of class folders; the run's own by default
         calibrate: for static int8: images, in class folders or not; the run's training data by default
-        format: onnx, pt2 (torch.export), aoti, openvino, executorch, coreml or litert; docs/export.md tells them apart
+        format: onnx, pt2 (torch.export), aoti, openvino, executorch, coreml or litert, which docs/export.md tells apart; by
+            default that of the ending of FILE
         out: file to write: .onnx, .pt2 (pt2, aoti), .xml (OpenVINO, with a .bin), .pte, .mlpackage or .tflite
         features: a classifier's maps of strides 4, 8, 16 and 32, not the logits
         with_preprocessing: of a classifier: from an image, uint8 (height, width, 3), to probabilities
@@ -69,25 +70,29 @@ def export(
     from ..deploy.export import FORMATS
     from ..deploy.quantize import WAYS, table
 
-    target = FORMATS[format]
+    endings: dict[str, str] = {target.suffix: name for name, target in reversed(FORMATS.items())}  # .pt2 is torch.export's
+    chosen = format or endings.get(Path(out).suffix, "")
+    if not chosen:
+        raise UsageError(f"--out {out}: expected a name that ends in {', '.join(sorted(endings))}, or --format")
+    target = FORMATS[chosen]
     if Path(out).suffix != target.suffix:
-        raise UsageError(f"--out {out}: expected a name that ends in {target.suffix} for {format}")
+        raise UsageError(f"--out {out}: expected a name that ends in {target.suffix} for {chosen}")
     opened, _ = open_run(run, {}, "features", "int8", "with_preprocessing", allow_nonfinite=allow_nonfinite)
-    if int8 and format not in WAYS[int8]:
-        raise UsageError(f"--int8 {int8} is for --format {' and '.join(WAYS[int8])}, got {format}")
+    if int8 and chosen not in WAYS[int8]:
+        raise UsageError(f"--int8 {int8} is for --format {' and '.join(WAYS[int8])}, got {chosen}")
     if int8 and (features or with_preprocessing or half or not check):
         raise UsageError("--int8 is for the logits of classifiers, whose accuracy it measures: give no other form with it")
     if features and with_preprocessing:
         raise UsageError("--features and --with-preprocessing: expected one of them")
-    if half and format != "onnx":
-        raise UsageError(f"--half is for --format onnx, got {format}")
+    if half and chosen != "onnx":
+        raise UsageError(f"--half is for --format onnx, got {chosen}")
     if int8 and calibrate and int8 != "static":
         raise UsageError(f"--calibrate is for --int8 static: {int8} needs no images")
     for option, value in (("calibrate", calibrate), ("data", data)):
         if value and not int8:
             raise UsageError(f"--{option} is for --int8")
     result = opened.export(
-        format,
+        chosen,
         out,
         features=features,
         with_preprocessing=with_preprocessing,

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
@@ -310,6 +310,10 @@ def application(
             raise HTTPException(404, f"got model {short(name)}, expected {' or '.join(serving.models)}")
         options = dict(zip(REQUEST_OPTIONS, (top, score_threshold), strict=True))
         return await _predict(serving, request, serving.models[name], options)
+
+    @app.get("/", include_in_schema=False)
+    async def start() -> RedirectResponse:
+        return RedirectResponse("docs")  # also behind a proxy that puts a path before
 
     @app.get("/health", responses={200: {"model": Health}}, summary="Whether it is ready, and versions")
     async def health() -> dict[str, Any]:
