@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from shapes import CATEGORIES, KEYPOINTS, write_coco, write_shapes
-from test_detection import error, gmf, task
+from test_detection import batch, error, gmf, losses, task
 from test_serve import PNG, serving
 
 from groupmixformer import Run
@@ -150,6 +150,16 @@ def test_what_is_wrong_with_keypoints_is_said(shapes, tmp_path, capsys):
         "expected 9 numbers, x, y and visibility of each",
         "a visibility is not 0 (not annotated), 1 (hidden) or 2 (visible)",
     ]
+
+
+def test_objects_without_annotated_keypoints_teach_their_boxes_alone(shapes):
+    made = task(shapes, "keypoint_rcnn")
+    images, targets = batch(made, 2)
+    seen = losses(made.model, images, targets)
+    targets[0]["keypoints"][..., 2] = 0
+    unseen = losses(made.model, images, targets)
+    assert seen["loss_keypoint"] > 0 and unseen["loss_keypoint"] == 0
+    assert unseen["loss_box_reg"] == pytest.approx(seen["loss_box_reg"], rel=1e-4)
 
 
 # COCO's numbers
