@@ -27,7 +27,7 @@ from groupmixformer.cli.main import main
 from groupmixformer.models.checkpoint import load_model, save_checkpoint
 from groupmixformer.run_folder import read_metrics, save_network
 from groupmixformer.tasks.backbone import Backbone, start_from
-from groupmixformer.tasks.detection.data import CocoImages, collate_detection
+from groupmixformer.tasks.detection.data import CocoImages, collate_detection, to_tensor
 from groupmixformer.tasks.detection.metrics import COCO_METRICS, coco_metrics
 from groupmixformer.tasks.detection.model import Detector, load_detector
 from groupmixformer.tasks.detection.predict import DetectionPredictor
@@ -111,6 +111,20 @@ def losses(model, images, targets):
     found = model.train()(images, targets)
     sum(found.values()).backward()
     return {name: loss.item() for name, loss in found.items()}
+
+
+def learn_by_heart(made, index, steps, rate):
+    """Train on one image alone, not augmented; return the image and what is annotated."""
+    read = made.loaders.train.read(index)
+    image, target = to_tensor(read[0]), dict(made.loaders.train.target(read[1]))
+    optimizer = torch.optim.AdamW(made.model.parameters(), rate)
+    made.model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(made.model([image], [dict(target)]).values()).backward()
+        optimizer.step()
+    made.model.eval()
+    return image, target
 
 
 def lower_threshold(model):

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from shapes import CATEGORIES, KEYPOINTS, write_coco, write_shapes
-from test_detection import batch, error, gmf, losses, task
+from test_detection import batch, error, gmf, learn_by_heart, losses, task
 from test_serve import PNG, serving
 
 from groupmixformer import Run
@@ -25,6 +25,7 @@ from groupmixformer.tasks.detection import DetectionTask
 from groupmixformer.tasks.detection.data import CocoImages, detection_transform, to_tensor
 from groupmixformer.tasks.detection.metrics import KEYPOINT_METRICS, coco_metrics, to_results
 from groupmixformer.tasks.detection.predict import DetectionPredictor
+from groupmixformer.training.recipe import read_recipe
 from groupmixformer.visual.drawing import draw_objects
 
 ARCHITECTURE = ["--detector.architecture", "keypoint_rcnn"]
@@ -267,16 +268,8 @@ def test_what_can_be_learnt_is_found_in_the_pixels_of_the_image(shapes):
     """Keypoints of an image that is learnt by heart are found."""
     torch.manual_seed(0)
     made = task(shapes, "keypoint_rcnn")
-    model, read = made.model, made.loaders.train.read(2)
-    image, target = to_tensor(read[0]), dict(made.loaders.train.target(read[1]))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    model.train()
-    for _ in range(80):
-        optimizer.zero_grad()
-        sum(model([image], [dict(target)]).values()).backward()
-        optimizer.step()
-    model.eval()
-    found = model([image])[0]
+    image, target = learn_by_heart(made, 2, 160, 2e-3)
+    found = made.model([image])[0]
     number = len(target["labels"])
     places, expected = found["keypoints"][:number, :, :2], target["keypoints"][..., :2]
     apart = (places[:, None] - expected).norm(dim=3).amax(dim=2)  # (found, annotated)
@@ -290,3 +283,10 @@ def test_a_data_set_is_shown_with_its_keypoints(shapes, tmp_path):
     assert np.any(np.asarray(samples.drawn(2)) != np.asarray(without.drawn(2)))
     differing = relabelled(shapes, tmp_path, [CATEGORIES[0], {**CATEGORIES[1], "keypoints": ["top"]}])
     assert DetectionTask().open_part(differing, "train").keypoint_names == []  # which boxes do not need
+    path = differing / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text()) | {"categories": CATEGORIES}
+    content["annotations"][0]["keypoints"] = [1, 2]
+    path.write_text(json.dumps(content))
+    shown = DetectionTask().open_part(differing, "train")
+    assert shown.keypoint_names == KEYPOINTS["keypoints"] and shown.dropped == []  # nor damaged ones
+    assert DetectionTask().open_part(shapes, "train", read_recipe("nuclei")).keypoint_names == []  # training sees none

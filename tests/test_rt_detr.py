@@ -8,12 +8,11 @@ import httpx
 import pytest
 import torch
 from shapes import write_shapes
-from test_detection import batch, error, gmf, task
+from test_detection import batch, error, gmf, learn_by_heart, task
 from test_serve import PNG, serving
 from torchvision.ops import box_convert, box_iou
 
 from groupmixformer.cli.main import main
-from groupmixformer.tasks.detection.data import to_tensor
 from groupmixformer.tasks.detection.predict import DetectionPredictor
 from groupmixformer.tasks.detection.rt_detr import LOSSES
 
@@ -80,19 +79,11 @@ def test_what_can_be_learnt_is_found_in_the_pixels_of_the_image(shapes):
     """Objects of an image that is learnt by heart are found, and at their places in the same image three times as large."""
     torch.manual_seed(0)
     made = task(shapes, "rt_detr")
-    model, read = made.model, made.loaders.train.read(0)
-    image, target = to_tensor(read[0]), dict(made.loaders.train.target(read[1]))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    model.train()
-    for _ in range(120):
-        optimizer.zero_grad()
-        sum(model([image], [dict(target)]).values()).backward()
-        optimizer.step()
+    image, target = learn_by_heart(made, 0, 120, 1e-3)
     large = torch.nn.functional.interpolate(image[None], scale_factor=3, mode="bilinear")[0]
-    model.eval()
     for pixels, factor in ((image, 1), (large, 3)):
         with torch.inference_mode():
-            found = model([pixels])[0]
+            found = made.model([pixels])[0]
         number = len(target["labels"])
         overlap, which = box_iou(factor * target["boxes"], found["boxes"][:number]).max(dim=1)
         assert overlap.min() > 0.6

@@ -199,6 +199,7 @@ class Annotations:
         self.category_ids = sorted(categories.records)
         names = (categories.records[key].take("name", "a text", _is_name) for key in self.category_ids)
         self.class_names = [str(name) for name in names]
+        self._needs_keypoints = keypoints is True
         self.keypoint_names: list[str] = []
         self.skeleton: list[list[int]] = []
         self.mirrored: list[int] | None = None
@@ -270,7 +271,7 @@ class Annotations:
             raise ValueError(f"box {box} is less than a pixel wide or high{swapped}")
         if min(x + w, width) - max(x, 0) < 1 or min(y + h, height) - max(y, 0) < 1:
             raise ValueError(f"box {box} lies outside of the image of {width} x {height}")
-        if self.keypoint_names:
+        if self._needs_keypoints:
             self._keypoints(record)
         if self.masks:
             segmentation = record.values.get("segmentation")
@@ -280,13 +281,17 @@ class Annotations:
                 _polygons(segmentation)  # not drawn yet: they are many
 
     def _keypoints(self, record: Fields) -> list[float]:
-        """Return x, y and visibility of each keypoint; an object may have none of them annotated."""
+        """Return x, y and visibility of each keypoint, which is 0 where there are none, or damaged ones are not needed."""
         length = 3 * len(self.keypoint_names)
         places = record.values.get("keypoints", [0] * length)
+        problem = ""
         if not isinstance(places, list) or not _finite(places) or len(places) != length:
-            raise ValueError(f"keypoints: expected {length} numbers, x, y and visibility of each")
-        if not set(places[2::3]) <= {0, 1, 2}:
-            raise ValueError("keypoints: a visibility is not 0 (not annotated), 1 (hidden) or 2 (visible)")
+            problem = f"keypoints: expected {length} numbers, x, y and visibility of each"
+        elif not set(places[2::3]) <= {0, 1, 2}:
+            problem = "keypoints: a visibility is not 0 (not annotated), 1 (hidden) or 2 (visible)"
+        if problem and self._needs_keypoints:
+            raise ValueError(problem)
+        places = [0] * length if problem else places
         return [float(value) for value in places]
 
     def _check_boxes(self, boxes: NDArray[np.float64]) -> None:

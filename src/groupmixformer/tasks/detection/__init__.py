@@ -55,7 +55,10 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
 """
 
     def open_part(self, data: Path, part: str, recipe: "Recipe | None" = None) -> Samples:
-        """Open objects of any format: with masks where all have one, and keypoints where there are some."""
+        """Open objects of any format: with masks where all have one, and keypoints where a recipe needs them.
+
+        Without a recipe, keypoints are shown where all categories have the same.
+        """
         from .data import CocoImages, detection_transform
 
         transform: Any = None
@@ -63,8 +66,10 @@ names = [stored["class_names"][label - 1] for label in found["labels"].tolist()]
             transform = detection_transform(*(getattr(recipe.detector, name) for name in ("hflip", "vflip", "color_jitter")))
         seed = recipe.seed if recipe else 0
         reading: dict[str, Any] = {"channels": recipe.channels if recipe else ANY, "keypoints": None}
-        if recipe and recipe.detector.architecture == "keypoint_rcnn":
-            return CocoImages(data, part, False, transform, seed, **reading | {"keypoints": True})
+        if recipe:
+            reading["keypoints"] = recipe.detector.architecture == "keypoint_rcnn"
+        if reading["keypoints"]:
+            return CocoImages(data, part, False, transform, seed, **reading)
         try:
             images = CocoImages(data, part, True, transform, seed, **reading)
         except ValueError:  # which is told if it is not for want of masks
