@@ -2,11 +2,13 @@
 
     python benchmarks/cifar10_folder.py ../shared/data/cifar10 /tmp/cifar10
 
+The images of each part are in random order there: the first ones of `--train` and `--test` make a smaller set.
 With a network, `--data torch/cifar10 --download true` needs none of this.
 """
 
 import argparse
 import io
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--train", type=int, default=50000, help="images for training")
+    parser.add_argument("--test", type=int, default=10000, help="images held out")
     args = parser.parse_args()
-    for split, folder in (("train", "train"), ("test", "val")):
-        for i, (image, name) in enumerate(unpack(args.source, split)):
+    for split, folder, count in (("train", "train", args.train), ("test", "val", args.test)):
+        for i, (image, name) in enumerate(islice(unpack(args.source, split), count)):
             place = args.out / folder / name
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(place / f"{i:05d}.png", compress_level=1)

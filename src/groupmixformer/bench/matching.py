@@ -64,6 +64,8 @@ def _told(options: Mapping[str, Any]) -> str:
 def match(recipe: Recipe, class_names: Sequence[str], kind: str, target: int) -> tuple[dict[str, Any], str]:
     """Scale the width of a recipe's model to a cost, and the MLPs' hidden width by what the rounding of the width leaves.
 
+    Where a mixer is put into another network than a GroupMixFormer, all but its MLPs stays as it is.
+
     Args:
         recipe: Names the model, its options and the size of the images.
         class_names: Of the data.
@@ -77,7 +79,8 @@ def match(recipe: Recipe, class_names: Sequence[str], kind: str, target: int) ->
         ValueError: If the model has neither, or they do not reach the target.
     """
     arguments = _arguments(recipe, class_names)
-    width = next((name for name in WIDTHS if arguments.get(name)), None)
+    stays = "mixer" in recipe.model_options and not recipe.model.startswith("groupmixformer")
+    width = None if stays else next((name for name in WIDTHS if arguments.get(name)), None)
     hidden = next((name for name in HIDDEN if arguments.get(name)), None)
 
     def cost(options: Mapping[str, Any]) -> int | None:
@@ -112,6 +115,7 @@ def match(recipe: Recipe, class_names: Sequence[str], kind: str, target: int) ->
             options = {**options, hidden: _each(arguments[hidden], lambda r: round(r * ratio, 3))}
             reached = cost(options) or 0
     if abs(reached / target - 1) > TOLERANCE:
-        scaled = f"{_told(options)} gives {reached:,}" if options else "it has neither a width nor an MLP ratio to scale"
+        unscaled = "it has neither a width nor an MLP ratio that can be scaled so"
+        scaled = f"{_told(options)} gives {reached:,}" if options else unscaled
         raise ValueError(f"{recipe.model}: cannot be brought from {full:,} to {target:,} {kind}: {scaled}: leave out --match")
     return options, _told(options)

@@ -22,6 +22,7 @@ from ..run_folder import CONFIG, WEIGHTS, RunFolder, one_line
 from ..weights import checksum, write_tensors
 from .adapters import add_adaptformer, base_name, merged_tensors, trained_names
 from .groupmixformer import VARIANTS, GroupMixFormer, checkpoint_filter_fn, default_cfgs
+from .mixers.replace import create_model
 
 LOGGER = logging.getLogger(__name__)
 # Of config.json: of classifiers that give an image several labels, and of those for other channels than colours.
@@ -320,13 +321,20 @@ def load_model(path: str | Path | RunFolder) -> Any:
         return load_checkpoint(run)
     if "adapter" in run.config:
         return _load_adapted(run)
-    # With a first layer of another number of channels, earlier versions of timm would begin with a new one.
-    weights = {"state_dict": run.read_weights(), "first_conv": None}
+    options = run.config.get("model_args", {})
     try:
-        model: Any = timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights)
+        if "mixer" in options:
+            named = {key: run.config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in run.config}
+            cfg = run.config.get("pretrained_cfg", {}) | named
+            model: Any = create_model(run.config["architecture"], pretrained_cfg=cfg, **options)
+            model.load_state_dict(run.read_weights())
+        else:
+            # With a first layer of another number of channels, earlier versions of timm would begin with a new one.
+            weights = {"state_dict": run.read_weights(), "first_conv": None}
+            model = timm.create_model(f"local-dir:{run.path}", pretrained=True, pretrained_cfg_overlay=weights)
+            model.pretrained_cfg.pop("state_dict")
     except Exception as error:  # arguments from config.json can make a constructor raise anything
         raise ValueError(f"{run.path}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
-    model.pretrained_cfg.pop("state_dict")
     model.pretrained_cfg["first_conv"] = run.config.get("pretrained_cfg", {}).get("first_conv")
     model.pretrained_cfg |= {key: run.config[key] for key in LABEL_FIELDS if key in run.config}
     model.model_options = {key: value for key, value in run.config.get("model_args", {}).items() if key != "img_size"}
@@ -339,7 +347,7 @@ def remade(source: Any, image_size: int, **settings: Any) -> Any:
         model: Any = GroupMixFormer(**model_arguments(source) | settings, global_pool=source.head.global_pool.pool_type)
     else:
         name, options = source.pretrained_cfg["architecture"], source.model_options
-        model = timm.create_model(name, **options | settings | fixed_size(name, image_size))
+        model = create_model(name, **options | settings | fixed_size(name, image_size))
         model.model_options = options
     in_chans = settings.get("in_chans", source.pretrained_cfg["input_size"][0])
     model.load_state_dict(adapt_stem(source.state_dict(), source.pretrained_cfg, in_chans, "the checkpoint"))

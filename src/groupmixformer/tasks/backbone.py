@@ -75,6 +75,8 @@ class Backbone:
         Raises:
             ValueError: If the model has no such features.
         """
+        if "mixer" in self.arguments and not self.name.startswith("groupmixformer"):
+            raise ValueError(f"{self.name} with a mixer is only a classifier: leave the mixer out, or choose a groupmixformer")
         with torch.device("meta"):
             try:
                 features: Any = take_any_size(timm.create_model(self.name, **self.options()).eval())

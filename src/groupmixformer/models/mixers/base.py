@@ -82,7 +82,11 @@ def multi_head(
     q = q.unflatten(2, [heads, q.shape[2] // heads]).transpose(1, 2)  # (B, h, N, D / h)
     k = k.unflatten(2, [heads, k.shape[2] // heads]).transpose(1, 2)
     v = v.unflatten(2, [heads, v.shape[2] // heads]).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)  # (B, N, h, V / h)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what stands beside it in a condition
+        if torch.compiler.is_exporting():
+            x = x.clone(memory_format=torch.contiguous_format)  # ONNX's product lies otherwise in memory than the traced one
+    return x.flatten(2)
 
 
 class SelfAttention(nn.Module):

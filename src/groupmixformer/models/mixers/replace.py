@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import timm
 import torch
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -12,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..groupmixformer import GroupMixFormer
 from . import make_mixer
 
 
@@ -154,6 +156,7 @@ def replace_attention(
     for stage, depth, block in _blocks(result):
         weight, dim = block.norm1.weight, block.norm1.normalized_shape[0]
         made = make_mixer(mixer, dim, stage, depth, dict(options or {}), device=weight.device, dtype=weight.dtype)
+        made.apply(GroupMixFormer._init_weights)
         if isinstance(block, SwinTransformerBlock):
             block.__class__, block.attn = _SwinBlock, made
             block._init_buffers()
@@ -166,3 +169,16 @@ def replace_attention(
         cost = _parameters if match == "parameters" else functools.partial(_macs, size=size)
         _match(result, cost(model), cost)
     return result.train(model.training)
+
+
+def create_model(name: str, mixer: str | None = None, mixer_options: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """Return ``timm.create_model(name, **options)`` with a mixer: a GroupMixFormer's own, or put there by `replace_attention`.
+
+    Raises:
+        TypeError: If the model has no such option.
+        ValueError: If the mixer does not exist or fit.
+    """
+    mixing = {key: value for key, value in (("mixer", mixer), ("mixer_options", mixer_options)) if value is not None}
+    if name.startswith("groupmixformer") or mixer is None:
+        return timm.create_model(name, **options, **mixing)
+    return replace_attention(timm.create_model(name, **options), mixer, mixer_options)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -18,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ...models.adapters import add_adapters, freeze_statistics, trained_names
 from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_name, remade, save_checkpoint
 from ...models.elastic import forward_at, sliced_weights
+from ...models.mixers.replace import create_model
 from ...run_folder import MULTI_LABEL, RunFolder
 from ...training.loaders import DataModule
 from ...training.module import Task
@@ -52,7 +52,7 @@ def create_classifier(recipe: Recipe, class_names: Sequence[str]) -> Any:
             raise ValueError(f"adapter {recipe.adapter.kind} is for a trained model: name one with --checkpoint")
         name, options = model_name(recipe.model), recipe.model_options
         try:
-            model: Any = timm.create_model(name, **settings, **fixed_size(name, recipe.image_size), **options)
+            model = create_model(name, **settings, **fixed_size(name, recipe.image_size), **options)
         except TypeError as error:
             raise ValueError(f"{name} cannot be made with model_options {options}: {error}") from error
         model.model_options = options

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ...models.checkpoint import LABEL_FIELDS, fixed_size, load_model, model_name, remade
+from ...models.mixers.replace import create_model
 from ...training.recipe import PretrainSettings, Recipe
 
 
@@ -31,7 +31,7 @@ def create_backbone(recipe: Recipe) -> Any:
     settings = {"num_classes": 0, "drop_path_rate": recipe.drop_path_rate, **fixed_size(name, recipe.image_size)}
     settings["in_chans"] = recipe.in_chans
     try:
-        model: Any = timm.create_model(name, **settings, **options)
+        model = create_model(name, **settings, **options)
     except TypeError as error:
         raise ValueError(f"{name} cannot be made with model_options {options}: {error}") from error
     model.model_options = options
