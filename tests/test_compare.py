@@ -29,6 +29,7 @@ from groupmixformer.bench.compare import (
     make_plan,
     parse_model,
     parse_settings,
+    read_spec,
     train_all,
 )
 from groupmixformer.bench.comparison import cells, compare, holm, paired_bootstrap, pareto, write_comparison
@@ -42,6 +43,7 @@ from groupmixformer.training.recipe import Recipe, read_recipe, write_recipe
 TINY = ["--model-options.depths", "[1,1,1,1]", "--model-options.embed-dims", "[10,10,20,20]", "--image-size", "32"]
 TINY += ["--workers", "0", "--batch-size", "8", "--drop-path-rate", "0"]
 NAMES = list("0123456789")
+EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
 
 
 def command(photos, out, *more):
@@ -170,6 +172,19 @@ def test_what_cannot_be_scaled_is_refused():
     recipe = Recipe(data="digits", model="resnet10t", image_size=32)
     with pytest.raises(ValueError, match=r"resnet10t: cannot be brought from [\d,]+ to 5,000 macs: it has neither a width"):
         match(recipe, NAMES, "macs", 5000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_comparisons_of_the_ledger_can_be_asked_for(path):
+    spec = read_spec(path)
+    recipe = read_recipe(spec["recipe"], [f"--{name}={json.dumps(value)}" for name, value in spec["fields"].items()])
+    for text in spec["models"].values():
+        model, options = parse_model(text)
+        found = costs(replace(recipe, model=model, model_options=recipe.model_options | options), NAMES)
+        assert 20e6 < found["macs"] < 80e6, text
+    page = (EVIDENCE.parent.parent / "docs" / "evidence.md").read_text()
+    assert f"gmf compare benchmarks/evidence/{path.name}" in page
 
 
 def test_holm():

@@ -54,7 +54,7 @@ def test_a_run_tells_what_it_trains_and_how_far_it_is(photos, tmp_path, monkeypa
 
 def test_a_run_that_only_warms_up_says_so_before_it_begins(photos, tmp_path, caplog):
     fit(photos, tmp_path / "run", "--epochs", "1", "--loggers=[]")
-    assert "all 1 epochs are warm-up" in caplog.text
+    assert "is warm-up, in which the learning rate only rises" in caplog.text
     assert not list((tmp_path / "run").glob("events*")) and (tmp_path / "run" / "metrics.csv").is_file()
 
 

@@ -164,9 +164,13 @@ def headline(result: dict[str, Any]) -> str:
     """Say in a line what was compared."""
     settings = result["settings"]
     matched = {"none": "not matched", "macs": "equal MACs", "parameters": "equal parameters"}[settings["match"]]
+
+    def counted(name: str) -> str:
+        return f"{settings[name]} {name if settings[name] != 1 else name.removesuffix('s')}"
+
     measured = f"; speed: {settings['machine']}, {settings['clock']}, {settings['date']}" if "machine" in settings else ""
     return (
-        f"{Path(settings['data']).name}, {settings['image_size']} px, {settings['epochs']} epochs, {settings['seeds']} seeds, "
+        f"{Path(settings['data']).name}, {settings['image_size']} px, {counted('epochs')}, {counted('seeds')}, "
         f"{matched}; top-1 of the last epoch{measured}"
     )
 

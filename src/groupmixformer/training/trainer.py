@@ -318,8 +318,8 @@ def _fit(
             _print_settings(task, world_size, device)
             if recipe.epochs <= recipe.schedule.warmup_epochs:
                 task.notes.append(
-                    f"all {recipe.epochs} epochs are warm-up, in which the learning rate only rises: train for more, or lower "
-                    "schedule.warmup_epochs"
+                    f"the whole run ({recipe.epochs} of {recipe.schedule.warmup_epochs:g} epochs) is warm-up, in which the "
+                    "learning rate only rises: train for more, or lower schedule.warmup_epochs"
                 )
             for note in task.notes:
                 logging.getLogger(__name__).warning(note)
