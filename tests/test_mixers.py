@@ -151,10 +151,8 @@ def test_scripted(name, network):
             torch.testing.assert_close(scripted(batch), model(batch))
 
 
-# The exporter does not keep free how long a slice is, and how often global queries are pooled (docs/mixers.md).
-NOT_IN_ONNX = ["sliced", "global_query"]
 IN_ONNX = ["group_mix", "softmax", "spatial_reduction", "conv", "window"]
-IN_ONNX += [pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES if name not in [*IN_ONNX, *NOT_IN_ONNX]]
+IN_ONNX += [pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES if name not in IN_ONNX]
 
 
 @pytest.mark.slow

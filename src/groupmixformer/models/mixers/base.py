@@ -133,7 +133,7 @@ def _regions(length: int, size: int, window: int, shift: int, like: Tensor) -> T
     return torch.where(_wrapped(source, length) < size, 1 + (source >= length).int(), 0)
 
 
-def partition(x: Tensor, h: int, w: int, shift: int = 0) -> tuple[Tensor, Tensor, OptTensor]:
+def partition(x: Tensor, h: int, w: int, shift: int = 0, columns: int = 0) -> tuple[Tensor, Tensor, OptTensor]:
     """Cut a map into windows, padded below and on the right, after a cyclic shift up and left.
 
     Args:
@@ -141,6 +141,7 @@ def partition(x: Tensor, h: int, w: int, shift: int = 0) -> tuple[Tensor, Tensor
         h: Rows of a window; 0 for all.
         w: Columns of a window; 0 for all.
         shift: Rows and columns of the shift; a side that is within one window is not shifted.
+        columns: Of windows; 0 for as many as the map fills.
 
     Returns:
         Windows (B * n, T, D), image by image; which of their tokens are of the map (n, T); and which keys (last) a token may
@@ -149,7 +150,8 @@ def partition(x: Tensor, h: int, w: int, shift: int = 0) -> tuple[Tensor, Tensor
     """
     B, H, W, D = x.shape
     rows, h = _cut(H, h)
-    columns, w = _cut(W, w)
+    if columns == 0:
+        columns, w = _cut(W, w)
     x = pad(x, rows * h - H, columns * w - W)
     below, right = _regions(rows * h, H, h, shift, x)[:, None], _regions(columns * w, W, w, shift, x)
     if shift > 0:
@@ -166,10 +168,11 @@ def partition(x: Tensor, h: int, w: int, shift: int = 0) -> tuple[Tensor, Tensor
     return x, region > 0, (region[:, :, None] == region[:, None, :])[:, None].repeat(B, 1, 1, 1)
 
 
-def merge(x: Tensor, h: int, w: int, H: int, W: int, shift: int = 0) -> Tensor:
+def merge(x: Tensor, h: int, w: int, H: int, W: int, shift: int = 0, columns: int = 0) -> Tensor:
     """Undo `partition`: windows (B * n, T, D) -> the map (B, H, W, D)."""
     rows, h = _cut(H, h)
-    columns, w = _cut(W, w)
+    if columns == 0:
+        columns, w = _cut(W, w)
     B, D = x.shape[0] // (rows * columns), x.shape[2]
     x = x.reshape(B, rows, columns, h, w, D).transpose(2, 3).reshape(B, rows * h, columns * w, D)
     if shift > 0:
@@ -192,3 +195,18 @@ def cell_means(x: Tensor, size: int) -> Tensor:
     weight = real[:, :, None].to(x.dtype)  # (n, T, 1)
     cells = cells.view(B, -1, size * size, D) * weight
     return (cells.sum(2) / weight.sum(1)).view(B, (H + size - 1) // size, (W + size - 1) // size, D)
+
+
+def _means(length: int, size: int, like: Tensor) -> Tensor:
+    """Return what averages a side to `size` cells, (size, length)."""
+    cell, place = torch.arange(size, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = ((place >= cell * length // size) & (place < ((cell + 1) * length + size - 1) // size)).to(like.dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
+def average_to(x: Tensor, size: int) -> Tensor:
+    """Average a map to size x size cells, as `F.adaptive_avg_pool2d` does. (B, D, H, W) -> (B, D, size, size)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what stands beside it in a condition
+        if torch.compiler.is_exporting():  # an exported graph holds for any size, which ONNX's pools do not
+            return _means(x.shape[2], size, x) @ x @ _means(x.shape[3], size, x).T
+    return F.adaptive_avg_pool2d(x, [size, size])

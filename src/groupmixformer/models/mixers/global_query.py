@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import timm.models
 import torch
-import torch.nn.functional as F
 from timm.models.gcvit import FeatureBlock, WindowAttentionGlobal
 from torch import Tensor, nn
 
 from ..groupmixformer import Block
 from ..layers import Blocks
-from .base import Mixer, OptTensor, additive, by_stage, heads_of, merge, multi_head, partition
+from .base import Mixer, OptTensor, additive, average_to, by_stage, heads_of, merge, multi_head, partition
 
 
 class GlobalQuery(Mixer):
@@ -44,7 +43,7 @@ class GlobalQuery(Mixer):
 
     def make_query(self, x: Tensor) -> Tensor:
         """Return the global queries (B, T, D) for the input of a stage (B, D, H, W)."""
-        return F.adaptive_avg_pool2d(self.query(x), (self.window, self.window)).flatten(2).transpose(1, 2)
+        return average_to(self.query(x), self.window).flatten(2).transpose(1, 2)
 
     def forward(self, x: Tensor, query: OptTensor = None) -> Tensor:
         """Return (B, D, H, W); `query` (B, T, D) are the global queries, by default made of `x`."""
@@ -53,7 +52,7 @@ class GlobalQuery(Mixer):
         if self.use_global:
             if query is None:
                 query = self.make_query(x)
-            q = query.repeat_interleave(real.shape[0], dim=0)  # (B * n, T, D), image by image
+            q = query[:, None].expand(-1, real.shape[0], -1, -1).flatten(0, 1)  # (B * n, T, D), image by image
             k, v = self.attn.qkv(windows).chunk(2, dim=2)
         else:
             q, k, v = self.attn.qkv(windows).chunk(3, dim=2)

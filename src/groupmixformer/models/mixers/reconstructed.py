@@ -8,7 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..layers import Depthwise
-from .base import Mixer, SelfAttention, by_stage, heads_of, merge, multi_head, partition
+from .base import Mixer, SelfAttention, average_to, by_stage, heads_of, merge, multi_head, partition
 from .window import Window
 
 
@@ -73,7 +73,7 @@ class PooledFusion(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
         B, D, H, W = x.shape
-        pooled = F.adaptive_avg_pool2d(x, (self.window, self.window)).flatten(2).transpose(1, 2)  # (B, T, D)
+        pooled = average_to(x, self.window).flatten(2).transpose(1, 2)  # (B, T, D)
         windows, _, mask = partition(self.qkv(x.permute(0, 2, 3, 1)), self.window, self.window)
         q, k, v = windows.chunk(3, dim=2)
         windows = multi_head(q, k, v, self.heads, mask)

@@ -33,7 +33,7 @@ class Sliced(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, D, H, W)."""
         B, D, H, W = x.shape
-        T = (H * W + self.groups - 1) // self.groups if self.groups > 1 else 0
-        slices, _, mask = partition(x.permute(0, 2, 3, 1).reshape(B, 1, H * W, D), 1, T)
-        x = merge(self.attn(slices, mask), 1, T, 1, H * W)
+        T = (H * W + self.groups - 1) // self.groups
+        slices, _, mask = partition(x.permute(0, 2, 3, 1).reshape(B, 1, H * W, D), 1, T, columns=self.groups)
+        x = merge(self.attn(slices, mask), 1, T, 1, H * W, columns=self.groups)
         return x.reshape(B, H, W, D).permute(0, 3, 1, 2)
