@@ -3,8 +3,12 @@
 import csv
 import io
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -37,6 +41,7 @@ from groupmixformer.bench.faithfulness import curve, faithfulness, taken_from, w
 from groupmixformer.bench.matching import costs, match
 from groupmixformer.bench.timing import Settings
 from groupmixformer.cli.main import main
+from groupmixformer.run_folder import RunFolder, read_metrics
 from groupmixformer.training.callbacks import CheckpointCallback
 from groupmixformer.training.recipe import Recipe, read_recipe, write_recipe
 
@@ -126,6 +131,37 @@ def test_stopped_inside_and_between_runs_it_continues_and_does_nothing_twice(pho
     assert main(["compare", "mobile", "--epochs", "3", "--out", str(out)]) == 1
     assert "epochs 2, not 3" in capsys.readouterr().err
     assert len(trained) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+def test_no_run_goes_on_when_the_comparison_is_ended(photos, tmp_path, number):
+    words = [sys.executable, "-m", "groupmixformer.cli.main", *command(photos, tmp_path, "--jobs", "2"), "--epochs", "2000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, start_new_session=True, env=environment, stderr=subprocess.PIPE) as process:
+        runs = [tmp_path / "runs" / name / "seed-0" for name in ("mobile", "mobile-mixer=pool")]
+        wait_until(lambda: all((run / "metrics.csv").is_file() for run in runs))
+        process.send_signal(number)
+        process.wait()
+        wait_until(lambda: not group_exists(process.pid))
+    for run in runs:
+        assert RunFolder(run / "checkpoints/last.ckpt").weights.is_file()
+        assert len(read_metrics(run)) < 2000
+
+
+def wait_until(done, seconds=120):
+    start = time.monotonic()
+    while not done():
+        assert time.monotonic() < start + seconds
+        time.sleep(0.2)
+
+
+def group_exists(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -305,8 +307,19 @@ def _epochs(run: Recipe) -> int:
     return run.epochs if is_done(run) else min(run.epochs, len(read_metrics(Path(run.out))))
 
 
+def _end_with_parent() -> None:
+    """Wait until the process that gives the runs is gone, however it went, and stop: a run in training saves itself first."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
 def _start_worker(places: Any, threads: int) -> None:
     """Give a process its share of the machine."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if place := places.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     torch.set_num_threads(threads)
