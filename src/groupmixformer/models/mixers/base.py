@@ -209,4 +209,4 @@ def average_to(x: Tensor, size: int) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what stands beside it in a condition
         if torch.compiler.is_exporting():  # an exported graph holds for any size, which ONNX's pools do not
             return _means(x.shape[2], size, x) @ x @ _means(x.shape[3], size, x).T
-    return F.adaptive_avg_pool2d(x, [size, size])
+    return F.adaptive_avg_pool2d(x, (size, size))

@@ -178,7 +178,6 @@ def create_model(name: str, mixer: str | None = None, mixer_options: Mapping[str
         TypeError: If the model has no such option.
         ValueError: If the mixer does not exist or fit.
     """
-    mixing = {key: value for key, value in (("mixer", mixer), ("mixer_options", mixer_options)) if value is not None}
-    if name.startswith("groupmixformer") or mixer is None:
-        return timm.create_model(name, **options, **mixing)
+    if mixer is None or name.startswith("groupmixformer"):
+        return timm.create_model(name, mixer=mixer, mixer_options=mixer_options, **options)  # timm leaves out what is None
     return replace_attention(timm.create_model(name, **options), mixer, mixer_options)
