@@ -151,8 +151,9 @@ def test_scripted(name, network):
             torch.testing.assert_close(scripted(batch), model(batch))
 
 
+# Tracing cascaded_group for any size was stopped after ten minutes.
 IN_ONNX = ["group_mix", "softmax", "spatial_reduction", "conv", "window"]
-IN_ONNX += [pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES if name not in IN_ONNX]
+IN_ONNX += [pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES if name not in [*IN_ONNX, "cascaded_group"]]
 
 
 @pytest.mark.slow
