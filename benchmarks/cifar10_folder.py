@@ -33,7 +33,7 @@ def main():
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", type=int, default=50000, help="images for training")
-    parser.add_argument("--test", type=int, default=10000, help="images held out")
+    parser.add_argument("--test", type=int, default=10000, help="images for testing")
     args = parser.parse_args()
     for split, folder, count in (("train", "train", args.train), ("test", "val", args.test)):
         for i, (image, name) in enumerate(islice(unpack(args.source, split), count)):

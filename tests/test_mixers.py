@@ -4,17 +4,19 @@ import json
 import math
 import re
 
+import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.models import davit, efficientvit_msra, gcvit, pvt_v2, swin_transformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupmixformer import GroupMixAttention, GroupMixFormer, attention_maps, fuse, load_checkpoint
-from groupmixformer.deploy.export import MANY_WINDOWS
+from groupmixformer.deploy.export import Exported, export
 from groupmixformer.models.checkpoint import save_checkpoint
 from groupmixformer.models.mixers import MIXERS, base, make_mixer
 from groupmixformer.models.mixers.group_mix import GroupMix
@@ -159,16 +161,17 @@ IN_ONNX += [pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES i
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_ONNX)
 def test_onnx_file_of_any_size(name, network, tmp_path):
-    model = fuse(network(name)) if name == "group_mix" else network(name)
-    names = {"dynamic_shapes": ({0: "batch", 2: "height", 3: "width"},), "input_names": ["images"]}
-    images = torch.randn(2, 3, *MANY_WINDOWS)
-    torch.onnx.export(model, (images,), tmp_path / "m.onnx", dynamo=True, verbose=False, **names)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    for shape in ((2, 3, 69, 100), (1, 3, 32, 45), (1, 3, 160, 96)):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    about = {"image": Image.fromarray(pixels), "input_size": (3, 69, 100), "classes": list("abcde")}
+    exported, path = Exported(network(name)).eval(), tmp_path / "m.onnx"
+    result = export(exported, "onnx", path, **about, mean=[0.5] * 3, std=[0.2] * 3)
+    assert len(result["errors"]) == 4 and max(result["errors"].values()) <= result["tolerance"]
+    session = onnxruntime.InferenceSession(path)
+    for shape in ((1, 3, 32, 45), (3, 3, 260, 301)):
         images = torch.randn(shape)
         (got,) = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(got), model(images), atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(torch.from_numpy(got), exported(images)[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["softmax", "global_query", "conv_projection"])

@@ -9,6 +9,8 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..models.checkpoint import model_name
+from ..models.mixers.replace import is_put_in
 from ..tasks.classification.training import create_classifier
 from ..training.recipe import Recipe
 
@@ -79,7 +81,7 @@ def match(recipe: Recipe, class_names: Sequence[str], kind: str, target: int) ->
         ValueError: If the model has neither, or they do not reach the target.
     """
     arguments = _arguments(recipe, class_names)
-    stays = "mixer" in recipe.model_options and not recipe.model.startswith("groupmixformer")
+    stays = is_put_in(model_name(recipe.model), recipe.model_options)
     width = None if stays else next((name for name in WIDTHS if arguments.get(name)), None)
     hidden = next((name for name in HIDDEN if arguments.get(name)), None)
 

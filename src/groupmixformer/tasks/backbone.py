@@ -20,6 +20,7 @@ from ..data.samples import Samples
 from ..files import Fields
 from ..models.checkpoint import adapt_stem, check_tensors, load_model, model_arguments, model_name
 from ..models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
+from ..models.mixers.replace import is_put_in
 from ..run_folder import CONFIG, MAX_SIDE, RunFolder
 from ..training.old_names import rename
 
@@ -75,7 +76,7 @@ class Backbone:
         Raises:
             ValueError: If the model has no such features.
         """
-        if "mixer" in self.arguments and not self.name.startswith("groupmixformer"):
+        if is_put_in(self.name, self.arguments):
             raise ValueError(f"{self.name} with a mixer is only a classifier: leave the mixer out, or choose a groupmixformer")
         with torch.device("meta"):
             try:

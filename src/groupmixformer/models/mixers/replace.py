@@ -171,6 +171,11 @@ def replace_attention(
     return result.train(model.training)
 
 
+def is_put_in(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether `create_model` puts a mixer in the place of the attention of timm's model of this name."""
+    return "mixer" in options and not name.startswith("groupmixformer")
+
+
 def create_model(name: str, mixer: str | None = None, mixer_options: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """Return ``timm.create_model(name, **options)`` with a mixer: a GroupMixFormer's own, or put there by `replace_attention`.
 
